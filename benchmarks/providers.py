@@ -1,0 +1,128 @@
+"""The usual ways to run a job: eager in both memory formats, torch.compile, and each of them in a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jobs import Job
+from problem import Problem
+from torch import Tensor, nn
+
+from rnas.supernet import MixedOperation
+
+Run = Callable[[], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """layout: of images and weights; compiled: mixed edges through torch.compile; graph: replayed from a CUDA graph."""
+
+    name: str
+    layout: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
+    graph: bool = False
+
+
+@dataclass
+class Prepared:
+    """A provider made ready for one job: what to time, its sample, and what a reader must know about it.
+
+    eager: the work as separate launches, on which what autograd saves can be observed also for a CUDA graph.
+    """
+
+    run: Run
+    sample: Run
+    eager: Run
+    note: str = ""
+
+
+CPU = (
+    Provider("eager"),
+    Provider("channels_last", torch.channels_last),
+    Provider("compile", torch.channels_last, compiled=True),
+)
+CUDA = (
+    *CPU,
+    Provider("eager_graph", graph=True),
+    Provider("channels_last_graph", torch.channels_last, graph=True),
+    Provider("compile_graph", torch.channels_last, compiled=True, graph=True),
+)
+
+
+def providers(device: str) -> tuple[Provider, ...]:
+    """The providers of a device type, the reference first."""
+    return CUDA if device == "cuda" else CPU
+
+
+def prepare(provider: Provider, job: Job, problem: Problem, backend: str) -> Prepared:
+    """Arranges a copy of the problem for the provider. Nothing is computed yet, but for CUDA graphs.
+
+    backend: of torch.compile. Raises NotImplementedError, with the reason, where the provider cannot do the job.
+    """
+    if provider.compiled and job.compiles:
+        raise NotImplementedError(job.compiles)
+    problem = problem.arranged(provider.layout)
+    problem.supernet.train(job.training)
+    note = compile_edges(problem.supernet, problem.x.device.type, backend) if provider.compiled else ""
+    sample = job.sample or job.run
+    if not provider.graph:
+        return Prepared(partial(job.run, problem), partial(sample, problem), partial(sample, problem), note)
+    run, sample = job.captured or job.run, job.captured_sample or sample
+    captured = CapturedGraph(partial(run, problem))
+    shorter = captured if job.sample is None else CapturedGraph(partial(sample, problem))
+    return Prepared(captured, shorter, partial(sample, problem), note)
+
+
+def compile_edges(supernet: nn.Module, device: str, backend: str) -> str:
+    """Sends the mixed edges through torch.compile, in place, and says which.
+
+    Regions, because compiling the whole network takes longer than all measurements together: 5 graphs serve the 112
+    edges of the full size, and one set serves all batches. On a CPU the 16 edges of stride 2 stay eager: they do a
+    seventh of the work and need two fifths of the compile time.
+    """
+    compiled = torch.compile(MixedOperation.forward, backend=backend)
+
+    def forward(edge: MixedOperation, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(edge, x, weights)
+
+    edges = [module for module in supernet.modules() if isinstance(module, MixedOperation)]
+    chosen = [edge for edge in edges if device == "cuda" or _keeps_resolution(edge)]
+    for edge in chosen:
+        edge.forward = partial(forward, edge)
+    return f"torch.compile ({backend}) of {len(chosen)} of {len(edges)} mixed edges, channels_last, dynamic batch"
+
+
+def _keeps_resolution(edge: MixedOperation) -> bool:
+    return any(isinstance(candidate, nn.Identity) for candidate in edge.candidates)
+
+
+class CapturedGraph:
+    """A function captured in a CUDA graph. Calling it replays the graph and returns the same output tensors each time.
+
+    peak_bytes: the most memory that the capture held beside what was there before; a replay allocates nothing.
+    """
+
+    def __init__(self, function: Run) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # lazy initialisation and cuDNN's search are forbidden in a capture
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def __call__(self) -> list[Tensor]:
+        self.graph.replay()
+        return self.output

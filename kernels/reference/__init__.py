@@ -1,0 +1,1 @@
+"""What the ops compute, in plain PyTorch: the definitions that the kernels are tested against."""

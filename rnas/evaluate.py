@@ -1,0 +1,141 @@
+"""The evaluation job: clean accuracy and accuracy under FGSM and PGD, on the whole test set, by one protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import attacks, data, plot, seeding
+from .config import AttackConfig, EvaluateConfig, TrainConfig, at_least_one, check_attack, merge, resolve_attack, to_dict
+from .loop import choose_device
+from .network import count_parameters
+from .progress import Progress
+from .runs import Run, write_text
+from .train import load_network
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network's line of the table; accuracies in [0, 1] by column name."""
+
+    name: str
+    run: str
+    recipe: str
+    parameters: int
+    accuracies: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table, the threat model it stands on, and where the JSON went."""
+
+    rows: tuple[Row, ...]
+    attack: AttackConfig
+    images: int
+    files: tuple[Path, ...]
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Evaluate finished `rnas train` runs under one threat model and write the table as JSON.
+
+    Raises ValueError for a configuration that cannot work, FileNotFoundError for a run without a trained network.
+    """
+    if not config.runs:
+        raise ValueError("no runs given: rnas evaluate takes the folders of finished `rnas train` runs")
+    if any(steps < 1 for steps in config.steps):
+        raise ValueError(f"steps must each be at least 1; got {config.steps}")
+    at_least_one("", config, "restarts", "batch_size")
+    device = choose_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    trained = [merge(TrainConfig(), Run.open(path, "train").read_config()) for path in config.runs]
+    networks = [load_network(path, device) for path in config.runs]
+    datasets = [_test_set(run_config.data, config) for run_config in trained]
+    attack = _threat_model(config, trained[0], datasets[0].image_shape[0])
+    rows = []
+    for path, run_config, network, dataset in zip(config.runs, trained, networks, datasets):
+        name = Path(path).name
+        accuracies = accuracy_table(network, dataset.test, attack, config, device, title=name)
+        rows.append(Row(name, str(path), run_config.recipe, count_parameters(network), accuracies))
+    output = Path(config.output) if config.output else Path(config.runs[0]) / "evaluation.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    protocol = {"early_drop": config.early_drop, "restarts": config.restarts, "seed": config.seed, "statistics": "running"}
+    threat = {"norm": attack.norm, "epsilon": attack.epsilon, "step_size": attack.step_size}
+    images = len(datasets[0].test.labels)
+    content = {
+        "data": to_dict(trained[0].data),
+        "images": images,
+        "threat": threat,
+        "protocol": protocol,
+        "networks": [dataclasses.asdict(row) for row in rows],
+    }
+    write_text(output, json.dumps(content, indent=2) + "\n")
+    files = [output]
+    try:
+        files.append(plot.draw_comparison([dataclasses.asdict(row) for row in rows], output.with_suffix(".png")))
+    except ImportError as error:  # matplotlib is missing: the numbers themselves are complete
+        print(f"no picture: {error}")
+    return Evaluation(tuple(rows), attack, images, tuple(files))
+
+
+def accuracy_table(
+    network: nn.Module,
+    split: data.Split,
+    attack: AttackConfig,
+    config: EvaluateConfig,
+    device: torch.device,
+    title: str = "evaluate",
+) -> dict[str, float]:
+    """Accuracies of `network` in [0, 1]: clean, fgsm (one step of epsilon, no random start) and each pgd-STEPS."""
+    columns = [CLEAN, "fgsm", *(f"pgd-{steps}" for steps in config.steps)]
+    correct = dict.fromkeys(columns, 0)
+    count = len(split.labels)
+    with Progress(f"evaluate {title}", count, quiet=config.quiet) as progress:
+        stream = data.batches(split, config.batch_size, seed=config.seed, epoch=0, shuffle=False, device=device)
+        for index, (x, y) in enumerate(stream):
+            correct[CLEAN] += _correct(network, x, y)
+            fooled = attacks.fgsm(network, x, y, epsilon=attack.epsilon, norm=attack.norm)
+            correct["fgsm"] += _correct(network, fooled, y)
+            for steps in config.steps:
+                fooled = attacks.pgd(
+                    network,
+                    x,
+                    y,
+                    epsilon=attack.epsilon,
+                    step_size=attack.step_size,
+                    steps=steps,
+                    norm=attack.norm,
+                    restarts=config.restarts,
+                    early_drop=config.early_drop,
+                    generator=seeding.generator(config.seed, "evaluate", steps, index, device=device),
+                )
+                correct[f"pgd-{steps}"] += _correct(network, fooled, y)
+            progress.advance(len(y))
+    return {column: hits / count for column, hits in correct.items()}
+
+
+def _correct(network: nn.Module, x: Tensor, y: Tensor) -> int:
+    with torch.no_grad():
+        return int((network(x).argmax(dim=1) == y).sum())
+
+
+def _test_set(data_config, config: EvaluateConfig) -> data.Dataset:
+    changes = {"test_images": config.test_images} if config.test_images else {}
+    return data.load(dataclasses.replace(data_config, **changes))
+
+
+def _threat_model(config: EvaluateConfig, trained: TrainConfig, channels: int) -> AttackConfig:
+    """The configured ball; what is left open comes from the first run's training, a step size from epsilon / 4."""
+    norm = config.norm or trained.attack.norm
+    same_norm = norm == trained.attack.norm
+    epsilon = trained.attack.epsilon if config.epsilon is None and same_norm else config.epsilon
+    attack = AttackConfig(norm=norm, epsilon=epsilon, step_size=config.step_size)
+    check_attack(attack)
+    return resolve_attack(attack, channels)

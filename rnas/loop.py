@@ -1,0 +1,180 @@
+"""The loop under every long job: epochs of batches with progress, metrics, checkpoints, Ctrl-C and exact resume."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from .config import WeightOptimizerConfig
+from .progress import Progress
+from .runs import Run
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps: a network, an optimizer, a search method."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> Any: ...
+
+
+class Interrupted(Exception):
+    """The job was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint into the folder `run`."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(f"stopped; {run} can be resumed")
+        self.run = run
+
+
+class Loop:
+    """Where a job stands, and what has to survive a kill.
+
+    Args:
+        run: folder for checkpoints and metrics.
+        parts: everything with state, by name; restored in place when a checkpoint is there.
+        epochs, batches, batch_size: epochs in all; batches in an epoch; images in a batch.
+
+    Use as a context manager; inside, iterate `epochs()`, start each epoch at batch `loop.batch`, call `done(...)` after
+    each batch and `end_epoch(...)` after the last.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        parts: dict[str, Stateful],
+        *,
+        epochs: int,
+        batches: int,
+        batch_size: int,
+        checkpoint_seconds: float,
+        quiet: bool,
+    ) -> None:
+        self.run, self.parts = run, parts
+        self.total_epochs, self.batches, self.batch_size = epochs, batches, batch_size
+        self.checkpoint_seconds = checkpoint_seconds
+        self.epoch = self.batch = 0
+        self.sums: dict[str, float] = {}
+        self.images = 0
+        self.stop_requested = False
+        self.saved_at = self.epoch_started = time.monotonic()
+        self.images_this_process = 0
+        state = run.load_checkpoint()
+        if state is not None:
+            self._restore(state)
+        done_images = (self.epoch * batches + self.batch) * batch_size
+        self.progress = Progress(run.job, epochs * batches * batch_size, done_images=done_images, quiet=quiet)
+
+    def __enter__(self) -> Loop:
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.handlers[number] = signal.signal(number, self._request_stop)
+            except ValueError:  # not the main thread: an embedding program keeps its own handling
+                break
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.progress.__exit__(*error)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, each yielded before its first or next batch."""
+        while self.epoch < self.total_epochs:
+            self.epoch_started, self.images_this_process = time.monotonic(), 0
+            yield self.epoch
+
+    def done(self, images: int, **numbers: float) -> None:
+        """Count one batch; `numbers` are means over its images, averaged into the epoch's record.
+
+        Writes a checkpoint when one is due. Raises Interrupted after writing one when a stop was asked for, and
+        FloatingPointError when a number is not finite, before anything broken reaches a checkpoint.
+        """
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} in epoch {self.epoch}, batch {self.batch}; the last checkpoint in {self.run.path} "
+                    "is from before. A smaller learning rate or epsilon usually helps."
+                )
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+        self.batch += 1
+        self.images += images
+        self.images_this_process += images
+        self.progress.advance(images, epoch=self.epoch, **numbers)
+        last = self.batch == self.batches
+        if self.stop_requested or (not last and time.monotonic() - self.saved_at >= self.checkpoint_seconds):
+            self.save()
+        if self.stop_requested:
+            raise Interrupted(str(self.run.path))
+
+    def end_epoch(self, **extra: Any) -> dict:
+        """Log the epoch's means and `extra`, move on to the next epoch and write a checkpoint. Returns the record."""
+        seconds = time.monotonic() - self.epoch_started
+        means = {name: total / max(self.images, 1) for name, total in self.sums.items()}
+        speed = {"seconds": round(seconds, 3), "images_per_second": round(self.images_this_process / max(seconds, 1e-9), 1)}
+        record = {"kind": "epoch", "epoch": self.epoch, **means, **extra, **speed}
+        self.run.log(record)
+        self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
+        self.save()
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        place = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "sums": self.sums}
+        self.run.save_checkpoint({"place": place, "parts": {name: part.state_dict() for name, part in self.parts.items()}})
+        self.saved_at = time.monotonic()
+
+    def _restore(self, state: dict) -> None:
+        path = self.run.checkpoint_path
+        try:
+            place, parts = state["place"], state["parts"]
+            for name, part in self.parts.items():
+                part.load_state_dict(parts[name])
+            self.epoch, self.batch, self.images = place["epoch"], place["batch"], place["images"]
+            self.sums = dict(place["sums"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit the configuration in {self.run.config_path}: {error}") from None
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        if self.stop_requested:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self.progress.note("stopping after this batch ...")
+
+
+def learning_rate(config: WeightOptimizerConfig, epoch: int, epochs: int) -> float:
+    """The weight optimizer's learning rate in `epoch` (0-based) of `epochs`."""
+    if config.schedule == "step":
+        drops = sum(epoch >= milestone * epochs for milestone in config.milestones)
+        return config.learning_rate * 0.1**drops
+    span = config.learning_rate - config.learning_rate_min
+    return config.learning_rate_min + span * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one. Raises ValueError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: PyTorch sees {count} CUDA devices here; use --device cpu or auto")
+    elif device.type != "cpu":
+        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return device

@@ -1,0 +1,22 @@
+"""Search methods, one file each. A new method is a `Method` subclass in its own file, named in METHODS."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from .darts import Darts
+from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts,)}
+
+__all__ = ["METHODS", "Batch", "Darts", "LevelResult", "Method", "Mixing", "SearchStep", "discretise", "entropy", "options_for"]
+
+
+def options_for(name: str) -> Any:
+    """The default options of the method called `name`. Raises ValueError naming the nearest known one."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+        raise ValueError(f"unknown search method {name!r}; {hint}")
+    return METHODS[name].Options()

@@ -1,0 +1,81 @@
+"""DARTS (Liu, Simonyan, Yang, ICLR 2019), clean or adversarial: a softmax over the operations of each edge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from .. import attacks
+from ..spaces import Space
+from ..supernet import FixedMixture, Supernet
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .unrolled import unrolled_gradients
+
+
+@dataclass(frozen=True)
+class DartsOptions:
+    """Knobs of DARTS."""
+
+    order: Literal[1, 2] = 1
+    """1: the architecture's gradient at the current weights (xi = 0). 2: through one unrolled step of the weights."""
+    radius: float = 0.01
+    """Length of the weight perturbation in the second order's finite difference."""
+    adversarial: Literal["both", "weights", "architecture", "none"] = "both"
+    """Which level of the search sees PGD examples in place of clean images."""
+
+
+class Darts(Method):
+    """`min_alpha L_V(w*(alpha), alpha)` with w* by gradient descent; L is the cross entropy, on PGD examples if asked."""
+
+    name = "darts"
+    Options = DartsOptions
+
+    def __init__(self, options: DartsOptions, space: Space, seed: int) -> None:
+        super().__init__(options, space, seed)
+        self.alpha = initial_alpha(space, seed)
+
+    def mixing(self) -> Mixing:
+        """softmax(alpha) over the operations of each edge, (E, K) per cell type."""
+        return {cell_type: alpha.softmax(dim=1) for cell_type, alpha in self.alpha.items()}
+
+    def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
+        """PGD examples against the supernet as it is now, where `adversarial` names this level."""
+        if self.options.adversarial not in ("both", level):
+            return Batch(x, y)
+        target = FixedMixture(supernet, self.mixing())
+        return Batch(x, y, attacks.perturb(target, x, y, step.attack, generator=step.generator(f"attack-{level}")))
+
+    def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the supernet on its batch of D_T."""
+        logits = supernet(train.inputs, {cell_type: weights.detach() for cell_type, weights in self.mixing().items()})
+        return cross_entropy(logits, train.y), logits
+
+    def architecture_step(self, supernet: Supernet, train: Batch, valid: Batch, step: SearchStep) -> LevelResult:
+        """First- or second-order gradient of the cross entropy on D_V, with batch statistics and unmoved BN averages."""
+        parameters = list(self.parameters())
+        with attacks.frozen(supernet, statistics="batch"), torch.enable_grad():
+            if self.options.order == 1:
+                logits = supernet(valid.inputs, self.mixing())
+                loss = cross_entropy(logits, valid.y)
+                gradients = torch.autograd.grad(loss, parameters)
+            else:
+
+                def loss_on(batch: Batch):
+                    def loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                        logits = functional_call(supernet, weights, (batch.inputs, self.mixing()))
+                        return cross_entropy(logits, batch.y), logits
+
+                    return loss
+
+                weights = dict(supernet.named_parameters())
+                gradients, loss, logits = unrolled_gradients(
+                    loss_on(train), loss_on(valid), weights, parameters, step.weight_optimizer, radius=self.options.radius
+                )
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        return LevelResult(loss.item(), accuracy(logits, valid.y))

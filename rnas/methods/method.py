@@ -1,0 +1,143 @@
+"""What a search method decides, and what all methods share.
+
+A method owns the architecture parameters and says how they become mixing weights, which inputs each level of the search
+sees, and what each level minimises. The job in `rnas.search` owns data, optimizers, checkpoints and progress.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AttackConfig
+from ..genotype import Genotype
+from ..seeding import generator
+from ..spaces import Space
+from ..supernet import Supernet
+
+Mixing = dict[str, Tensor]
+Level = Literal["weights", "architecture"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One level's input: x (N, C, H, W) in [0, 1], y (N,), and perturbed images where the method made some."""
+
+    x: Tensor
+    y: Tensor
+    x_adv: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """The perturbed images where there are any, else the clean ones."""
+        return self.x if self.x_adv is None else self.x_adv
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """Where the search stands, for methods whose rules depend on it."""
+
+    epoch: int
+    index: int
+    attack: AttackConfig
+    weight_optimizer: torch.optim.Optimizer
+    generator: Callable[[str], torch.Generator]
+    """Gives the generator of a purpose; its numbers depend on seed, purpose, epoch and batch alone."""
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """What one level reports: mean loss, and accuracy in [0, 1] on the inputs it saw."""
+
+    loss: float
+    accuracy: float
+
+
+class Method(nn.Module, ABC):
+    """Base of the search methods. Its parameters and buffers are the architecture's, and go into checkpoints.
+
+    Args:
+        options: the method's knobs, an instance of its `Options`.
+        space: the search space.
+        seed: of the initial architecture parameters.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+
+    def __init__(self, options: Any, space: Space, seed: int) -> None:
+        super().__init__()
+        self.options = options
+        self.space = space
+
+    @abstractmethod
+    def mixing(self) -> Mixing:
+        """Mixing weights of every cell type, (E, K), differentiable in the architecture parameters."""
+
+    @abstractmethod
+    def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
+        """The batch that `level` will see: attacks and noise are made here, once per step, before either level moves."""
+
+    @abstractmethod
+    def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
+        """Loss of the weights on D_T and the logits (N, classes); the architecture is a constant here."""
+
+    @abstractmethod
+    def architecture_step(self, supernet: Supernet, train: Batch, valid: Batch, step: SearchStep) -> LevelResult:
+        """Put the gradient of the architecture's objective into `.grad` of the method's parameters.
+
+        Must leave weights, BN statistics and `.grad` of the supernet as they were.
+        """
+
+    def genotype(self) -> Genotype:
+        """The architecture that the parameters stand for now."""
+        with torch.no_grad():
+            return discretise(self.space, self.mixing())
+
+
+def initial_alpha(space: Space, seed: int) -> nn.ParameterDict:
+    """Architecture parameters alpha, (E, K) per cell type, drawn from 1e-3 * N(0, 1) as in DARTS."""
+    shape = (len(space.edges), len(space.primitives))
+    return nn.ParameterDict(
+        {
+            cell_type: nn.Parameter(1e-3 * torch.randn(shape, generator=generator(seed, "alpha", cell_type)))
+            for cell_type in space.cell_types
+        }
+    )
+
+
+def discretise(space: Space, mixing: Mixing, inputs_per_node: int = 2) -> Genotype:
+    """The DARTS rule: per node keep the edges whose strongest operation other than `none` weighs most, each with it.
+
+    mixing: cell type -> weights (E, K). Ties go to the earlier edge and operation.
+    """
+    candidates = [index for index, primitive in enumerate(space.primitives) if primitive != "none"]
+    cells = {}
+    for cell_type in space.cell_types:
+        strengths, winners = mixing[cell_type][:, candidates].max(dim=1)
+        nodes = []
+        for state in space.concat:
+            edges = [index for index, (_, target) in enumerate(space.edges) if target == state]
+            kept = sorted(edges, key=lambda index: -float(strengths[index]))[:inputs_per_node]
+            nodes.append(tuple((space.primitives[candidates[int(winners[index])]], space.edges[index][0]) for index in sorted(kept)))
+        cells[cell_type] = tuple(nodes)
+    return Genotype(cells, space.concat)
+
+
+def entropy(mixing: Mixing) -> dict[str, float]:
+    """Mean entropy of the edges' normalised mixing weights per cell type, in nats: ln K when undecided, 0 when decided."""
+    result = {}
+    for cell_type, weights in mixing.items():
+        share = weights.detach() / weights.detach().sum(dim=1, keepdim=True).clamp_min(1e-12)
+        result[cell_type] = float(torch.special.entr(share).sum(dim=1).mean())
+    return result
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    """Share of correct predictions; logits (N, classes), y (N,)."""
+    return float((logits.argmax(dim=1) == y).float().mean())

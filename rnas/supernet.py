@@ -1,0 +1,116 @@
+"""The relaxed network: every edge computes all candidate operations and sums them with its mixing weights.
+
+The mixing weights come in as an argument, so that a search method owns its relaxation (softmax, log-normal samples,
+one-hot) and the supernet knows nothing of it. This is the module-per-operation form in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import operations
+from .spaces import NUM_INPUTS, CellSpec, Space
+
+
+class MixedOperation(nn.Module):
+    """One mixed edge: `sum_o weights[o] * o(x)` over the K candidate operations (Liu et al., equation 2)."""
+
+    def __init__(self, primitives: tuple[str, ...], channels: int, stride: int) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleList()
+        for primitive in primitives:
+            candidate = operations.build(primitive, channels, stride, affine=False)
+            if "pool" in primitive:
+                candidate = nn.Sequential(candidate, nn.BatchNorm2d(channels, affine=False))
+            self.candidates.append(candidate)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x (N, C, H, W), weights (K,) -> (N, C, H/stride, W/stride)."""
+        return sum(weight * candidate(x) for weight, candidate in zip(weights, self.candidates))
+
+
+class MixedCell(nn.Module):
+    """A cell of mixed edges: node j sums its edges from both inputs and all earlier nodes."""
+
+    def __init__(self, space: Space, spec: CellSpec, channels_in: tuple[int, int], previous_reduces: bool) -> None:
+        super().__init__()
+        self.edges_into = [
+            [(index, source) for index, (source, target) in enumerate(space.edges) if target == state] for state in space.concat
+        ]
+        before = operations.FactorizedReduce if previous_reduces else operations.ReLUConvBN
+        self.preprocess = nn.ModuleList(
+            [before(channels_in[0], spec.channels, affine=False), operations.ReLUConvBN(channels_in[1], spec.channels, affine=False)]
+        )
+        self.mixed = nn.ModuleList(
+            MixedOperation(space.primitives, spec.channels, 2 if spec.reduces and source < NUM_INPUTS else 1)
+            for source, _ in space.edges
+        )
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        """s0, s1: outputs of the two cells before, (N, C', H, W). weights (E, K). -> (N, nodes * C, H, W)."""
+        states = [self.preprocess[0](s0), self.preprocess[1](s1)]
+        rows = weights.unbind()
+        for edges in self.edges_into:
+            states.append(sum(self.mixed[index](states[source], rows[index].unbind()) for index, source in edges))
+        return torch.cat(states[NUM_INPUTS:], dim=1)
+
+
+class Supernet(nn.Module):
+    """The network that contains every architecture of `space`.
+
+    Args:
+        space: the search space.
+        channels, layers: C of the first cells; number of cells.
+        num_classes: K of the logits.
+        mean, std: of the training images per channel; their length is the number of image channels.
+        stem_stride: stride of the first convolution.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        channels: int,
+        layers: int,
+        num_classes: int,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        specs = space.layout(layers, channels)
+        self.cell_types = [spec.cell_type for spec in specs]
+        stem_channels = 3 * channels
+        self.normalize = operations.Normalize(mean, std)
+        self.stem = nn.Sequential(
+            nn.Conv2d(len(mean), stem_channels, 3, stem_stride, padding=1, bias=False), nn.BatchNorm2d(stem_channels)
+        )
+        self.cells = nn.ModuleList()
+        channels_in, previous_reduces = (stem_channels, stem_channels), False
+        for spec in specs:
+            self.cells.append(MixedCell(space, spec, channels_in, previous_reduces))
+            channels_in, previous_reduces = (channels_in[1], space.nodes * spec.channels), spec.reduces
+        self.classifier = nn.Linear(channels_in[1], num_classes)
+
+    def forward(self, x: Tensor, mixing: Mapping[str, Tensor]) -> Tensor:
+        """x (N, C, H, W) in [0, 1]; mixing: cell type -> weights (E, K). Returns logits (N, num_classes)."""
+        s0 = s1 = self.stem(self.normalize(x))
+        for cell, cell_type in zip(self.cells, self.cell_types):
+            s0, s1 = s1, cell(s0, s1, mixing[cell_type])
+        return self.classifier(s1.mean(dim=(2, 3)))
+
+
+class FixedMixture(nn.Module):
+    """A supernet with its mixing weights held: a plain classifier (N, C, H, W) -> (N, num_classes), as attacks want it."""
+
+    def __init__(self, supernet: Supernet, mixing: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.supernet = supernet
+        self.mixing = {cell_type: weights.detach() for cell_type, weights in mixing.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.supernet(x, self.mixing)

@@ -1,0 +1,78 @@
+"""What several test files share: small images, small configurations, and where the full data sets are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rnas.config import AttackConfig, DataConfig, SearchConfig, TrainConfig
+from rnas.methods import options_for
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+torch.set_num_threads(1)  # the networks of the tests are so small that a second thread only waits
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Skip what needs a GPU or the full data sets, with the reason, where they are missing."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "shared_data" in item.keywords and not SHARED_DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs the full data sets in ../shared/data"))
+
+
+@pytest.fixture(scope="session")
+def small_images(tmp_path_factory) -> Path:
+    """An .npz with 96 training and 40 test images of 8 x 8 pixels, three channels, four classes that differ in mean."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 96), ("test", 40)):
+        labels = np.arange(count) % 4
+        noise = rng.integers(0, 120, (count, 8, 8, 3))
+        arrays |= {f"x_{part}": (noise + 40 * labels[:, None, None, None]).astype(np.uint8), f"y_{part}": labels.astype(np.int64)}
+    path = tmp_path_factory.mktemp("images") / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def search_config(small_images, tmp_path) -> SearchConfig:
+    """A whole adversarial search of 2 epochs x 3 batches that takes about a second."""
+    return SearchConfig(
+        method="darts",
+        options=options_for("darts"),
+        nodes=2,
+        channels=2,
+        layers=3,
+        epochs=2,
+        batch_size=16,
+        data=DataConfig(dataset=str(small_images)),
+        attack=AttackConfig(steps=2),
+        run=str(tmp_path / "search"),
+        device="cpu",
+        quiet=True,
+    )
+
+
+@pytest.fixture
+def train_config(small_images, tmp_path) -> TrainConfig:
+    """A whole adversarial training of 2 epochs x 6 batches that takes a few seconds."""
+    return TrainConfig(
+        genotype="RACL",
+        channels=2,
+        layers=3,
+        epochs=2,
+        batch_size=16,
+        drop_path=0.2,
+        data=DataConfig(dataset=str(small_images)),
+        attack=AttackConfig(steps=2),
+        run=str(tmp_path / "train"),
+        device="cpu",
+        quiet=True,
+    )

@@ -1,0 +1,220 @@
+"""Search and training end to end on small images: what they write, and that a seed decides every bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rnas import evaluate, genotype, search, train
+from rnas.config import AttackConfig, DataConfig, EvaluateConfig
+from rnas.loop import Interrupted, Loop
+from rnas.runs import load_tensors
+
+
+def final_state(run) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint by path."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}/{key}")
+
+    walk(load_tensors(run / "checkpoint.pt")["parts"], "")
+    return found
+
+
+def assert_same_bits(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys() and first
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_search_writes_what_it_promises(search_config):
+    result = search.search(search_config)
+    for path in result.files:
+        assert path.is_file() and path.stat().st_size > 0, path
+    names = {path.name for path in result.files}
+    assert {"genotype.json", "cells.svg", "cells.png", "curves.png", "checkpoint.pt", "metrics.jsonl", "config.json"} <= names
+    assert genotype.load(result.run) == result.genotype
+    config = json.loads((result.run / "config.json").read_text())["config"]
+    assert config["attack"]["epsilon"] == 8 / 255 and config["options"]["order"] == 1
+    records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert set(records[0]["entropy"]) == {"normal", "reduction"} and records[0]["architecture_loss"] > 0
+
+
+def test_the_search_learns(search_config):
+    config = replace(search_config, epochs=12, attack=replace(search_config.attack, epsilon=2 / 255))
+    result = search.search(config)
+    records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["weight_accuracy"] > 0.5 > records[0]["weight_accuracy"]
+    start = search.build(replace(config, attack=AttackConfig(epsilon=0.1)), search.data.load(config.data))[1]
+    moved = final_state(result.run)["/method/alpha.normal"] - start.alpha["normal"]
+    assert moved.abs().max() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(search_config, tmp_path):
+    torch.manual_seed(1)
+    first = search.search(search_config)
+    torch.manual_seed(2)  # the caller's generator must not matter
+    again = search.search(replace(search_config, run=str(tmp_path / "again")))
+    other = search.search(replace(search_config, run=str(tmp_path / "other"), seed=1))
+    assert_same_bits(final_state(first.run), final_state(again.run))
+    assert not torch.equal(final_state(first.run)["/supernet/stem.0.weight"], final_state(other.run)["/supernet/stem.0.weight"])
+
+
+def test_warm_up_leaves_the_architecture_alone(search_config):
+    result = search.search(replace(search_config, warmup_epochs=2))
+    fresh = search.build(replace(search_config, attack=AttackConfig(epsilon=0.1)), search.data.load(search_config.data))[1]
+    for name, alpha in fresh.alpha.items():
+        assert torch.equal(final_state(result.run)[f"/method/alpha.{name}"], alpha)
+
+
+class StopAt:
+    """Makes the loop receive a signal after a given number of batches."""
+
+    def __init__(self, monkeypatch, batches: int, number: int) -> None:
+        self.left = batches
+        done = Loop.done
+
+        def counted(loop, images, **numbers):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), number)
+            return done(loop, images, **numbers)
+
+        monkeypatch.setattr(Loop, "done", counted)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_search_resumes_to_the_same_bits(search_config, tmp_path, monkeypatch, batches, number):
+    whole = search.search(search_config)
+    stopped = replace(search_config, run=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        StopAt(patch, batches, number)
+        with pytest.raises(Interrupted):
+            search.search(stopped)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = search.resume(stopped.run, quiet=True)
+    assert_same_bits(final_state(whole.run), final_state(result.run))
+    assert result.genotype == whole.genotype
+    plain = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+             for run in (whole.run, result.run) for line in (run / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert plain[:2] == plain[2:]
+
+
+def test_resuming_a_finished_search_changes_nothing(search_config):
+    result = search.search(search_config)
+    before = final_state(result.run)
+    again = search.resume(result.run, quiet=True)
+    assert again.genotype == result.genotype
+    assert_same_bits(before, final_state(result.run))
+
+
+@pytest.mark.parametrize("validation_images", [0, 16])
+def test_a_stopped_training_resumes_to_the_same_bits(train_config, tmp_path, monkeypatch, validation_images):
+    config = replace(train_config, validation_images=validation_images, epsilon_warmup_epochs=1)
+    whole = train.train(config)
+    stopped = replace(config, run=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        StopAt(patch, 7, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train.train(stopped)
+    train.resume(stopped.run, quiet=True)
+    assert_same_bits(final_state(whole.run), final_state(tmp_path / "stopped"))
+    x = torch.rand(4, 3, 8, 8)
+    assert torch.equal(train.load_network(whole.run)(x), train.load_network(stopped.run)(x))
+
+
+def test_a_trained_network_is_evaluated(train_config, tmp_path):
+    result = train.train(train_config)
+    standard = train.train(replace(train_config, recipe="standard", genotype="ARNAS", run=str(tmp_path / "standard")))
+    config = EvaluateConfig(runs=(str(result.run), str(standard.run)), steps=(1, 3), device="cpu", quiet=True)
+    table = evaluate.evaluate(config)
+    for row in table.rows:
+        assert set(row.accuracies) == {"clean", "fgsm", "pgd-1", "pgd-3"}
+        assert all(0 <= value <= 1 for value in row.accuracies.values())
+        assert row.accuracies["pgd-3"] <= row.accuracies["clean"]
+    content = json.loads((result.run / "evaluation.json").read_text())
+    assert content["threat"]["epsilon"] == pytest.approx(8 / 255) and content["images"] == 40
+    assert [network["recipe"] for network in content["networks"]] == ["pgd-at", "standard"]
+    assert all(path.is_file() for path in table.files)
+
+
+def test_the_best_weights_on_held_out_images_are_kept(train_config):
+    config = replace(train_config, validation_images=16, epochs=3)
+    result = train.train(config)
+    records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    best = load_tensors(result.run / "checkpoint.pt")["parts"]["best"]
+    scores = [record["robust_accuracy"] for record in records]
+    assert best["score"] == max(scores) and best["epoch"] == scores.index(max(scores))
+    for name, value in train.load_network(result.run).state_dict().items():
+        assert torch.equal(value, best["weights"][name])
+
+
+def test_a_number_that_is_not_finite_stops_before_the_checkpoint(search_config):
+    exploding = replace(search_config, weights=replace(search_config.weights, learning_rate=1e30, grad_clip=0.0))
+    with pytest.raises(FloatingPointError, match="weight_loss became|architecture_loss became"):
+        search.search(exploding)
+
+
+BAD_SEARCHES = {
+    "nearest method": ({"method": "dart", "options": None}, "did you mean 'darts'"),
+    "foreign options": ({"options": AttackConfig()}, "takes DartsOptions"),
+    "space": ({"space": "dats"}, "unknown search space"),
+    "layers": ({"layers": 2}, "at least 3 cells"),
+    "epochs": ({"epochs": 0}, "epochs must be at least 1"),
+    "batch": ({"batch_size": 64}, "batch"),
+    "epsilon": ({"attack": AttackConfig(epsilon=-1.0)}, "attack.epsilon must be a finite number of at least 0"),
+    "steps": ({"attack": AttackConfig(steps=0)}, "attack.steps must be at least 1"),
+    "device": ({"device": "quantum"}, "unknown device"),
+    "missing data": ({"data": DataConfig(dataset="missing.npz")}, "missing.npz"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SEARCHES)
+def test_a_bad_search_is_refused_before_any_file_is_made(search_config, case):
+    changes, message = BAD_SEARCHES[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        search.search(replace(search_config, **changes))
+    assert not os.path.exists(search_config.run)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_refused(search_config):
+    with pytest.raises(ValueError, match="--device cuda: PyTorch sees 0 CUDA devices here; use --device cpu"):
+        search.search(replace(search_config, device="cuda"))
+
+
+def test_bad_training_is_refused(train_config):
+    for changes, message in (
+        ({"genotype": ""}, "no genotype given"),
+        ({"genotype": "RACLE"}, "did you mean RACL"),
+        ({"drop_path": 1.0}, "drop_path must be"),
+        ({"validation_images": 96}, "leaves nothing"),
+        ({"validation_images": -1}, "at least 0"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.train(replace(train_config, **changes))
+    assert not os.path.exists(train_config.run)
+
+
+def test_an_unfinished_or_damaged_network_is_named(train_config):
+    result = train.train(train_config)
+    (result.run / "model.pt").rename(result.run / "kept.pt")
+    with pytest.raises(FileNotFoundError, match="the training has not finished"):
+        evaluate.evaluate(EvaluateConfig(runs=(str(result.run),), quiet=True))
+    (result.run / "model.pt").write_bytes((result.run / "kept.pt").read_bytes()[:-50])
+    with pytest.raises(ValueError, match="cannot be read: truncated"):
+        train.load_network(result.run)
+    with pytest.raises(ValueError, match="no runs given"):
+        evaluate.evaluate(EvaluateConfig(quiet=True))
