@@ -1,6 +1,7 @@
 """Builds the compiled modules of rnas from what the machine has.
 
-No C++ compiler: plain PyTorch only. A C++ compiler: `rnas._cpu`. nvcc too: `rnas._cuda`, whether or not a GPU is visible.
+No C++ compiler: plain PyTorch only. A C++ compiler: `rnas._cpu`. nvcc too: `rnas._cuda`, whether or not a GPU is
+visible.
 
 Environment:
   CXX                     the C++ compiler (default: c++, g++ or clang++ on PATH)
@@ -84,7 +85,7 @@ def default_architectures(nvcc: str) -> list[str]:
     names = [name.removesuffix("+PTX") for name in DEFAULT_ARCHITECTURES]
     names = [name for name in names if not known or name.replace(".", "") in known]
     if not names:
-        sys.exit("rnas: this nvcc knows none of the default architectures; set TORCH_CUDA_ARCH_LIST, for example to 7.5")
+        sys.exit("rnas: this nvcc knows none of the default architectures; set TORCH_CUDA_ARCH_LIST")
     return names[:-1] + [names[-1] + "+PTX"]
 
 

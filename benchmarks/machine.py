@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def device_name(device: str) -> str:
-    """"NVIDIA H200", or the processor's name and its number of cores."""
+    """The GPU as its driver calls it, or the name of the processor and its number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name.strip()}, {os.cpu_count()} cores"
 

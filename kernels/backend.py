@@ -1,9 +1,9 @@
 """Which implementation serves a call, and why.
 
-An op has up to four implementations: `reference` (plain PyTorch, always there), `cpu` and `cuda` (compiled, in the modules
-`rnas._cpu` and `rnas._cuda`) and `triton`. By default the fastest that can take the call serves it. The environment
-variable `RNAS_BACKEND` (auto, reference, cpu, cuda, triton; read at every call) forces one; a forced one that cannot take
-the call raises and says why.
+An op has up to four implementations: `reference` (plain PyTorch, always there), `cpu` and `cuda` (compiled, in the
+modules `rnas._cpu` and `rnas._cuda`) and `triton`. By default the fastest that can take the call serves it. The
+environment variable `RNAS_BACKEND` (auto, reference, cpu, cuda, triton; read at every call) forces one; a forced one
+that cannot take the call raises and says why.
 
 The compiled modules are imported at their first use, after torch, whose OpenMP runtime they run on.
 """
@@ -47,11 +47,12 @@ class Op:
     def __post_init__(self):
         unknown = set(self.implementations) - set(CHOICES[1:])
         if unknown or "reference" not in self.implementations:
-            raise ValueError(f"{self.name} needs a reference and backends among {CHOICES[1:]}, got {self.implementations}")
+            names = ", ".join(self.implementations)
+            raise ValueError(f"{self.name} needs a reference and backends among {CHOICES[1:]}, got {names}")
         OPS[self.name] = self
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Callable:
-        """The function that serves a call on `device` with `dtype`. Raises where `RNAS_BACKEND` forces one that cannot."""
+        """The function that serves such a call. Raises RuntimeError where `RNAS_BACKEND` forces one that cannot."""
         name, reason = self.decide(device, dtype)
         if name is None:
             raise RuntimeError(
@@ -148,7 +149,7 @@ def _unavailable(name: str, device: torch.device) -> str | None:
 
 
 def _unsupported_gpu(capability: tuple[int, int]) -> str | None:
-    """Why a GPU cannot run what was built: machine code runs on its own major version from its minor on, PTX on newer ones."""
+    """Why a GPU cannot run what was built, or None: machine code serves one major version, PTX all newer ones."""
     major, minor = capability
     for built in architectures():
         kind, number, exact = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", built).groups()
@@ -188,11 +189,14 @@ def _row(op: Op, name: str) -> Row:
     if name in op.implementations and kind == "cuda" and not torch.cuda.is_available():
         return Row(op.name, name, "", "no CUDA device is visible", built_for)
     dtypes = (op.implementations[name].dtypes if name in op.implementations else None) or (torch.float32,)
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" and torch.cuda.is_available() else torch.device(kind)
+    device = torch.device(kind, 0) if kind == "cuda" and torch.cuda.is_available() else torch.device(kind)
     obstacle = op.obstacle(name, device, dtypes[0])
-    if obstacle is None and op.decide(device, dtypes[0])[0] == name:
-        return Row(op.name, name, f"{kind} {', '.join(map(_short, dtypes))}", op.decide(device, dtypes[0])[1], built_for)
-    return Row(op.name, name, "", obstacle or f"{op.decide(device, dtypes[0])[0]} serves instead", built_for)
+    if obstacle is not None:
+        return Row(op.name, name, "", obstacle, built_for)
+    serving, reason = op.decide(device, dtypes[0])
+    if serving != name:
+        return Row(op.name, name, "", f"{serving or 'nothing'} serves instead ({reason})", built_for)
+    return Row(op.name, name, f"{kind} {', '.join(map(_short, dtypes))}", reason, built_for)
 
 
 def _built_for(name: str) -> str:

@@ -33,8 +33,8 @@ def pgd_step(
         grad: (N, ...) gradient of the loss with respect to `x_adv`.
         x: (N, ...) the clean images. All three have the same shape, device and dtype (float64, float32, float16 or
             bfloat16) and any memory layout.
-        epsilon: radius of the ball in pixel units (8/255 for pixels in [0, 1]): a number, or a tensor of shape (N,) or ().
-            Numbers must not be negative; tensors are not looked at, as that would wait for the GPU.
+        epsilon: radius of the ball in pixel units (8/255 for pixels in [0, 1]): a number, or a tensor of shape (N,) or
+            (). Numbers must not be negative; tensors are not looked at, as that would wait for the GPU.
         step_size: length of the step in pixel units, likewise; negative to descend.
         norm: "linf" or "l2" (per sample, over all its pixels).
         lower, upper: the box of valid pixels.
@@ -43,9 +43,9 @@ def pgd_step(
     Returns:
         (N, ...) the new images: `out`, or a new tensor, channels_last where `x_adv` is and else contiguous.
 
-    Computed in float32 (float64 for float64 inputs) and rounded once. A zero gradient makes no step. A NaN in an operand
-    gives a NaN pixel; with "l2" a NaN in a gradient reaches its whole sample. Deterministic; the CPU kernel gives the same
-    bits for every instruction set and number of threads.
+    Computed in float32 (float64 for float64 inputs) and rounded once. A zero gradient makes no step. A NaN in an
+    operand gives a NaN pixel; with "l2" a NaN in a gradient reaches its whole sample. Deterministic; the CPU kernel
+    gives the same bits for every instruction set and number of threads.
 
     Equivalent to, for "linf"::
 
@@ -97,15 +97,15 @@ def random_start(
     Args:
         x: (N, ...) the clean images.
         epsilon: radius in pixel units: a number, or a tensor of shape (N,) or ().
-        norm: "linf", uniform in the cube of half-width epsilon, or "l2", uniform in the ball (a Gaussian direction and a
-            radius of epsilon * u^(1/D), with D pixels in an image).
+        norm: "linf", uniform in the cube of half-width epsilon, or "l2", uniform in the ball (a Gaussian direction and
+            a radius of epsilon * u^(1/D), with D pixels in an image).
         lower, upper: the box of valid pixels.
         generator: source of the random numbers, on any device; None for PyTorch's default generator of x's device.
         out: (N, ...) buffer for the result. May be `x`.
 
     Returns:
-        (N, ...) a constant to autograd, in x's dtype, channels_last where `x` is and else contiguous. The numbers are drawn
-        in the order N, C, H, W whatever the layout of `x`, so the layout does not change the values.
+        (N, ...) a constant to autograd, in x's dtype, channels_last where `x` is and else contiguous. The numbers are
+        drawn in the order N, C, H, W whatever the layout of `x`, so the layout does not change the values.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; the message says what was expected.
@@ -147,7 +147,7 @@ def _compiled_arguments(out, x_adv, grad, x, epsilon, step_size, epsilons, step_
     samples = x_adv.shape[0]
     size = x_adv.numel() // samples if samples else 0
     addresses = (out.data_ptr(), x_adv.data_ptr(), grad.data_ptr(), x.data_ptr())
-    per_sample = (epsilons.data_ptr() if epsilons is not None else 0, step_sizes.data_ptr() if step_sizes is not None else 0)
+    per_sample = (0 if numbers is None else numbers.data_ptr() for numbers in (epsilons, step_sizes))
     dtype = str(x_adv.dtype).removeprefix("torch.")
     return (*addresses, samples, size, dtype, norm, epsilon, step_size, *per_sample, lower, upper)
 
@@ -237,7 +237,7 @@ def _check_image(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (N, ...), got {type(tensor).__name__}")
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}; convert with .float()")
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}; use .float()")
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have shape (N, ...), got a tensor without dimensions; add one with [None]")
 
@@ -255,7 +255,7 @@ def _check_like(name: str, tensor: Tensor, model: Tensor, of: str = "x_adv") -> 
 
 def _check_out(out: Tensor | None) -> None:
     if out is not None and out.numel() and any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
-        raise ValueError(f"out must not overlap itself, got strides {out.stride()} for {tuple(out.shape)}; pass out.clone()")
+        raise ValueError(f"out must not overlap itself, got strides {out.stride()} for shape {tuple(out.shape)}")
 
 
 def _check_norm(norm: str) -> None:

@@ -15,7 +15,9 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("rnas", "DEF")
 
 
-def define_constant_op(schema: str, implementation: Callable, fake: Callable, mutates: tuple[int, ...] = ()) -> Callable:
+def define_constant_op(
+    schema: str, implementation: Callable, fake: Callable, mutates: tuple[int, ...] = ()
+) -> Callable:
     """Defines `rnas::<name>` with one implementation for all devices and no derivatives. Returns the op overload.
 
     schema          torch.library schema, such as "pgd_step(Tensor x_adv, ...) -> Tensor"

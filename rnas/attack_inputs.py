@@ -29,8 +29,9 @@ class Images:
         x = x.contiguous(memory_format=_memory_format(x))
         index = torch.arange(x.shape[0], device=x.device)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        epsilon, step_size = (_plain(value).to(x.device, dtype) if isinstance(value, Tensor) else value
-                              for value in (epsilon, step_size))
+        epsilon, step_size = (
+            _plain(value).to(x.device, dtype) if isinstance(value, Tensor) else value for value in (epsilon, step_size)
+        )
         return cls(x, _plain(y).to(x.device, torch.int64), epsilon, step_size, index)
 
     @property
@@ -38,8 +39,9 @@ class Images:
         return self.x.shape[0]
 
     def take(self, chosen: Tensor) -> Images:
-        epsilon, step_size = (value[chosen] if isinstance(value, Tensor) else value
-                              for value in (self.epsilon, self.step_size))
+        epsilon, step_size = (
+            value[chosen] if isinstance(value, Tensor) else value for value in (self.epsilon, self.step_size)
+        )
         return Images(take_images(self.x, chosen), self.y[chosen], epsilon, step_size, self.index[chosen])
 
 
@@ -75,8 +77,10 @@ def check_images(x: Tensor, lower: float, upper: float) -> None:
         return
     smallest, largest = torch.stack(x.detach().aminmax()).tolist()
     if not (lower <= smallest and largest <= upper):  # written so that NaN fails
-        raise ValueError(f"x must lie in [lower, upper] = [{lower}, {upper}], got values in [{smallest}, {largest}]: "
-                         "attacks work on pixels, so normalisation belongs into the model")
+        raise ValueError(
+            f"x must lie in [lower, upper] = [{lower}, {upper}], got values in [{smallest}, {largest}]: "
+            "attacks work on pixels, so normalisation belongs into the model"
+        )
 
 
 def check_labels(y: Tensor, count: int) -> int:
@@ -100,8 +104,10 @@ def check_per_image(name: str, value: float | Tensor, x: Tensor, limit: float = 
     if isinstance(value, Tensor):
         if value.shape not in ((), (count,)):
             hint = f": type {name}.reshape(-1)" if value.numel() == count else ""
-            raise ValueError(f"{name} must be a number or a tensor of shape (N,) = ({count},), one value per image, "
-                             f"got shape {tuple(value.shape)}{hint}")
+            raise ValueError(
+                f"{name} must be a number or a tensor of shape (N,) = ({count},), one value per image, "
+                f"got shape {tuple(value.shape)}{hint}"
+            )
         if value.dim() == 0:
             value = value.item()
     if isinstance(value, Tensor):
@@ -114,6 +120,8 @@ def check_per_image(name: str, value: float | Tensor, x: Tensor, limit: float = 
         wrong = highest if lowest >= 0 else lowest
         raise ValueError(f"{name} must be finite and not negative, in pixel units, got {wrong}")
     if highest > limit:
-        raise ValueError(f"{name} must not exceed the width of the box [lower, upper], {limit}, got {highest}: for "
-                         "8 of 255 grey levels type 8 / 255")
+        raise ValueError(
+            f"{name} must not exceed the width of the box [lower, upper], {limit}, got {highest}: for "
+            "8 of 255 grey levels type 8 / 255"
+        )
     return value

@@ -47,8 +47,21 @@ def fgsm(
     Equivalent to: pgd(..., step_size=epsilon, steps=1, random_start=False).
     Source: Goodfellow et al., arXiv 1412.6572, section 4.
     """
-    return pgd(model, x, y, epsilon=epsilon, step_size=epsilon, steps=1, norm=norm, targeted=targeted,
-               random_start=False, loss=loss, statistics=statistics, lower=lower, upper=upper)
+    return pgd(
+        model,
+        x,
+        y,
+        epsilon=epsilon,
+        step_size=epsilon,
+        steps=1,
+        norm=norm,
+        targeted=targeted,
+        random_start=False,
+        loss=loss,
+        statistics=statistics,
+        lower=lower,
+        upper=upper,
+    )
 
 
 def pgd(
@@ -110,8 +123,18 @@ def pgd(
         images = Images.of(x, y, epsilon, step_size)
         if images.count == 0:
             return images.x.clone()
-        ascent = _Ascent(model, _LOSSES[loss] if isinstance(loss, str) else loss, -1 if targeted else 1, steps,
-                         random_start, norm, lower, upper, generator, highest_label)
+        ascent = _Ascent(
+            model,
+            _LOSSES[loss] if isinstance(loss, str) else loss,
+            -1 if targeted else 1,
+            steps,
+            random_start,
+            norm,
+            lower,
+            upper,
+            generator,
+            highest_label,
+        )
         with _random_states_kept(model, x.device), frozen(model, statistics):
             if restarts == 1 and not early_drop:
                 return ascent.climb(images)
@@ -122,9 +145,19 @@ def perturb(
     model: Model, x: Tensor, y: Tensor, attack: AttackConfig, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """`pgd` with the settings of an AttackConfig, its epsilon and step_size set: how training makes its examples."""
-    return pgd(model, x, y, epsilon=attack.epsilon, step_size=attack.step_size, steps=attack.steps, norm=attack.norm,
-               random_start=attack.random_start, restarts=attack.restarts, statistics=attack.statistics,
-               generator=generator)
+    return pgd(
+        model,
+        x,
+        y,
+        epsilon=attack.epsilon,
+        step_size=attack.step_size,
+        steps=attack.steps,
+        norm=attack.norm,
+        random_start=attack.random_start,
+        restarts=attack.restarts,
+        statistics=attack.statistics,
+        generator=generator,
+    )
 
 
 @contextmanager
@@ -148,8 +181,10 @@ def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn
     parameters = model.parameters() if isinstance(model, nn.Module) else []
     trainable = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
     tracking = [module for module in modules if getattr(module, "track_running_stats", False)]
-    buffers = [(module, {name: module._buffers[name] for name in _STATISTICS if name in module._buffers})
-               for module in (tracking if statistics == "batch" else [])]
+    buffers = [
+        (module, {name: module._buffers[name] for name in _STATISTICS if name in module._buffers})
+        for module in (tracking if statistics == "batch" else [])
+    ]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -244,12 +279,27 @@ class _Ascent:
     def start(self, images: Images) -> Tensor:
         if not self.random_start:
             return images.x.clone()
-        return kernels.random_start(images.x, epsilon=images.epsilon, norm=self.norm, lower=self.lower,
-                                    upper=self.upper, generator=self.generator)
+        return kernels.random_start(
+            images.x,
+            epsilon=images.epsilon,
+            norm=self.norm,
+            lower=self.lower,
+            upper=self.upper,
+            generator=self.generator,
+        )
 
     def step(self, x_adv: Tensor, grad_x: Tensor, images: Images) -> None:
-        kernels.pgd_step(x_adv, grad_x, images.x, epsilon=images.epsilon, step_size=images.step_size, norm=self.norm,
-                         lower=self.lower, upper=self.upper, out=x_adv)
+        kernels.pgd_step(
+            x_adv,
+            grad_x,
+            images.x,
+            epsilon=images.epsilon,
+            step_size=images.step_size,
+            norm=self.norm,
+            lower=self.lower,
+            upper=self.upper,
+            out=x_adv,
+        )
 
     def gradient(self, x_adv: Tensor, images: Images) -> tuple[Tensor, Tensor]:
         leaf = x_adv.detach().requires_grad_()
@@ -257,8 +307,10 @@ class _Ascent:
         total = self.value(logits, images).sum()
         grad_x = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
         if grad_x is None:
-            raise ValueError("the loss does not depend on the images: is there a no_grad or a detach inside the model "
-                             "or the loss? An attack needs the gradient through both")
+            raise ValueError(
+                "the loss does not depend on the images: is there a no_grad or a detach inside the model "
+                "or the loss? An attack needs the gradient through both"
+            )
         return logits.detach(), grad_x
 
     @torch.no_grad()
@@ -269,8 +321,10 @@ class _Ascent:
         logits = self.model(x)
         expected = f"the model must return logits of shape (N, K) = ({images.count}, K)"
         if not isinstance(logits, Tensor):
-            raise TypeError(f"{expected}, got a {type(logits).__name__}: wrap it in a function that returns the "
-                            "logits alone, and put the model in rnas.attacks.frozen meanwhile")
+            raise TypeError(
+                f"{expected}, got a {type(logits).__name__}: wrap it in a function that returns the "
+                "logits alone, and put the model in rnas.attacks.frozen meanwhile"
+            )
         if logits.dim() != 2 or logits.shape[0] != images.count:
             raise ValueError(f"{expected}, got {tuple(logits.shape)}")
         if self.highest_label >= logits.shape[1]:
@@ -282,8 +336,9 @@ class _Ascent:
         value = self.loss(logits, images.y)
         if not isinstance(value, Tensor) or value.shape != images.y.shape:
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss must return one value per image, shape ({images.count},), got {came}: "
-                             "type reduction='none'")
+            raise ValueError(
+                f"loss must return one value per image, shape ({images.count},), got {came}: type reduction='none'"
+            )
         return self.direction * value
 
     def fooled(self, logits: Tensor, images: Images) -> Tensor:
@@ -312,8 +367,12 @@ def _check_options(norm, loss, statistics, steps, restarts, random_start, early_
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if restarts > 1 and not random_start:
-        raise ValueError(f"restarts={restarts} without a random start would repeat the same attack: type "
-                         "random_start=True or restarts=1")
+        raise ValueError(
+            f"restarts={restarts} without a random start would repeat the same attack: type "
+            "random_start=True or restarts=1"
+        )
     if early_drop and statistics == "batch":
-        raise ValueError("early_drop changes the batch, and with it the statistics that statistics='batch' takes from "
-                         "it: type statistics='running' or early_drop=False")
+        raise ValueError(
+            "early_drop changes the batch, and with it the statistics that statistics='batch' takes from "
+            "it: type statistics='running' or early_drop=False"
+        )

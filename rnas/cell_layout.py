@@ -9,6 +9,7 @@ the order within each layer, then heights.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ STATE_HEIGHT = 0.36
 LABEL_HEIGHT = 0.21
 PORT_SPACING = 0.12  # between two curves that meet the same side of a state
 GAP = {"state": 0.13, "label": 0.045, "way": 0.055}  # kept free above and below an item of each kind
-KINK = 0.07
+KINK = 0.07  # a change of height that reads as a mistake rather than as a bend
 CONCAT_WEIGHT = 0.5  # a concatenation edge may bend and cross more readily than an operation
 
 
@@ -241,7 +242,7 @@ class _Graph:
     def _stack(self, column) -> list[float]:
         """Heights of a column's items above its first when packed as tightly as the gaps allow."""
         heights = [0.0]
-        for a, b in zip(column, column[1:]):
+        for a, b in itertools.pairwise(column):
             a, b = self.items[a], self.items[b]
             heights.append(heights[-1] + (a.height + b.height) / 2 + GAP[a.kind] + GAP[b.kind])
         return heights
@@ -285,7 +286,7 @@ class _Graph:
 
     def _climb(self, e) -> float:
         heights = self._heights(e)
-        return sum(abs(a - b) for a, b in zip(heights, heights[1:]))
+        return sum(abs(a - b) for a, b in itertools.pairwise(heights))
 
     def finish(self) -> CellLayout:
         """Sets the columns apart, puts c_{k-2} above c_{k-1} and the lower left corner at (0, 0)."""

@@ -129,7 +129,9 @@ def _env(arguments: list[str]) -> None:
 
     console = Console()
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
-    console.print(f"rnas {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
+    console.print(
+        f"rnas {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    )
     console.print(f"CPU threads {torch.get_num_threads()}, CUDA device: {cuda}")
     table = Table(*(column.name.replace("_", " ") for column in dataclasses.fields(backend.Row)))
     for row in backend.describe():
@@ -175,8 +177,18 @@ def _parse(
         inner = tuple[str, ...] if "tuple" in str(hints[positional]) else str
         extra.append((positional, tyro.conf.Positional[inner], field(default=getattr(default, positional))))
     arg = tyro.conf.arg
-    extra.append(("config", Annotated[str, arg(help="TOML file with any of these settings; flags win over it.")], field(default="")))
-    repeated = Annotated[tuple[str, ...], arg(help="key=value, such as attack.epsilon=8/255; may be repeated."), tyro.conf.UseAppendAction]
+    extra.append(
+        (
+            "config",
+            Annotated[str, arg(help="TOML file with any of these settings; flags win over it.")],
+            field(default=""),
+        )
+    )
+    repeated = Annotated[
+        tuple[str, ...],
+        arg(help="key=value, such as attack.epsilon=8/255; may be repeated."),
+        tyro.conf.UseAppendAction,
+    ]
     extra.append(("set", repeated, field(default=())))
     if resumable:
         text = "Folder of an interrupted run to go on with, configured as it was; only --quiet may stand beside it."
@@ -185,14 +197,16 @@ def _parse(
     full.__doc__ = kind.__doc__
     names = [f.name for f in dataclasses.fields(kind)]
     start = full(**{name: getattr(default, name) for name in names})
-    parsed = tyro.cli(
-        full, default=start, args=arguments, prog=f"rnas {command}", registry=_registry()
-    )
+    parsed = tyro.cli(full, default=start, args=arguments, prog=f"rnas {command}", registry=_registry())
     resume = getattr(parsed, "resume", "")
     if resume:
-        others = [word for word in arguments if word.startswith("--") and word.split("=")[0] not in ("--resume", "--quiet")]
+        others = [
+            word for word in arguments if word.startswith("--") and word.split("=")[0] not in ("--resume", "--quiet")
+        ]
         if others:
-            raise ValueError(f"--resume goes on with the configuration in {resume}/config.json; drop {', '.join(others)}")
+            raise ValueError(
+                f"--resume goes on with the configuration in {resume}/config.json; drop {', '.join(others)}"
+            )
     return kind(**{name: getattr(parsed, name) for name in names}), resume
 
 
@@ -241,7 +255,9 @@ def _print_table(result: Any) -> None:
     title = f"accuracy on {result.images:,} test images, {attack.norm} epsilon {attack.epsilon:.4g}"
     table = Table("network", "recipe", "parameters", *result.rows[0].accuracies, title=title)
     for row in result.rows:
-        table.add_row(row.name, row.recipe, f"{row.parameters:,}", *(f"{value:.2%}" for value in row.accuracies.values()))
+        table.add_row(
+            row.name, row.recipe, f"{row.parameters:,}", *(f"{value:.2%}" for value in row.accuracies.values())
+        )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

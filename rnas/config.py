@@ -18,7 +18,7 @@ class DataConfig:
     """Which images, and how many of them."""
 
     dataset: str = "mnist-subset"
-    """mnist-subset (ships with the package), mnist, fashion-mnist, cifar10, cifar100, svhn, imagefolder, or the path of an .npz."""
+    """mnist-subset (in the package), mnist, fashion-mnist, cifar10, cifar100, svhn, imagefolder, or an .npz file."""
     root: str = "data"
     """Folder of the torchvision data sets; for imagefolder the folder that holds train/ and test/ (or val/)."""
     download: bool = False
@@ -48,7 +48,7 @@ class AttackConfig:
     restarts: int = 1
     """Independent random starts; the strongest result counts."""
     statistics: Literal["running", "batch"] = "running"
-    """BN statistics during the attack: running averages (eval mode), or those of the attacked batch. Neither moves the averages."""
+    """BN statistics during the attack: running averages, or those of the attacked batch. Neither moves the averages."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TrainConfig(RunConfig):
     """Train the network of a genotype from scratch."""
 
     genotype: str = ""
-    """A search run's folder, a genotype.json, a file with Genotype(...) text, or a published name (DARTS_V2, RACL, ARNAS, ...)."""
+    """A search run's folder, a genotype.json, a file with Genotype(...) text, or a published name such as RACL."""
     recipe: Literal["pgd-at", "standard"] = "pgd-at"
     """pgd-at: cross entropy on PGD examples (Madry et al. 2018). standard: cross entropy on clean images."""
     channels: int = 36
@@ -157,7 +157,7 @@ class TrainConfig(RunConfig):
     epsilon_warmup_epochs: float = 0.0
     """Epochs over which the attack's epsilon and step size rise linearly to their full value."""
     validation_images: int = 0
-    """Training images held out to choose the checkpoint by their accuracy under attack; 0 keeps the last. Never test images."""
+    """Training images held out to choose the checkpoint by its accuracy under attack on them; 0 keeps the last."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: Augment = field(default_factory=Augment)
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -214,7 +214,9 @@ def check_attack(attack: AttackConfig) -> None:
     for name in ("epsilon", "step_size"):
         value = getattr(attack, name)
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"attack.{name} must be a finite number of at least 0, in pixel units of [0, 1]; got {value}")
+            raise ValueError(
+                f"attack.{name} must be a finite number of at least 0, in pixel units of [0, 1]; got {value}"
+            )
     at_least_one("attack", attack, "steps", "restarts")
 
 
@@ -264,7 +266,7 @@ def merge(config: T, values: dict, where: str = "") -> T:
 
 
 def convert(value: Any, kind: Any, path: str) -> Any:
-    """`value` (from TOML, JSON or the text after --set) as the annotated type `kind`. Raises ValueError naming `path`."""
+    """`value` (from TOML, JSON or --set) as the annotated type `kind`. Raises ValueError naming `path`."""
     choices = get_args(kind) if get_origin(kind) is not Literal else (kind,)
     origin = get_origin(kind)
     try:

@@ -38,7 +38,8 @@ class Split:
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
             raise ValueError(
-                f"images must be (N, C, H, W) of uint8 or float32; got {tuple(self.images.shape)} of {self.images.dtype}"
+                "images must be (N, C, H, W) of uint8 or float32; "
+                f"got {tuple(self.images.shape)} of {self.images.dtype}"
             )
         if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
             raise ValueError(
@@ -127,7 +128,8 @@ def count_classes(labels: np.ndarray, what: str) -> int:
     if present[-1] != len(present) - 1:
         absent = int(np.flatnonzero(present != np.arange(len(present)))[0])
         raise ValueError(
-            f"{what} must use every label from 0 to its largest, {present[-1]}; no image has label {absent}: relabel to 0..K-1"
+            f"{what} must use every label from 0 to its largest, {present[-1]}; "
+            f"no image has label {absent}: relabel to 0..K-1"
         )
     return len(present)
 
@@ -264,7 +266,7 @@ def as_input(images: Tensor, white: Tensor) -> Tensor:
     The division is by a tensor on the same device, `white`: CUDA divides by a Python number by multiplying with its
     reciprocal, which rounds half of the 256 grey levels differently than the CPU.
     """
-    # Allocated here because conversions leave the strides of one-channel images as they are, and later layers go by them.
+    # Allocated here because conversions leave the strides of one-channel images as they are; later layers go by them.
     x = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
     x.copy_(images)
     return x.div_(white) if images.dtype == torch.uint8 else x

@@ -222,7 +222,7 @@ def find_images(folder: Path):
 
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder.absolute()}; type --data.root FOLDER with a folder that holds train/ and test/ (or val/), "
+            f"no folder {folder.absolute()}; type --data.root FOLDER, one that holds train/ and test/ (or val/), "
             "each with one folder of images per class"
         )
     try:

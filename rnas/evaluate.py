@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from . import attacks, data, plot, seeding
-from .config import AttackConfig, EvaluateConfig, TrainConfig, at_least_one, check_attack, merge, resolve_attack, to_dict
+from .config import (
+    AttackConfig,
+    EvaluateConfig,
+    TrainConfig,
+    at_least_one,
+    check_attack,
+    merge,
+    resolve_attack,
+    to_dict,
+)
 from .loop import choose_device
 from .network import count_parameters
 from .progress import Progress
@@ -66,7 +75,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         rows.append(Row(name, str(path), run_config.recipe, count_parameters(network), accuracies))
     output = Path(config.output) if config.output else Path(config.runs[0]) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {"early_drop": config.early_drop, "restarts": config.restarts, "seed": config.seed, "statistics": "running"}
+    protocol = {
+        "early_drop": config.early_drop,
+        "restarts": config.restarts,
+        "seed": config.seed,
+        "statistics": "running",
+    }
     threat = {"norm": attack.norm, "epsilon": attack.epsilon, "step_size": attack.step_size}
     images = len(datasets[0].test.labels)
     content = {

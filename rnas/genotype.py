@@ -31,8 +31,13 @@ class Genotype:
 
     def __post_init__(self) -> None:
         if not isinstance(self.cells, dict) or not self.cells:
-            raise ValueError(f"a genotype needs a dict of cells, such as {{'normal': ..., 'reduction': ...}}; got {self.cells!r}")
-        cells = {cell_type: tuple(_node(node, cell_type, j) for j, node in enumerate(nodes)) for cell_type, nodes in self.cells.items()}
+            raise ValueError(
+                f"a genotype needs a dict of cells, such as {{'normal': ..., 'reduction': ...}}; got {self.cells!r}"
+            )
+        cells = {
+            cell_type: tuple(_node(node, cell_type, j) for j, node in enumerate(nodes))
+            for cell_type, nodes in self.cells.items()
+        }
         counts = {cell_type: len(nodes) for cell_type, nodes in cells.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"every cell type needs the same number of nodes, at least one; got {counts}")
@@ -48,14 +53,17 @@ class Genotype:
 
     def to_dict(self) -> dict:
         """Plain lists and strings, as the JSON file holds them."""
-        cells = {cell_type: [[[op, source] for op, source in node] for node in nodes] for cell_type, nodes in self.cells.items()}
+        cells = {
+            cell_type: [[[op, source] for op, source in node] for node in nodes]
+            for cell_type, nodes in self.cells.items()
+        }
         return {"cells": cells, "concat": list(self.concat)}
 
     def save(self, path: str | Path) -> Path:
         """Write the genotype as JSON."""
-        path = Path(path)
-        path.write_text(to_json(self), encoding="utf-8")
-        return path
+        from .runs import write_text
+
+        return write_text(Path(path), to_json(self))
 
 
 def _node(node: object, cell_type: str, j: int) -> Node:
@@ -108,14 +116,16 @@ def from_json(text: str) -> Genotype:
 
 
 def to_text(genotype: Genotype) -> str:
-    """The classic text of the DARTS family, `Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=[...], reduce=...)`.
+    """The classic text of the DARTS family: `Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=[2, ...], ...)`.
 
     Raises ValueError where a node has not exactly two inputs, which that text cannot say.
     """
     parts = []
     for cell_type, nodes in genotype.cells.items():
         if any(len(node) != 2 for node in nodes):
-            raise ValueError(f"the classic text holds exactly two inputs per node; cell {cell_type!r} has {[len(n) for n in nodes]}")
+            raise ValueError(
+                f"the classic text holds exactly two inputs per node; cell {cell_type!r} has {[len(n) for n in nodes]}"
+            )
         name = CLASSIC_NAMES.get(cell_type, cell_type)
         pairs = [pair for node in nodes for pair in node]
         parts.append(f"{name}={pairs!r}, {name}_concat={list(genotype.concat)!r}")
@@ -131,7 +141,12 @@ def from_text(text: str) -> Genotype:
         tree = ast.parse(text.strip())
         statement = tree.body[0]
         call = statement.value if isinstance(statement, (ast.Assign, ast.Expr)) else None
-        if len(tree.body) != 1 or not isinstance(call, ast.Call) or getattr(call.func, "id", "") != "Genotype" or call.args:
+        if (
+            len(tree.body) != 1
+            or not isinstance(call, ast.Call)
+            or getattr(call.func, "id", "") != "Genotype"
+            or call.args
+        ):
             raise ValueError("expected one Genotype(name=..., name_concat=...)")
         fields = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, IndexError) as error:

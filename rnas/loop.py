@@ -99,8 +99,8 @@ class Loop:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{name} became {value} in epoch {self.epoch}, batch {self.batch}; the last checkpoint in {self.run.path} "
-                    "is from before. A smaller learning rate or epsilon usually helps."
+                    f"{name} became {value} in epoch {self.epoch}, batch {self.batch}; the last checkpoint in "
+                    f"{self.run.path} is from before. A smaller learning rate or epsilon usually helps."
                 )
             self.sums[name] = self.sums.get(name, 0.0) + value * images
         self.batch += 1
@@ -110,14 +110,20 @@ class Loop:
         last = self.batch == self.batches
         if self.stop_requested or (not last and time.monotonic() - self.saved_at >= self.checkpoint_seconds):
             self.save()
-        if self.stop_requested:
+        if (
+            self.stop_requested
+        ):  # said here and not in the handler, which may have interrupted a write to the same stream
+            self.progress.note("stopped by request")
             raise Interrupted(str(self.run.path))
 
     def end_epoch(self, **extra: Any) -> dict:
         """Log the epoch's means and `extra`, move on to the next epoch and write a checkpoint. Returns the record."""
         seconds = time.monotonic() - self.epoch_started
         means = {name: total / max(self.images, 1) for name, total in self.sums.items()}
-        speed = {"seconds": round(seconds, 3), "images_per_second": round(self.images_this_process / max(seconds, 1e-9), 1)}
+        speed = {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.images_this_process / max(seconds, 1e-9), 1),
+        }
         record = {"kind": "epoch", "epoch": self.epoch, **means, **extra, **speed}
         self.run.log(record)
         self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
@@ -127,7 +133,9 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         place = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "sums": self.sums}
-        self.run.save_checkpoint({"place": place, "parts": {name: part.state_dict() for name, part in self.parts.items()}})
+        self.run.save_checkpoint(
+            {"place": place, "parts": {name: part.state_dict() for name, part in self.parts.items()}}
+        )
         self.saved_at = time.monotonic()
 
     def _restore(self, state: dict) -> None:
@@ -145,7 +153,6 @@ class Loop:
         if self.stop_requested:  # asked twice: at once
             raise KeyboardInterrupt
         self.stop_requested = True
-        self.progress.note("stopping after this batch ...")
 
 
 def learning_rate(config: WeightOptimizerConfig, epoch: int, epochs: int) -> float:

@@ -28,11 +28,16 @@ class DropPath(nn.Module):
 class Cell(nn.Module):
     """A derived cell: node j is the sum of its chosen operations."""
 
-    def __init__(self, genotype: Genotype, spec: CellSpec, channels_in: tuple[int, int], previous_reduces: bool) -> None:
+    def __init__(
+        self, genotype: Genotype, spec: CellSpec, channels_in: tuple[int, int], previous_reduces: bool
+    ) -> None:
         super().__init__()
         before = operations.FactorizedReduce if previous_reduces else operations.ReLUConvBN
         self.preprocess = nn.ModuleList(
-            [before(channels_in[0], spec.channels, affine=True), operations.ReLUConvBN(channels_in[1], spec.channels, affine=True)]
+            [
+                before(channels_in[0], spec.channels, affine=True),
+                operations.ReLUConvBN(channels_in[1], spec.channels, affine=True),
+            ]
         )
         self.concat = genotype.concat
         self.sources = [[source for _, source in node] for node in genotype.cells[spec.cell_type]]

@@ -26,14 +26,23 @@ class ReLUConvBN(nn.Sequential):
 class SeparableConv(nn.Sequential):
     """`depth` times (ReLU, depthwise, pointwise, BN); the stride is in the first."""
 
-    def __init__(self, channels: int, stride: int, affine: bool, *, kernel_size: int, dilation: int, depth: int) -> None:
+    def __init__(
+        self, channels: int, stride: int, affine: bool, *, kernel_size: int, dilation: int, depth: int
+    ) -> None:
         padding = dilation * (kernel_size - 1) // 2
         layers: list[nn.Module] = []
         for step in range(depth):
             layers += [
                 nn.ReLU(),
                 nn.Conv2d(
-                    channels, channels, kernel_size, stride if step == 0 else 1, padding, dilation, groups=channels, bias=False
+                    channels,
+                    channels,
+                    kernel_size,
+                    stride if step == 0 else 1,
+                    padding,
+                    dilation,
+                    groups=channels,
+                    bias=False,
                 ),
                 nn.Conv2d(channels, channels, 1, bias=False),
                 nn.BatchNorm2d(channels, affine=affine),

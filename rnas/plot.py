@@ -1,12 +1,13 @@
 """Pictures: the cells of a genotype, the curves of a run, and accuracies under attack side by side.
 
 matplotlib is imported only when a picture is drawn, through its figure objects: no pyplot, no window, no setting of
-the caller's is read or changed. The same input gives the same bytes. Colours are after Okabe and Ito (2008), which
-people with any common colour blindness can tell apart.
+the caller's is read or changed. The same input gives the same bytes. Colours are those of Okabe and Ito (2008), the
+purple of Paul Tol's muted scheme: both were made for eyes with any common colour blindness.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,9 +107,9 @@ def _draw_cell(axes, cell_type: str, cell: CellLayout, left: float, bottom: floa
     names = ["$c_{k-2}$", "$c_{k-1}$", *map(str, range(len(cell.states) - 3)), "$c_k$"]
     for s, (state, name) in enumerate(zip(cell.states, names)):
         fill = "#FFFFFF" if name.isdigit() else "#E9E9E9"
-        frame = dict(facecolor=fill, edgecolor=INK, linewidth=1.0)
+        frame = {"facecolor": fill, "edgecolor": INK, "linewidth": 1.0}
         _rounded(axes, state, left, bottom, 0.07, gid=f"{cell_type}-state-{s}", **frame)
-        text = dict(ha="center", va="center_baseline", fontsize=9.5, color=INK, zorder=5)
+        text = {"ha": "center", "va": "center_baseline", "fontsize": 9.5, "color": INK, "zorder": 5}
         axes.text(left + state.x, bottom + state.y, name, **text)
 
 
@@ -119,7 +120,7 @@ def _draw_edge(axes, points, colour, width, gid, arrow, zorder):
     length, half = (0.09, 0.042) if arrow else (0.0, 0.0)
     points = [*points[:-1], (points[-1][0] - length, points[-1][1])]
     vertices, codes = [points[0]], [Curve.MOVETO]
-    for s, ((x0, y0), (x1, y1)) in enumerate(zip(points, points[1:])):
+    for s, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
         if s % 2:
             vertices, codes = [*vertices, (x1, y1)], [*codes, Curve.LINETO]
         else:
@@ -137,7 +138,7 @@ def _draw_edge(axes, points, colour, width, gid, arrow, zorder):
 def _draw_label(axes, gid, edge, left, bottom):
     colour = _family(edge.op)[1]
     _rounded(axes, edge.label, left, bottom, 0.1, gid=gid, facecolor=_tint(colour), edgecolor=colour, linewidth=0.9)
-    text = dict(ha="center", va="center_baseline", fontsize=LABEL_SIZE, color=INK, zorder=5)
+    text = {"ha": "center", "va": "center_baseline", "fontsize": LABEL_SIZE, "color": INK, "zorder": 5}
     axes.text(left + edge.label.x, bottom + edge.label.y, edge.op, **text)
 
 

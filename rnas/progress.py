@@ -61,7 +61,7 @@ class Progress:
         self._live = None
         self._start = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self):
         if self._stream is None:
             self._stream = sys.stderr
         self._start = self._last_line = self._clock()
@@ -128,7 +128,7 @@ class Progress:
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
         numbers = [f"{name.replace('_', ' ')} {_number(value)}" for name, value in list(self._numbers.items())]
         counts = f"{self.done:,}/{self.total:,} images"
-        return [counts, f"{'-' if math.isnan(rate) else speed} images/s", ending, *numbers]
+        return [counts, f"{speed if rate > 0 else '-'} images/s", ending, *numbers]
 
     def _line(self, rate: float, ending: str) -> str:
         return "  ".join([self.title, *self._figures(rate, ending)])

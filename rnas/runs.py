@@ -123,11 +123,12 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file through a temporary file and a rename."""
+def write_text(path: Path, text: str) -> Path:
+    """Write a small text file through a temporary file and a rename. Returns `path`."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+    return path
 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:
@@ -139,11 +140,15 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a different class for every way in which a file can be broken
         reason = (str(error).splitlines() or ["empty file"])[0]
-        raise ValueError(f"{path} cannot be read: truncated, or not a checkpoint ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"{path} cannot be read: truncated, or not a checkpoint ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(state, dict) or "rnas" not in state:
         raise ValueError(f"{path} was not written by rnas: it lacks the key 'rnas'")
     if state["rnas"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has checkpoint format {state['rnas']}; this version of rnas reads format {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path} has checkpoint format {state['rnas']}; this version of rnas reads format {FORMAT_VERSION}"
+        )
     return state
 
 

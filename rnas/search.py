@@ -42,7 +42,7 @@ def search(config: SearchConfig) -> SearchResult:
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> SearchResult:
-    """Go on with an interrupted search; the end is bit for bit that of an uninterrupted one. Raises as `search` does."""
+    """Go on with an interrupted search, to the same bits as an uninterrupted one. Raises as `search` does."""
     run = Run.open(path, "search")
     values = run.read_config()
     config = merge(SearchConfig(options=options_for(values["method"])), values)
@@ -144,11 +144,17 @@ def _search(config: SearchConfig, dataset: data.Dataset, run: Run) -> SearchResu
                     index=loop.batch,
                     attack=config.attack,
                     weight_optimizer=weight_optimizer,
-                    generator=lambda purpose: seeding.generator(config.seed, purpose, epoch, loop.batch, device=device),
+                    generator=seeding.purposes(config.seed, epoch, loop.batch, device=device),
                 )
                 searching = epoch >= config.warmup_epochs
                 numbers = search_step(
-                    supernet, method, train_batch, valid_batch if searching else None, step, architecture_optimizer, config
+                    supernet,
+                    method,
+                    train_batch,
+                    valid_batch if searching else None,
+                    step,
+                    architecture_optimizer,
+                    config,
                 )
                 loop.done(len(train_batch[1]), **numbers)
             found = method.genotype()
@@ -191,7 +197,9 @@ def search_step(
 
 def describe(record: dict) -> str:
     """One line about a finished epoch."""
-    text = f"epoch {record['epoch']}: weights loss {record['weight_loss']:.3f}, accuracy {record['weight_accuracy']:.1%}"
+    text = (
+        f"epoch {record['epoch']}: weights loss {record['weight_loss']:.3f}, accuracy {record['weight_accuracy']:.1%}"
+    )
     if "architecture_loss" in record:
         text += f"; architecture loss {record['architecture_loss']:.3f}, accuracy {record['architecture_accuracy']:.1%}"
     entropies = ", ".join(f"{cell_type} {value:.3f}" for cell_type, value in record["entropy"].items())

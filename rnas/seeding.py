@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -20,3 +22,8 @@ def generator(seed: int, *names: str | int, device: str | torch.device = "cpu") 
     without any generator state in its checkpoints.
     """
     return torch.Generator(device=device).manual_seed(derive(seed, *names))
+
+
+def purposes(seed: int, *names: str | int, device: str | torch.device = "cpu") -> Callable[[str], torch.Generator]:
+    """A function that gives, for the name of a purpose, its generator at the place `names` (epoch, batch)."""
+    return functools.partial(generator, seed, *names, device=device)

@@ -38,11 +38,15 @@ class MixedCell(nn.Module):
     def __init__(self, space: Space, spec: CellSpec, channels_in: tuple[int, int], previous_reduces: bool) -> None:
         super().__init__()
         self.edges_into = [
-            [(index, source) for index, (source, target) in enumerate(space.edges) if target == state] for state in space.concat
+            [(index, source) for index, (source, target) in enumerate(space.edges) if target == state]
+            for state in space.concat
         ]
         before = operations.FactorizedReduce if previous_reduces else operations.ReLUConvBN
         self.preprocess = nn.ModuleList(
-            [before(channels_in[0], spec.channels, affine=False), operations.ReLUConvBN(channels_in[1], spec.channels, affine=False)]
+            [
+                before(channels_in[0], spec.channels, affine=False),
+                operations.ReLUConvBN(channels_in[1], spec.channels, affine=False),
+            ]
         )
         self.mixed = nn.ModuleList(
             MixedOperation(space.primitives, spec.channels, 2 if spec.reduces and source < NUM_INPUTS else 1)
@@ -105,7 +109,7 @@ class Supernet(nn.Module):
 
 
 class FixedMixture(nn.Module):
-    """A supernet with its mixing weights held: a plain classifier (N, C, H, W) -> (N, num_classes), as attacks want it."""
+    """A supernet with its mixing weights held: a classifier (N, C, H, W) -> (N, num_classes), as attacks want it."""
 
     def __init__(self, supernet: Supernet, mixing: Mapping[str, Tensor]) -> None:
         super().__init__()

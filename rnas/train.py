@@ -56,7 +56,7 @@ def standard(network: Network, x: Tensor, y: Tensor, step: TrainStep) -> tuple[T
 
 
 def pgd_at(network: Network, x: Tensor, y: Tensor, step: TrainStep) -> tuple[Tensor, Tensor]:
-    """Adversarial training (Madry et al., ICLR 2018): the standard loss on PGD examples against the network as it is."""
+    """Adversarial training (Madry et al., ICLR 2018): the standard loss on PGD examples against the current network."""
     x_adv = attacks.perturb(network, x, y, step.attack, generator=step.generator("attack"))
     return standard(network, x_adv, y, step)
 
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> TrainResult:
-    """Go on with an interrupted training; the end is bit for bit that of an uninterrupted one. Raises as `train` does."""
+    """Go on with an interrupted training, to the same bits as an uninterrupted one. Raises as `train` does."""
     run = Run.open(path, "train")
     config = dataclasses.replace(merge(TrainConfig(), run.read_config()), run=str(path), quiet=quiet)
     config, dataset, found = _resolve(config, genotype.load(run.path))
@@ -89,7 +89,9 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Networ
     run = Run.open(path, "train")
     model_path = run.path / "model.pt"
     if not model_path.is_file():
-        raise FileNotFoundError(f"{run.path} has no model.pt: the training has not finished (`rnas train --resume {run.path}`)")
+        raise FileNotFoundError(
+            f"{run.path} has no model.pt: the training has not finished (`rnas train --resume {run.path}`)"
+        )
     state = load_tensors(model_path)
     try:
         network = Network(genotype.from_dict(state["genotype"]), **state["arguments"])
@@ -102,7 +104,9 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Networ
 def _resolve(config: TrainConfig, found: Genotype | None) -> tuple[TrainConfig, data.Dataset, Genotype]:
     """Check the configuration, load the data, and fill in what was left open."""
     if found is None:
-        raise ValueError("no genotype given: --genotype takes a search run, a genotype.json, or a published name such as RACL")
+        raise ValueError(
+            "no genotype given: --genotype takes a search run, a genotype.json, or a published name such as RACL"
+        )
     at_least_one("", config, "channels", "stem_stride", "epochs", "batch_size")
     if config.validation_images < 0 or config.epsilon_warmup_epochs < 0:
         raise ValueError("validation_images and epsilon_warmup_epochs must be at least 0")
@@ -112,7 +116,10 @@ def _resolve(config: TrainConfig, found: Genotype | None) -> tuple[TrainConfig, 
     choose_device(config.device)
     dataset = data.load(config.data)
     if config.validation_images >= len(dataset.train.labels):
-        raise ValueError(f"validation_images {config.validation_images} leaves nothing of {len(dataset.train.labels)} training images")
+        raise ValueError(
+            f"validation_images {config.validation_images} leaves nothing of "
+            f"{len(dataset.train.labels)} training images"
+        )
     attack = resolve_attack(config.attack, dataset.image_shape[0])
     source = Path(config.genotype)
     name = (source.parent.name if source.suffix == ".json" else source.stem).lower()
@@ -164,8 +171,10 @@ def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run
             network.set_drop_path(config.drop_path * epoch / config.epochs)
             for x, y in stream(epoch=epoch, start=loop.batch):
                 attack = _warmed_up(config, epoch + loop.batch / batches)
-                purpose = functools.partial(_generator, config.seed, epoch, loop.batch, device)
-                loss, hits = train_step(network, optimizer, recipe, x, y, TrainStep(attack, config.auxiliary_weight, purpose), config)
+                purpose = seeding.purposes(config.seed, epoch, loop.batch, device=device)
+                loss, hits = train_step(
+                    network, optimizer, recipe, x, y, TrainStep(attack, config.auxiliary_weight, purpose), config
+                )
                 loop.done(len(y), train_loss=loss, train_accuracy=hits)
             extra = {}
             if held_out is not None:
@@ -179,9 +188,15 @@ def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run
 
 
 def train_step(
-    network: Network, optimizer: torch.optim.Optimizer, recipe: Recipe, x: Tensor, y: Tensor, step: TrainStep, config: TrainConfig
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    step: TrainStep,
+    config: TrainConfig,
 ) -> tuple[float, float]:
-    """One step of the weights; x (N, C, H, W) in [0, 1], y (N,). Returns mean loss and accuracy on the inputs trained on."""
+    """One step of the weights; x (N, C, H, W) in [0, 1], y (N,). Returns loss and accuracy on the inputs trained on."""
     network.train()
     # drop path draws from PyTorch's default generator; seeding it per batch makes resumed runs equal uninterrupted ones
     torch.manual_seed(step.generator("drop-path").initial_seed())
@@ -192,10 +207,6 @@ def train_step(
         nn.utils.clip_grad_norm_(network.parameters(), config.weights.grad_clip)
     optimizer.step()
     return loss.item(), accuracy(logits, y)
-
-
-def _generator(seed: int, epoch: int, batch: int, device: torch.device, purpose: str) -> torch.Generator:
-    return seeding.generator(seed, purpose, epoch, batch, device=device)
 
 
 class Best:
@@ -224,13 +235,17 @@ def _hold_out(split: data.Split, config: TrainConfig) -> tuple[data.Split, data.
         return split, None
     order = torch.randperm(len(split.labels), generator=seeding.generator(config.seed, "validation"))
     kept, held_out = order[count:], order[:count]
-    return data.Split(split.images[kept], split.labels[kept]), data.Split(split.images[held_out], split.labels[held_out])
+    return data.Split(split.images[kept], split.labels[kept]), data.Split(
+        split.images[held_out], split.labels[held_out]
+    )
 
 
 def _warmed_up(config: TrainConfig, progress: float) -> AttackConfig:
     """The attack after `progress` epochs: epsilon and step size rise linearly during the warm-up."""
     share = min(1.0, progress / config.epsilon_warmup_epochs) if config.epsilon_warmup_epochs else 1.0
-    return dataclasses.replace(config.attack, epsilon=config.attack.epsilon * share, step_size=config.attack.step_size * share)
+    return dataclasses.replace(
+        config.attack, epsilon=config.attack.epsilon * share, step_size=config.attack.step_size * share
+    )
 
 
 def _validate(network: Network, held_out: data.Split, config: TrainConfig, device: torch.device) -> dict[str, float]:
@@ -239,8 +254,8 @@ def _validate(network: Network, held_out: data.Split, config: TrainConfig, devic
     clean = robust = 0
     stream = data.batches(held_out, EVALUATION_BATCH, seed=config.seed, epoch=0, shuffle=False, device=device)
     for index, (x, y) in enumerate(stream):
-        purpose = functools.partial(_generator, config.seed, -1, index, device)
-        x_adv = attacks.perturb(network, x, y, config.attack, generator=purpose("validation-attack"))
+        start = seeding.generator(config.seed, "validation-attack", index, device=device)
+        x_adv = attacks.perturb(network, x, y, config.attack, generator=start)
         with torch.no_grad():
             clean += int((network(x).argmax(dim=1) == y).sum())
             robust += int((network(x_adv).argmax(dim=1) == y).sum())
@@ -250,7 +265,7 @@ def _validate(network: Network, held_out: data.Split, config: TrainConfig, devic
 
 def describe(record: dict) -> str:
     """One line about a finished epoch."""
-    text = f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, accuracy on training inputs {record['train_accuracy']:.1%}"
+    text = f"epoch {record['epoch']}: loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}"
     if "robust_accuracy" in record:
         text += f"; validation clean {record['clean_accuracy']:.1%}, under attack {record['robust_accuracy']:.1%}"
     return text

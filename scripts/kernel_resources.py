@@ -81,8 +81,10 @@ def short_names(names: list[str]) -> dict[str, str]:
     if not shutil.which("c++filt") or not names:
         return {name: name for name in names}
     listing = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    plain = (re.sub(r"\(anonymous namespace\)::|rnas::(\w+::)*", "", line) for line in listing)
-    return {name: re.sub(r"^void |\(.*", "", re.sub(r"\((bool|int)\)", "", line)) for name, line in zip(names, plain, strict=True)}
+    clutter = (r"\(anonymous namespace\)::|rnas::(\w+::)*", r"\((bool|int)\)", r"^void |\(.*")  # the order matters
+    for pattern in clutter:
+        listing = [re.sub(pattern, "", line) for line in listing]
+    return dict(zip(names, listing, strict=True))
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -93,11 +95,13 @@ def table(kernels: list[Kernel]) -> str:
         numbers = (k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads)
         rows.append((k.file, names[k.name], k.arch, *map(str, numbers)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = (
-        [cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    words, numbers = slice(0, 3), slice(3, None)
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[words], widths[words], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[numbers], widths[numbers], strict=True)]
+        lines.append("  ".join(left + right))
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -35,7 +35,10 @@ def small_images(tmp_path_factory) -> Path:
     for part, count in (("train", 96), ("test", 40)):
         labels = np.arange(count) % 4
         noise = rng.integers(0, 120, (count, 8, 8, 3))
-        arrays |= {f"x_{part}": (noise + 40 * labels[:, None, None, None]).astype(np.uint8), f"y_{part}": labels.astype(np.int64)}
+        arrays |= {
+            f"x_{part}": (noise + 40 * labels[:, None, None, None]).astype(np.uint8),
+            f"y_{part}": labels.astype(np.int64),
+        }
     path = tmp_path_factory.mktemp("images") / "small.npz"
     np.savez(path, **arrays)
     return path

@@ -14,8 +14,12 @@ from rnas.config import AttackConfig
 
 CLASSES = 5
 SETTINGS = {"epsilon": 0.1, "step_size": 0.03, "steps": 5}
-DEVICES = ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
 ATTACKS = {
     "fgsm": lambda model, x, y: fgsm(model, x, y, epsilon=0.1),
     "fgsm-l2": lambda model, x, y: fgsm(model, x, y, epsilon=0.5, norm="l2"),
@@ -40,8 +44,12 @@ class Net(nn.Module):
         self.alias = self.shared
         self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.norms = nn.Sequential(
-            nn.BatchNorm2d(8, momentum=None), nn.SyncBatchNorm(8), nn.InstanceNorm2d(8, track_running_stats=True),
-            nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8))
+            nn.BatchNorm2d(8, momentum=None),
+            nn.SyncBatchNorm(8),
+            nn.InstanceNorm2d(8, track_running_stats=True),
+            nn.BatchNorm2d(8, track_running_stats=False),
+            nn.GroupNorm(2, 8),
+        )
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(8 * 16, CLASSES)
 
@@ -69,8 +77,15 @@ def conv_net(dtype=torch.float64):
     """A smooth enough net in float64, where gradient signs of two implementations agree; with moved statistics."""
     torch.manual_seed(1)
     net = nn.Sequential(
-        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, stride=2),
-        nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 9, CLASSES)).to(dtype)
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, stride=2),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 9, CLASSES),
+    ).to(dtype)
     for _ in range(10):
         net(torch.rand(32, 3, 8, 8, dtype=dtype))
     return net.eval()
@@ -102,8 +117,10 @@ def per_image_norm(delta, norm):
 
 
 def snapshot(net):
-    tensors = {name: (id(value), value.data_ptr(), value.detach().clone()) for name, value in
-               [*net.named_parameters(), *net.named_buffers()]}
+    tensors = {
+        name: (id(value), value.data_ptr(), value.detach().clone())
+        for name, value in [*net.named_parameters(), *net.named_buffers()]
+    }
     gradients = {name: None if p.grad is None else (id(p.grad), p.grad.clone()) for name, p in net.named_parameters()}
     flags = {name: (m.training, getattr(m, "track_running_stats", None)) for name, m in net.named_modules()}
     wanted = {name: p.requires_grad for name, p in net.named_parameters()}
@@ -211,8 +228,9 @@ def test_callers_without_gradients_get_the_same_images(attack, context):
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 @pytest.mark.parametrize("name", ["fgsm", "linf", "l2"])
 def test_agrees_with_torchattacks(name, targeted, monkeypatch):
-    torchattacks = pytest.importorskip("torchattacks", exc_type=ImportError,
-                                       reason="needs torchattacks (installed without dependencies) and scipy")
+    torchattacks = pytest.importorskip(
+        "torchattacks", exc_type=ImportError, reason="needs torchattacks (installed without dependencies) and scipy"
+    )
     net = conv_net()
     x, y = images()
     if name == "fgsm":
@@ -294,8 +312,9 @@ def test_fgsm_is_one_full_step_along_the_gradient():
 def test_stays_inside_ball_and_box_and_uses_the_ball(norm, epsilon, early_drop):
     net = conv_net()
     x, y = predicted_images(net)
-    x_adv = pgd(net, x, y, epsilon=epsilon, step_size=epsilon / 3, steps=6, norm=norm, restarts=2,
-                early_drop=early_drop)
+    x_adv = pgd(
+        net, x, y, epsilon=epsilon, step_size=epsilon / 3, steps=6, norm=norm, restarts=2, early_drop=early_drop
+    )
     reached = per_image_norm(x_adv - x, norm)
     assert reached.max() <= epsilon + 1e-12
     assert reached.max() > 0.9 * epsilon
@@ -322,7 +341,7 @@ def test_margin_loss_is_the_best_other_logit_minus_the_own():
     x, y = images()
 
     def by_hand(logits, y):
-        rows = [torch.cat([row[:label], row[label + 1:]]).max() - row[label] for row, label in zip(logits, y)]
+        rows = [torch.cat([row[:label], row[label + 1 :]]).max() - row[label] for row, label in zip(logits, y)]
         return torch.stack(rows)
 
     for targeted in (False, True):
@@ -336,7 +355,7 @@ def test_gradient_of_an_image_does_not_depend_on_the_batch():
     net = conv_net()
     x, y = images()
     whole = pgd(net, x, y, **SETTINGS, random_start=False)
-    alone = torch.cat([pgd(net, x[i:i + 1], y[i:i + 1], **SETTINGS, random_start=False) for i in range(len(x))])
+    alone = torch.cat([pgd(net, x[i : i + 1], y[i : i + 1], **SETTINGS, random_start=False) for i in range(len(x))])
     torch.testing.assert_close(whole, alone, rtol=0, atol=1e-12)
     grads = []
 
@@ -413,8 +432,17 @@ def test_early_drop_stops_when_every_image_is_fooled():
 def test_an_example_that_fools_counts_more_than_one_with_a_larger_loss(monkeypatch):
     starts = iter([torch.tensor([[1.0, 0.8]]), torch.tensor([[0.5, 0.45]])])
     monkeypatch.setattr("rnas.kernels.random_start", lambda x, **_: next(starts))
-    x_adv = pgd(nn.Identity(), torch.tensor([[0.75, 0.6]]), torch.tensor([0]), epsilon=0.3, step_size=0.1, steps=1,
-                restarts=2, early_drop=True, loss=lambda logits, y: logits[:, 1])
+    x_adv = pgd(
+        nn.Identity(),
+        torch.tensor([[0.75, 0.6]]),
+        torch.tensor([0]),
+        epsilon=0.3,
+        step_size=0.1,
+        steps=1,
+        restarts=2,
+        early_drop=True,
+        loss=lambda logits, y: logits[:, 1],
+    )
     torch.testing.assert_close(x_adv, torch.tensor([[0.5, 0.55]]))
 
 
@@ -427,8 +455,10 @@ def test_every_image_has_its_own_epsilon_and_step_size_when_others_leave():
     epsilon = torch.linspace(0, 0.08, len(x), dtype=torch.float64)[torch.randperm(len(x), generator=seeded(1))]
     settings = {"steps": 6, "random_start": False, "early_drop": True}
     together = pgd(net, x, y, epsilon=epsilon, step_size=epsilon / 4, **settings)
-    alone = [pgd(net, x[i:i + 1], y[i:i + 1], epsilon=float(e), step_size=float(e) / 4, **settings)
-             for i, e in enumerate(epsilon)]
+    alone = [
+        pgd(net, x[i : i + 1], y[i : i + 1], epsilon=float(e), step_size=float(e) / 4, **settings)
+        for i, e in enumerate(epsilon)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
     assert 0 < (net(together).argmax(1) == y).sum() < len(x)
 
@@ -439,8 +469,9 @@ def test_epsilon_per_image_bounds_every_restart(norm, early_drop):
     net = conv_net()
     x, y = predicted_images(net)
     epsilon = torch.linspace(0, 0.1, len(x))
-    x_adv = pgd(net, x, y, epsilon=epsilon, step_size=epsilon / 3, steps=5, norm=norm, restarts=3,
-                early_drop=early_drop)
+    x_adv = pgd(
+        net, x, y, epsilon=epsilon, step_size=epsilon / 3, steps=5, norm=norm, restarts=3, early_drop=early_drop
+    )
     assert (per_image_norm(x_adv - x, norm) <= epsilon * (1 + 1e-6)).all()
     assert torch.equal(x_adv[0], x[0])
     assert (per_image_norm(x_adv - x, norm)[1:] > 0).all()
@@ -457,8 +488,15 @@ def test_epsilon_zero_changes_nothing(norm, zero):
 def test_perturb_follows_every_setting_of_its_config():
     net = mixed_net()
     x, y = images(dtype=torch.float32)
-    settings = {"norm": "l2", "epsilon": 0.5, "step_size": 0.1, "steps": 3, "random_start": True, "restarts": 2,
-                "statistics": "batch"}
+    settings = {
+        "norm": "l2",
+        "epsilon": 0.5,
+        "step_size": 0.1,
+        "steps": 3,
+        "random_start": True,
+        "restarts": 2,
+        "statistics": "batch",
+    }
     x_adv = perturb(net, x, y, AttackConfig(**settings), generator=seeded(4))
     assert torch.equal(x_adv, pgd(net, x, y, **settings, generator=seeded(4)))
     other = {"norm": "linf", "epsilon": 0.4, "step_size": 0.2, "steps": 2, "restarts": 1, "statistics": "running"}
@@ -553,8 +591,9 @@ def test_memory_format_is_kept_and_does_not_matter(attack):
     net = conv_net()
     x, y = images()
     layouts = []
-    net.register_forward_pre_hook(lambda _, args: layouts.append(args[0].is_contiguous(
-        memory_format=torch.channels_last)))
+    net.register_forward_pre_hook(
+        lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     x_adv = attack(net, x.to(memory_format=torch.channels_last), y)
     assert x_adv.is_contiguous(memory_format=torch.channels_last) and all(layouts)
     torch.testing.assert_close(x_adv, attack(net, x, y), rtol=0, atol=1e-9)
@@ -627,8 +666,13 @@ def test_images_that_require_a_gradient_get_none():
 
 def test_images_need_not_be_pictures():
     x = torch.rand(7, 192, dtype=torch.float64)
-    x_adv = pgd(Linear(torch.randn(CLASSES, 192, dtype=torch.float64)), x, torch.arange(7) % CLASSES, **SETTINGS,
-                early_drop=True)
+    x_adv = pgd(
+        Linear(torch.randn(CLASSES, 192, dtype=torch.float64)),
+        x,
+        torch.arange(7) % CLASSES,
+        **SETTINGS,
+        early_drop=True,
+    )
     assert x_adv.shape == x.shape
 
 
@@ -698,8 +742,11 @@ BAD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options, kind, message", BAD_OPTIONS,
-                         ids=[" ".join(map(str, options)) + f" {i}" for i, (options, *_) in enumerate(BAD_OPTIONS)])
+@pytest.mark.parametrize(
+    "options, kind, message",
+    BAD_OPTIONS,
+    ids=[" ".join(map(str, options)) + f" {i}" for i, (options, *_) in enumerate(BAD_OPTIONS)],
+)
 def test_bad_options_are_refused(options, kind, message):
     net = mixed_net()
     x, y = images(dtype=torch.float32)

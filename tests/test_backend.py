@@ -77,7 +77,8 @@ def test_the_environment_forces_a_backend_at_every_call(served, monkeypatch):
 )
 def test_a_forced_backend_that_cannot_serve_says_why(choice, dtype, message, monkeypatch):
     monkeypatch.setenv("RNAS_BACKEND", choice)
-    with pytest.raises(RuntimeError, match=f"RNAS_BACKEND={choice} cannot serve pgd_step on cpu.*{message}.*set it to auto"):
+    expected = f"RNAS_BACKEND={choice} cannot serve pgd_step on cpu.*{message}.*set it to auto"
+    with pytest.raises(RuntimeError, match=expected):
         call(dtype)
 
 
@@ -92,7 +93,7 @@ def test_without_compiled_modules_the_reference_serves(missing_modules, served, 
     call()
     assert served == ["reference"]
     monkeypatch.setenv("RNAS_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="rnas._cpu is not built .reinstall rnas where a C\\+\\+ compiler can be found"):
+    with pytest.raises(RuntimeError, match="rnas._cpu is not built .reinstall rnas where a C[+][+] compiler can"):
         call()
     with pytest.raises(RuntimeError, match="rnas._cuda is not built .reinstall rnas where nvcc"):
         backend.module("cuda")

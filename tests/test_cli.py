@@ -29,7 +29,19 @@ def test_search_train_evaluate_plot_in_a_row(small_images, tmp_path, capsys):
     assert cli.main(["search", *SMALL, *data, "--run", str(tmp_path / "s"), "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "genotype: Genotype(normal=[" in out and str(tmp_path / "s" / "cells.svg") in out
-    train = ["train", "--genotype", str(tmp_path / "s"), "--channels", "2", "--layers", "3", "--epochs", "1", "--attack.steps", "1"]
+    train = [
+        "train",
+        "--genotype",
+        str(tmp_path / "s"),
+        "--channels",
+        "2",
+        "--layers",
+        "3",
+        "--epochs",
+        "1",
+        "--attack.steps",
+        "1",
+    ]
     assert cli.main([*train, *data, "--run", str(tmp_path / "t"), "--device", "cpu"]) == 0
     assert "parameters (without auxiliary head)" in capsys.readouterr().out
     assert cli.main(["evaluate", str(tmp_path / "t"), "--steps", "2", "--device", "cpu"]) == 0
@@ -57,7 +69,10 @@ def test_help_explains_every_flag(command, capsys):
     assert stop.value.code == 0
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert "--config" in out and "--set" in out
-    for text in {"search": ["--options.order", "--attack.epsilon", "--resume", "pixel units"], "train": ["--recipe", "Madry"]}.get(command, []):
+    for text in {
+        "search": ["--options.order", "--attack.epsilon", "--resume", "pixel units"],
+        "train": ["--recipe", "Madry"],
+    }.get(command, []):
         assert text in out, text
 
 
@@ -115,7 +130,9 @@ def test_an_existing_run_folder_is_refused(small_images, tmp_path, capsys):
 def test_ctrl_c_leaves_a_resumable_run(small_images, tmp_path):
     run = tmp_path / "r"
     arguments = ["search", *SMALL, "--epochs", "1000", "--data.dataset", str(small_images), "--run", str(run)]
-    child = subprocess.Popen([sys.executable, "-m", "rnas.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rnas.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -126,6 +143,8 @@ def test_ctrl_c_leaves_a_resumable_run(small_images, tmp_path):
 
 
 def test_a_genotype_printed_by_search_can_be_read_back(small_images, tmp_path, capsys):
-    assert cli.main(["search", *SMALL, "--data.dataset", str(small_images), "--run", str(tmp_path / "s"), "--quiet"]) == 0
+    assert (
+        cli.main(["search", *SMALL, "--data.dataset", str(small_images), "--run", str(tmp_path / "s"), "--quiet"]) == 0
+    )
     text = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("genotype: "))
     assert genotype.from_text(text.removeprefix("genotype: ")) == genotype.load(tmp_path / "s")

@@ -78,7 +78,9 @@ def test_a_bad_assignment_is_explained(assignment, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [{"epsilon": -0.1}, {"epsilon": float("nan")}, {"step_size": -1.0}, {"steps": 0}, {"restarts": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"epsilon": -0.1}, {"epsilon": float("nan")}, {"step_size": -1.0}, {"steps": 0}, {"restarts": 0}]
+)
 def test_attacks_that_mean_nothing_are_refused(changes):
     with pytest.raises(ValueError, match=rf"attack\.{next(iter(changes))} must be"):
         check_attack(AttackConfig(**changes))

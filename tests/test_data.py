@@ -726,8 +726,8 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu():
 def by_image(x, top, left, mirrored, padding):
     height, width = x.shape[2:]
     out = []
-    for image, t, l, m in zip(x, top.tolist(), left.tolist(), mirrored.tolist()):
-        crop = pad(image, (padding,) * 4)[:, t : t + height, l : l + width]
+    for image, t, side, m in zip(x, top.tolist(), left.tolist(), mirrored.tolist()):
+        crop = pad(image, (padding,) * 4)[:, t : t + height, side : side + width]
         out.append(crop.flip(2) if m else crop)
     return torch.stack(out)
 

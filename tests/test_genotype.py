@@ -85,7 +85,9 @@ def test_what_is_no_genotype_is_refused(values):
         genotype.from_dict(values)
 
 
-@pytest.mark.parametrize("text", ["", "Genotype(", "print(1)", "Genotype(normal=[('skip_connect', 0)], normal_concat=[2])", "Genotype()"])
+@pytest.mark.parametrize(
+    "text", ["", "Genotype(", "print(1)", "Genotype(normal=[('skip_connect', 0)], normal_concat=[2])", "Genotype()"]
+)
 def test_what_is_no_classic_text_is_refused(text):
     with pytest.raises(ValueError):
         genotype.from_text(text)

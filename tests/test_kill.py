@@ -119,7 +119,9 @@ def uninterrupted(small_images, tmp_path_factory):
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, event, count):
     config, whole = uninterrupted
     config = replace(config, run=str(tmp_path / "killed"))
-    child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(to_dict(config)), event, str(count)], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(to_dict(config)), event, str(count)], capture_output=True, text=True
+    )
     assert child.returncode == -9, f"the child was to die at {event} number {count}: {child.stderr}"
     threads = torch.get_num_threads()
     try:

@@ -127,7 +127,10 @@ def test_the_architecture_step_moves_nothing_but_its_own_gradients(search_config
     method = Darts(DartsOptions(order=order), TWO_NODES, 0)
     step = make_step(search_config, optimizer)
     before, modes = snapshot(supernet), [module.training for module in supernet.modules()]
-    batches = [method.prepare(supernet, *train, step, "weights"), method.prepare(supernet, *valid, step, "architecture")]
+    batches = [
+        method.prepare(supernet, *train, step, "weights"),
+        method.prepare(supernet, *valid, step, "architecture"),
+    ]
     result = method.architecture_step(supernet, *batches, step)
     after = snapshot(supernet)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -183,7 +186,8 @@ def test_second_order_gradient_of_the_supernet_equals_finite_differences(search_
 
 
 @pytest.mark.parametrize(
-    ("adversarial", "levels"), [("both", (True, True)), ("weights", (True, False)), ("architecture", (False, True)), ("none", (False, False))]
+    ("adversarial", "levels"),
+    [("both", (True, True)), ("weights", (True, False)), ("architecture", (False, True)), ("none", (False, False))],
 )
 def test_the_named_levels_see_pgd_examples_inside_the_ball(search_config, level, adversarial, levels):
     supernet, optimizer, train, _ = level

@@ -44,7 +44,9 @@ def test_layout_places_types_and_widths_as_published():
     assert [cell.channels for cell in darts] == [36] * 6 + [72] * 7 + [144] * 7
     dsara = get_space("dsara").layout(20, 64)
     assert [cell.channels for cell in dsara] == [64] * 6 + [128] * 14
-    assert [cell.cell_type for cell in dsara] == ["accurate"] * 6 + ["reduction"] + ["accurate"] * 6 + ["reduction"] + ["robust"] * 6
+    assert [cell.cell_type for cell in dsara] == ["accurate"] * 6 + ["reduction"] + ["accurate"] * 6 + ["reduction"] + [
+        "robust"
+    ] * 6
 
 
 def test_too_small_a_layout_and_unknown_names_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def draw(shape, dtype, device, norm="linf"):
     x = torch.where(torch.rand(shape) < 0.1, x.round(), x)
     epsilon = BALLS[norm][0]
     x_adv = (x + epsilon * (2 * torch.rand(shape) - 1)).clamp(0, 1)
-    grad = torch.randn(shape, dtype=torch.float64) * 10.0 ** -(12 * torch.rand(shape[:1])).reshape(-1, *[1] * (len(shape) - 1))
+    scale = 10.0 ** -(12 * torch.rand(shape[:1])).reshape(-1, *[1] * (len(shape) - 1))
+    grad = torch.randn(shape, dtype=torch.float64) * scale
     grad[torch.rand(shape) < 0.1] = 0
     return [tensor.to(device, dtype) for tensor in (x_adv, grad, x)]
 
@@ -226,13 +228,11 @@ def test_zero_gradient_makes_no_step(device, norm):
 
 
 def test_zeros_come_out_positive(device):
-    for x_adv in (0.0, -0.0):
-        for grad in (1.0, -1.0, 0.0, -0.0):
-            for x in (0.0, -0.0):
-                triple = [torch.full((1, 40), value, device=device) for value in (x_adv, grad, x)]
-                for step_size in (0.0, -0.0):
-                    result = pgd_step(*triple, epsilon=0.0, step_size=step_size, lower=-1.0)
-                    assert not result.signbit().any() and torch.equal(result, torch.zeros_like(result))
+    zeros = (0.0, -0.0)
+    for x_adv, grad, x, step_size, epsilon in product(zeros, (1.0, -1.0, *zeros), zeros, zeros, (0.0, 0.1)):
+        triple = [torch.full((1, 40), value, device=device) for value in (x_adv, grad, x)]
+        result = pgd_step(*triple, epsilon=epsilon, step_size=step_size, lower=-1.0)  # lower=0 would already clamp -0
+        assert not result.signbit().any() and torch.equal(result, torch.zeros_like(result))
 
 
 @pytest.mark.parametrize("norm", BALLS)

@@ -130,8 +130,8 @@ def test_compiles_whole_and_once():
 
 def test_fake_tensors_have_the_true_strides():
     images = torch.rand(2, 3, 4, 5)
-    views = [images, images.to(memory_format=torch.channels_last), images.transpose(2, 3), images[:, :, ::2], images[:, :1]]
-    views += [torch.rand(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), torch.rand(4, 2).t()]
+    views = [images, images.to(memory_format=torch.channels_last), images.transpose(2, 3), images[:, :, ::2]]
+    views += [images[:, :1], torch.rand(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), torch.rand(4, 2).t()]
     for view in views:
         with torch._subclasses.FakeTensorMode() as mode:
             fake = mode.from_tensor(view)

@@ -58,7 +58,7 @@ def edges_of(found) -> Counter:
 def curve_points(cell_edge):
     """Points along an edge, in the same coordinates as the layout's boxes."""
     points = cell_edge.points
-    for s, ((x0, y0), (x1, y1)) in enumerate(zip(points, points[1:])):
+    for s, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
         for t in (i / 20 for i in range(21)):
             rise = t if s % 2 else 3 * t**2 - 2 * t**3  # any monotone rise stays within the same corridor
             yield x0 + t * (x1 - x0), y0 + rise * (y1 - y0)
@@ -95,7 +95,10 @@ def test_no_label_state_or_curve_hides_another(name):
 @st.composite
 def random_cells(draw):
     count = draw(st.integers(1, 5))
-    pair = lambda j: st.tuples(st.sampled_from(OPS), st.integers(0, 1 + j))  # noqa: E731
+
+    def pair(j):
+        return st.tuples(st.sampled_from(OPS), st.integers(0, 1 + j))
+
     nodes = [draw(st.lists(pair(j), min_size=1, max_size=3)) for j in range(count)]
     return nodes, draw(st.lists(st.integers(0, 1 + count), min_size=1, unique=True))
 
@@ -326,7 +329,7 @@ def test_bars_show_each_accuracy_of_each_network(figures):
     assert [text.get_text() for text in axes.texts] == ["98.5", "96.2", "21.0", "n/a", "0.0", "81.0"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["undefended", "robust"]
     bars = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert all(right < left for (_, right), (left, _) in zip(bars, bars[1:])), "bars stand side by side"
+    assert all(right < left for (_, right), (left, _) in itertools.pairwise(bars)), "bars stand side by side"
     assert len({bar.get_facecolor() for bar in axes.patches}) == 3
 
 

@@ -182,19 +182,17 @@ def test_a_finished_or_empty_job_has_a_bar_too(total, done, terminal, clock):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_passes_through_and_leaves_the_terminal_as_it_was(error, terminal, clock):
     out, err = sys.stdout, sys.stderr
-    with pytest.raises(error):
-        with Progress("search", 10, stream=terminal, clock=clock) as progress:
-            clock.now += 3
-            progress.advance(5)
-            raise error
+    with pytest.raises(error), Progress("search", 10, stream=terminal, clock=clock) as progress:
+        clock.now += 3
+        progress.advance(5)
+        raise error
     text = terminal.getvalue()
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
     assert "5/10 images  1.7 images/s  stopped after 0:03" in plain(text)
     assert text.endswith(("\n", "\x1b[?25h")) and sys.stdout is out and sys.stderr is err
     log = io.StringIO()
-    with pytest.raises(error):
-        with Progress("search", 10, stream=log, clock=clock) as progress:
-            raise error
+    with pytest.raises(error), Progress("search", 10, stream=log, clock=clock) as progress:
+        raise error
     assert "stopped after 0:00" in log.getvalue()
 
 
@@ -204,9 +202,10 @@ def test_a_dumb_terminal_and_a_forced_colour_log_get_plain_lines(monkeypatch, te
     with Progress("search", 10, stream=log, clock=clock):
         pass
     monkeypatch.setenv("TERM", "dumb")
-    with Progress("search", 10, stream=terminal, clock=clock):
-        pass
+    with Progress("search", 10, stream=terminal, every_seconds=0, clock=clock) as progress:
+        progress.advance(5)
     assert "\x1b" not in log.getvalue() + terminal.getvalue()
+    assert terminal.getvalue().startswith("search  5/10 images") and terminal.getvalue().count("\n") == 2
 
 
 def test_ctrl_c_on_a_real_terminal_shows_the_cursor_again_and_stops_the_job():

@@ -42,7 +42,15 @@ def test_a_search_writes_what_it_promises(search_config):
     for path in result.files:
         assert path.is_file() and path.stat().st_size > 0, path
     names = {path.name for path in result.files}
-    assert {"genotype.json", "cells.svg", "cells.png", "curves.png", "checkpoint.pt", "metrics.jsonl", "config.json"} <= names
+    assert {
+        "genotype.json",
+        "cells.svg",
+        "cells.png",
+        "curves.png",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "config.json",
+    } <= names
     assert genotype.load(result.run) == result.genotype
     config = json.loads((result.run / "config.json").read_text())["config"]
     assert config["attack"]["epsilon"] == 8 / 255 and config["options"]["order"] == 1
@@ -68,12 +76,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(search_config, t
     again = search.search(replace(search_config, run=str(tmp_path / "again")))
     other = search.search(replace(search_config, run=str(tmp_path / "other"), seed=1))
     assert_same_bits(final_state(first.run), final_state(again.run))
-    assert not torch.equal(final_state(first.run)["/supernet/stem.0.weight"], final_state(other.run)["/supernet/stem.0.weight"])
+    assert not torch.equal(
+        final_state(first.run)["/supernet/stem.0.weight"], final_state(other.run)["/supernet/stem.0.weight"]
+    )
 
 
 def test_warm_up_leaves_the_architecture_alone(search_config):
     result = search.search(replace(search_config, warmup_epochs=2))
-    fresh = search.build(replace(search_config, attack=AttackConfig(epsilon=0.1)), search.data.load(search_config.data))[1]
+    fresh = search.build(
+        replace(search_config, attack=AttackConfig(epsilon=0.1)), search.data.load(search_config.data)
+    )[1]
     for name, alpha in fresh.alpha.items():
         assert torch.equal(final_state(result.run)[f"/method/alpha.{name}"], alpha)
 

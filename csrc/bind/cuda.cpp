@@ -7,8 +7,8 @@ namespace py = pybind11;
 using namespace rnas;
 using bind::pointer;
 
-// This module has a CUDA runtime of its own, whose current device need not be torch's. Makes the tensors' device current
-// for one call.
+// This module has a CUDA runtime of its own, whose current device need not be torch's. Makes the tensors' device
+// current for one call.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -31,8 +31,12 @@ template <typename T> struct Call {
   int64_t samples, size;
   const PgdStep& step;
 
-  T epsilon(int64_t n) const { return step.epsilons ? static_cast<const T*>(step.epsilons)[n] : T(step.epsilon); }
-  T step_size(int64_t n) const { return step.step_sizes ? static_cast<const T*>(step.step_sizes)[n] : T(step.step_size); }
+  T epsilon(int64_t n) const {
+    return step.epsilons ? static_cast<const T*>(step.epsilons)[n] : T(step.epsilon);
+  }
+  T step_size(int64_t n) const {
+    return step.step_sizes ? static_cast<const T*>(step.step_sizes)[n] : T(step.step_size);
+  }
 };
 
 template <typename T> void linf(const Call<T>& c) {
@@ -112,7 +116,8 @@ template <typename T> void l2(const Call<T>& c) {
 }
 
 template <typename T>
-void run(void* out, const void* x_adv, const void* grad, const void* x, int64_t samples, int64_t size, const PgdStep& step) {
+void run(void* out, const void* x_adv, const void* grad, const void* x, int64_t samples, int64_t size,
+         const PgdStep& step) {
   const Call<T> call{static_cast<T*>(out),      static_cast<const T*>(x_adv), static_cast<const T*>(grad),
                      static_cast<const T*>(x), samples,                      size,
                      step};

@@ -29,8 +29,9 @@ template <typename T> struct Call {
   __device__ float step_size_of(int64_t n) const { return step_sizes ? step_sizes[n] : step_size; }
 };
 
-// grid (pixels of a sample / kVectorised width / kLinfThreads, samples). Vectors never straddle two samples: the launcher
-// vectorises only where every sample starts on 16 bytes, or where all samples share their numbers and count as one.
+// grid (pixels of a sample / kVectorised width / kLinfThreads, samples). Vectors never straddle two samples: the
+// launcher vectorises only where every sample starts on 16 bytes, or where all samples share their numbers and count as
+// one.
 template <typename T, bool kVectorised> __global__ void __launch_bounds__(kLinfThreads) linf_kernel(Call<T> c) {
   constexpr int kWidth = kVectorised ? Vector<T>::kWidth : 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -61,7 +62,8 @@ template <typename T, bool kVectorised> __global__ void __launch_bounds__(kLinfT
   }
 }
 
-// The block's sum on every thread. Shuffles and the last loop add in a fixed order, so the sum is the same in every run.
+// The block's sum on every thread. Shuffles and the last loop add in a fixed order, so the sum is the same in every
+// run.
 static __device__ double block_sum(double value) {
   __shared__ double warps[kL2Threads / kWarp];
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);

@@ -10,7 +10,18 @@ from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts,)}
 
-__all__ = ["METHODS", "Batch", "Darts", "LevelResult", "Method", "Mixing", "SearchStep", "discretise", "entropy", "options_for"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Darts",
+    "LevelResult",
+    "Method",
+    "Mixing",
+    "SearchStep",
+    "discretise",
+    "entropy",
+    "options_for",
+]
 
 
 def options_for(name: str) -> Any:

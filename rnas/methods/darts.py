@@ -30,7 +30,7 @@ class DartsOptions:
 
 
 class Darts(Method):
-    """`min_alpha L_V(w*(alpha), alpha)` with w* by gradient descent; L is the cross entropy, on PGD examples if asked."""
+    """`min_alpha L_V(w*(alpha), alpha)` with w* by gradient descent; L: cross entropy, on PGD examples if asked."""
 
     name = "darts"
     Options = DartsOptions
@@ -56,7 +56,7 @@ class Darts(Method):
         return cross_entropy(logits, train.y), logits
 
     def architecture_step(self, supernet: Supernet, train: Batch, valid: Batch, step: SearchStep) -> LevelResult:
-        """First- or second-order gradient of the cross entropy on D_V, with batch statistics and unmoved BN averages."""
+        """First- or second-order gradient of the cross entropy on D_V, by batch statistics; BN averages stay."""
         parameters = list(self.parameters())
         with attacks.frozen(supernet, statistics="batch"), torch.enable_grad():
             if self.options.order == 1:
@@ -74,7 +74,12 @@ class Darts(Method):
 
                 weights = dict(supernet.named_parameters())
                 gradients, loss, logits = unrolled_gradients(
-                    loss_on(train), loss_on(valid), weights, parameters, step.weight_optimizer, radius=self.options.radius
+                    loss_on(train),
+                    loss_on(valid),
+                    weights,
+                    parameters,
+                    step.weight_optimizer,
+                    radius=self.options.radius,
                 )
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient

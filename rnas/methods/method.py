@@ -81,7 +81,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
-        """The batch that `level` will see: attacks and noise are made here, once per step, before either level moves."""
+        """The batch that `level` will see: attacks and noise are made here, before either level moves."""
 
     @abstractmethod
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
@@ -124,13 +124,17 @@ def discretise(space: Space, mixing: Mixing, inputs_per_node: int = 2) -> Genoty
         for state in space.concat:
             edges = [index for index, (_, target) in enumerate(space.edges) if target == state]
             kept = sorted(edges, key=lambda index: -float(strengths[index]))[:inputs_per_node]
-            nodes.append(tuple((space.primitives[candidates[int(winners[index])]], space.edges[index][0]) for index in sorted(kept)))
+            nodes.append(
+                tuple(
+                    (space.primitives[candidates[int(winners[index])]], space.edges[index][0]) for index in sorted(kept)
+                )
+            )
         cells[cell_type] = tuple(nodes)
     return Genotype(cells, space.concat)
 
 
 def entropy(mixing: Mixing) -> dict[str, float]:
-    """Mean entropy of the edges' normalised mixing weights per cell type, in nats: ln K when undecided, 0 when decided."""
+    """Mean entropy of the edges' normalised mixing weights per cell type, in nats: from ln K (undecided) to 0."""
     result = {}
     for cell_type, weights in mixing.items():
         share = weights.detach() / weights.detach().sum(dim=1, keepdim=True).clamp_min(1e-12)

@@ -22,7 +22,7 @@ class Unrolled(NamedTuple):
 
 
 def virtual_step(gradients: Weights, weights: Weights, optimizer: torch.optim.SGD) -> Weights:
-    """`w' = w - xi * (momentum * buffer + gradient + weight_decay * w)`: where `optimizer`, which owns w, would go next."""
+    """`w' = w - xi * (momentum * buffer + gradient + weight_decay * w)`: where w's `optimizer` would go next."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     moved = {}
     for name, weight in weights.items():

@@ -3,7 +3,8 @@
 // Run-time choice of the instruction set.
 //
 // Every file in csrc/cpu/ is compiled once per level with RNAS_LEVEL set to baseline, avx2 or avx512. It defines its
-// kernel in `namespace rnas::cpu::RNAS_LEVEL` and, in the baseline copy alone (RNAS_LEVEL_baseline), the public function:
+// kernel in `namespace rnas::cpu::RNAS_LEVEL` and, in the baseline copy alone (RNAS_LEVEL_baseline), the public
+// function:
 //
 //   RNAS_DECLARE_LEVELS(op)                       after the op's header
 //   void op(args) { RNAS_SELECT(op)(args); }
