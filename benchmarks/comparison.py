@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import measure
-import torch
 from providers import CapturedGraph, Prepared
 from torch import Tensor, nn
 
@@ -116,7 +115,7 @@ def _first_call(row: Row, prepare: Callable[[], Prepared], ready: dict[str, Prep
         row.status, row.note = UNSUPPORTED, str(reason)
         return None
     except Exception as error:  # a compiler or a capture may fail in any way, and the other rows are still worth having
-        row.status, row.note = FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        row.status, row.note = FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
         return None
     row.first_call_seconds = time.perf_counter() - start
     row.note = prepared.note
@@ -144,17 +143,16 @@ def _measured(rows: dict[str, Row]) -> list[str]:
 
 
 def _observe(row: Row, prepared: Prepared, device: str, network: nn.Module | None) -> float:
-    """Memory, saved bytes and launches into the row. Returns about how long a sample takes."""
-    start = time.perf_counter()
-    row.peak_bytes = measure.peak_bytes(prepared.sample, device)
-    elapsed = time.perf_counter() - start
+    """Memory, saved bytes and launches into the row. Returns the time of one sample."""
+    times: list[float] = []
+    row.peak_bytes = measure.peak_bytes(lambda: times.append(measure.seconds(prepared.sample, device)), device)
     if isinstance(prepared.sample, CapturedGraph):
         row.peak_bytes = prepared.sample.peak_bytes
     if network is not None:
         row.saved_bytes = measure.saved_bytes(prepared.eager, network)
     if device == "cuda":
         row.launches = measure.launches(prepared.run)
-    return elapsed
+    return times[0]
 
 
 def _keeping(run: Callable[[], list[Tensor]], outputs: dict[str, list[Tensor]], name: str) -> Callable[[], None]:

@@ -4,8 +4,9 @@
     python -m pytest benchmarks -k "pgd_7"      a part of it; written only where --results says
     python -m pytest benchmarks --quick         tiny sizes, to see that everything runs; written only with --results
 
-Providers of a job are compared with eager PyTorch first, and one that disagrees gets no time. The rest are timed in turns
-in one process. Rows go into benchmarks/results/<device>.json after every job; scripts/render_readme.py makes the table.
+Providers of a job are compared with eager PyTorch first, and one that disagrees gets no time. The rest are timed in
+turns in one process. Rows go into benchmarks/results/<device>.json after every job, and scripts/render_readme.py makes
+the table of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rnas benchmarks")
-    group.addoption("--quick", action="store_true", help="tiny sizes: C=4, 3 cells, batch 2")
+    group.addoption("--quick", action="store_true", help="tiny sizes: C=4, 3 cells of 2 nodes, batch 2")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    group.addoption("--results", type=Path, help="folder for <device>.json (default: benchmarks/results for a full run)")
+    group.addoption("--results", type=Path, help="where <device>.json goes; full runs: benchmarks/results")
 
 
 def device_of(config: pytest.Config) -> str:
@@ -41,17 +42,18 @@ def session(request: pytest.FixtureRequest):
     # TF32 rounds to 10 bits, which the comparison with float32 kernels would count as a speed-up for nothing.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # as the public search scripts of this field set it
-    part = quick or bool(config.getoption("keyword")) or any("::" in argument for argument in config.args)
-    folder = config.getoption("--results") or (None if part else RESULTS)
+    selected = bool(config.getoption("keyword")) or any("::" in argument for argument in config.args)
+    folder = config.getoption("--results") or (None if quick or selected else RESULTS)
     session = Session(device, quick, folder, _command(config))
     yield session
-    session.write(complete=not part and request.session.testsfailed == 0)
+    session.write(complete=session.number_of_rows == len(request.session.items) and not selected)
     print(f"\nwritten: {session.path}" if session.path else "\nnot written: a part of the benchmarks, and no --results")
 
 
 def _command(config: pytest.Config) -> str:
-    """What was typed, less the folder of the results, which is nobody's concern."""
+    """What was typed, less the folders of this machine."""
     arguments = list(config.invocation_params.args)
     if "--results" in arguments:
-        del arguments[arguments.index("--results") :][:2]
-    return " ".join(["python -m pytest", *(each for each in arguments if not each.startswith("--results="))])
+        start = arguments.index("--results")
+        del arguments[start : start + 2]
+    return " ".join(["python -m pytest", *(each for each in arguments if not Path(each.split("=")[-1]).is_absolute())])

@@ -106,7 +106,10 @@ def _ascend(problem: Problem, x_adv: Tensor, steps: int) -> Tensor:
 
 
 def jacobian_norm(problem: Problem) -> list[Tensor]:
-    """Gradient to weights and alpha of the cross entropy plus the squared norm of d(v . logits)/dx, v a random projection."""
+    """Gradient to weights and alpha of the cross entropy plus the squared norm of d(v . logits)/dx.
+
+    v is a random projection (Hoffman, Roberts, Yaida, arXiv 1908.02729), and running statistics are used.
+    """
     x = problem.x.detach().requires_grad_()
     alpha = {name: each.clone().requires_grad_() for name, each in problem.alpha.items()}
     logits = problem.supernet(x, problem.mixing(alpha))
@@ -126,17 +129,19 @@ def share_of_other_pixels(found: list[Tensor], expected: list[Tensor]) -> float:
     return float(((found[0] - expected[0]).abs() <= 1e-5).logical_not().double().mean())
 
 
-# Two correct float32 implementations seldom differ by more than 1e-5, but one activation that falls on the other side of
-# a ReLU's or a max pool's kink moves a gradient of this network by up to 1e-3 (seen between NCHW and channels_last). A
-# forgotten term or a wrong layout moves it by far more than 5e-3.
-TOLERANCE = 5e-3
+# Logits are continuous in rounding, gradients are not: of the 10^8 ReLU inputs of the full size about one in 10^5 lies
+# within rounding of its kink, and each that falls on the other side changes its share of the gradient. The square root
+# of that, 2e-3 to 4e-3, is what NCHW and channels_last were seen to differ by, whatever the batch. Smaller faults are
+# for the tests of the kernels to find.
+LOGITS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 2e-2
 
 JOBS = {
     job.name: job
     for job in (
-        Job("forward", forward, relative_error, TOLERANCE),
-        Job("training_step", training_step, relative_error, TOLERANCE),
-        Job("alpha_gradient", alpha_gradient, relative_error, TOLERANCE),
+        Job("forward", forward, relative_error, LOGITS_TOLERANCE),
+        Job("training_step", training_step, relative_error, GRADIENT_TOLERANCE),
+        Job("alpha_gradient", alpha_gradient, relative_error, GRADIENT_TOLERANCE),
         Job(
             "pgd_7",
             pgd,
@@ -152,7 +157,7 @@ JOBS = {
             "jacobian_norm",
             jacobian_norm,
             relative_error,
-            TOLERANCE,
+            GRADIENT_TOLERANCE,
             training=False,
             compiles="torch.compile does not support double backward",
             cpu_batches=(2, 16),  # batch 64 would need more memory than most machines have

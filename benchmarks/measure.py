@@ -30,19 +30,19 @@ def seconds(function: Function, device: str, repeats: int = 1) -> float:
 def interleaved(functions: dict[str, Function], device: str, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Times of all functions, one call of each per round, so that a drift of the machine meets all of them alike.
 
-    The one that begins moves on with every round, and no garbage is collected inside a timed call.
+    The one that begins moves on with every round, and garbage is collected between rounds only.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            gc.collect()
-            gc.disable()
-            try:
+        gc.collect()
+        gc.disable()
+        try:
+            for name in names[first:] + names[:first]:
                 times[name].append(seconds(functions[name], device, repeats))
-            finally:
-                gc.enable()
+        finally:
+            gc.enable()
     return times
 
 

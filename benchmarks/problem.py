@@ -21,16 +21,18 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Size:
-    """C of the first cells, number of cells, pixels per side, and the batches that are timed."""
+    """C of the first cells, number of cells, nodes of a cell, pixels per side, and the batches that are timed."""
 
     channels: int
     layers: int
+    nodes: int
     image: int
     batches: tuple[int, ...]
 
 
-FULL = Size(channels=16, layers=8, image=32, batches=(16, 64))
-QUICK = Size(channels=4, layers=3, image=16, batches=(2,))
+# The larger batch first: torch.compile makes graphs for every batch up to the one it has seen, and would begin anew.
+FULL = Size(channels=16, layers=8, nodes=4, image=32, batches=(64, 16))
+QUICK = Size(channels=4, layers=3, nodes=2, image=16, batches=(2,))
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,16 @@ class Problem:
 def build(size: Size, batch: int, device: str, seed: int = 0) -> Problem:
     """The problem of this size, from `seed` alone. BN's running statistics are those of the batch."""
     draw = generator(seed, "benchmark", batch)
-    shape = (len(DARTS.edges), len(DARTS.primitives))
+    space = replace(DARTS, nodes=size.nodes)
+    shape = (len(space.edges), len(space.primitives))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        supernet = Supernet(DARTS, channels=size.channels, layers=size.layers, num_classes=CLASSES)
+        supernet = Supernet(space, channels=size.channels, layers=size.layers, num_classes=CLASSES)
     problem = Problem(
         supernet=supernet.to(device),
         x=torch.rand(batch, 3, size.image, size.image, generator=draw).to(device),
         y=torch.randint(CLASSES, (batch,), generator=draw).to(device),
-        alpha={name: (1e-3 * torch.randn(shape, generator=draw)).to(device) for name in DARTS.cell_types},
+        alpha={name: (1e-3 * torch.randn(shape, generator=draw)).to(device) for name in space.cell_types},
         projection=nn.functional.normalize(torch.randn(batch, CLASSES, generator=draw), dim=1).to(device),
     )
     _calibrate(problem)
@@ -83,7 +86,7 @@ def build(size: Size, batch: int, device: str, seed: int = 0) -> Problem:
 
 
 def _calibrate(problem: Problem) -> None:
-    """Activations of a fresh network would fade or explode in eval mode, and with them the gradients that are compared."""
+    """In eval mode the activations of a fresh network would fade or explode, and with them the compared gradients."""
     norms = [module for module in problem.supernet.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0

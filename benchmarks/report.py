@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import machine
@@ -41,15 +42,20 @@ class Session:
         self.device = device
         self.quick = quick
         self.size: Size = QUICK if quick else FULL
-        self.head = machine.describe(device, command, quick)
+        self.head = {**machine.describe(device, command, quick), "size": asdict(self.size)}
         self.path = None if folder is None else folder / f"{machine.slug(device)}.json"
         self.groups: dict[tuple, dict[str, Row]] = {}
         self.last_job = ""
 
     @property
+    def number_of_rows(self) -> int:
+        """Rows so far, those without times too."""
+        return sum(len(group) for group in self.groups.values())
+
+    @property
     def budget_seconds(self) -> float:
         """For the timed rounds of one group."""
-        return 0.2 if self.quick else 3.0 if self.device == "cuda" else 12.0
+        return 0.2 if self.quick else 3.0 if self.device == "cuda" else 10.0
 
     @property
     def backend(self) -> str:
@@ -74,10 +80,10 @@ class Session:
         best = min(row.seconds)
         text += f" {best * 1e3:10.3f} ms"
         if row.flops is not None:
-            text += f"  {row.flops / best / self.head['ceilings']['flops_per_second']:6.1%} of the FMA peak"
+            text += f"  {row.flops / best / self.head['ceilings']['flops_per_second']:6.1%} of the arithmetic ceiling"
         if row.bytes_moved is not None:
-            share = row.bytes_moved / best / self.head["ceilings"]["copy_bytes_per_second"]
-            text += f"  {row.bytes_moved / best / 1e9:.1f} GB/s, {share:.0%} of a copy"
+            share = row.bytes_moved / best / self.head["ceilings"]["in_place_bytes_per_second"]
+            text += f"  {row.bytes_moved / best / 1e9:.1f} GB/s, {share:.0%} of what an addition in place reaches"
         return text
 
     def write(self, complete: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import measure
@@ -44,10 +45,14 @@ def measure_job(session: Session, job: Job, batch: int) -> list[Row]:
     if session.last_job != job.name:
         torch._dynamo.reset()  # one set of graphs serves both batches of a job, and no other job
         session.last_job = job.name
+    gc.collect()  # graphs and networks of the group before
+    if session.device == "cuda":
+        torch.cuda.empty_cache()
     problem = build(session.size, batch, session.device)
     problem.supernet.train(job.training)
     candidates = {
-        provider.name: partial(prepare, provider, job, problem, session.backend) for provider in providers(session.device)
+        provider.name: partial(prepare, provider, job, problem, session.backend)
+        for provider in providers(session.device)
     }
     gate = Gate(job.distance, job.tolerance, partial(loss_reached, problem) if job.sample else None)
     rows = compare(

@@ -25,6 +25,11 @@ import torch
 VARIABLE = "RNAS_BACKEND"
 CHOICES = ("auto", "reference", "cpu", "cuda", "triton")
 
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve a call, or is not built."""
+
+
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # backend -> device types it runs on
 _ORDER = ("cuda", "triton", "cpu")  # the first that can take a call serves it
 
@@ -55,7 +60,7 @@ class Op:
         """The function that serves such a call. Raises RuntimeError where `RNAS_BACKEND` forces one that cannot."""
         name, reason = self.decide(device, dtype)
         if name is None:
-            raise RuntimeError(
+            raise BackendError(
                 f"{VARIABLE}={forced()} cannot serve {self.name} on {device.type} {_short(dtype)}: {reason}; "
                 f"unset {VARIABLE} or set it to auto"
             )
@@ -122,10 +127,10 @@ def forget() -> None:
 
 
 def module(name: str) -> ModuleType:
-    """The compiled module `rnas._cpu` or `rnas._cuda`. Raises RuntimeError where it is not built."""
+    """The compiled module `rnas._cpu` or `rnas._cuda`. Raises BackendError where it is not built."""
     loaded = load(name)
     if isinstance(loaded, str):
-        raise RuntimeError(loaded)  # noqa: TRY004 - the module is missing, no argument is of a wrong type
+        raise BackendError(loaded)
     return loaded
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import __version__
-from .config import EvaluateConfig, SearchConfig, TrainConfig, load_toml, merge, parse_number, set_value
+from .config import EvaluateConfig, SearchConfig, TrainConfig
 from .loop import Interrupted
+from .settings import load_toml, merge, parse_number, set_value
 
 SUMMARY = f"""rnas {__version__}: search, train and evaluate robust neural architectures.
 
@@ -54,14 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"rnas: unknown command {command!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    from .kernels.backend import BackendError
+
     try:
         COMMANDS[command](rest)
     except Interrupted:
         return 130
+    except KeyboardInterrupt:  # outside the batches of a job, which end with Interrupted
+        print(f"rnas {command}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, BackendError) as error:
         print(f"rnas {command}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -72,7 +78,9 @@ def _search(arguments: list[str]) -> None:
     from .methods import options_for
 
     early = _early(arguments, "--method")
-    method = early.method or (load_toml(early.config).get("method") if early.config else "") or "darts"
+    assigned = [text.partition("=")[2].strip() for text in early.set if text.partition("=")[0].strip() == "method"]
+    from_file = [load_toml(early.config)["method"]] if early.config and "method" in load_toml(early.config) else []
+    method = [SearchConfig.method, *from_file, *assigned, *([early.method] if early.method else [])][-1]
     base = SearchConfig(method=method, options=options_for(method))
     config, resume = _parse("search", SearchConfig, base, arguments, resumable=True)
     if resume:
@@ -252,7 +260,11 @@ def _print_table(result: Any) -> None:
     from rich.table import Table
 
     attack = result.attack
-    title = f"accuracy on {result.images:,} test images, {attack.norm} epsilon {attack.epsilon:.4g}"
+    counts = "any" if result.early_drop else "the last"
+    title = (
+        f"accuracy on {result.images:,} test images, {attack.norm} epsilon {attack.epsilon:.4g}; "
+        f"PGD counts an image as fooled by {counts} iterate"
+    )
     table = Table("network", "recipe", "parameters", *result.rows[0].accuracies, title=title)
     for row in result.rows:
         table.add_row(

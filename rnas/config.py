@@ -1,14 +1,13 @@
-"""The configuration of every job: frozen dataclasses, the only source of flags, TOML keys and the saved config.json."""
+"""The configuration of every job: frozen dataclasses, from which flags, TOML keys and the saved config.json come."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
+import math
+import os
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from .augment import Augment
 
@@ -96,7 +95,7 @@ class RunConfig:
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     checkpoint_seconds: float = 60.0
-    """Longest time between two checkpoints (there is one at every end of an epoch as well)."""
+    """A checkpoint is written after the first batch that ends this long after the last one, and after every epoch."""
     quiet: bool = False
     """Print results only."""
 
@@ -149,7 +148,7 @@ class TrainConfig(RunConfig):
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary head's loss; 0 leaves the head out."""
     drop_path: float = 0.0
-    """Probability of dropping a path in the last epoch, rising linearly from 0."""
+    """Probability of dropping a path, rising linearly over the epochs from 0 to this."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 96
@@ -171,7 +170,7 @@ class EvaluateConfig:
     runs: tuple[str, ...] = ()
     """Folders of `rnas train` runs; one row of the table each."""
     steps: tuple[int, ...] = (20,)
-    """Numbers of PGD steps, one column each."""
+    """Numbers of PGD steps, one column each; see early_drop for what counts."""
     restarts: int = 1
     """Random starts of each PGD attack; an image counts as robust if it withstands all."""
     norm: Literal["linf", "l2"] | None = None
@@ -185,7 +184,7 @@ class EvaluateConfig:
     test_images: int = 0
     """Size of a class-balanced test subset; 0 takes the test set that the run was configured with."""
     batch_size: int = 250
-    """Images per step; it does not change the result."""
+    """Images per step. The random starts are drawn per batch, so a changed size changes them."""
     output: str = ""
     """Where the JSON goes. Empty: evaluation.json in the first run's folder."""
     seed: int = 0
@@ -198,9 +197,6 @@ class EvaluateConfig:
     """Print results only."""
 
 
-T = TypeVar("T")
-
-
 def resolve_attack(attack: AttackConfig, channels: int) -> AttackConfig:
     """Fill in the sizes left open: epsilon by norm and number of image channels, step size as epsilon / 4."""
     usual = {("linf", True): 0.3, ("linf", False): 8 / 255, ("l2", True): 1.5, ("l2", False): 0.5}
@@ -210,121 +206,62 @@ def resolve_attack(attack: AttackConfig, channels: int) -> AttackConfig:
 
 
 def check_attack(attack: AttackConfig) -> None:
-    """Refuse sizes that mean nothing before any work is done. Raises ValueError."""
+    """Refuse a threat model that means nothing before any work is done. Raises ValueError."""
     for name in ("epsilon", "step_size"):
-        value = getattr(attack, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(
-                f"attack.{name} must be a finite number of at least 0, in pixel units of [0, 1]; got {value}"
-            )
-    at_least_one("attack", attack, "steps", "restarts")
+        if getattr(attack, name) is not None:
+            at_least(0, "attack", attack, name)
+    if attack.norm == "linf" and attack.epsilon is not None and attack.epsilon > 1:
+        raise ValueError(
+            f"attack.epsilon is in pixel units of [0, 1], so at most 1 for linf; got {attack.epsilon}. "
+            f"Did you mean {attack.epsilon:g}/255?"
+        )
+    at_least(1, "attack", attack, "steps", "restarts")
+    if attack.restarts > 1 and not attack.random_start:
+        raise ValueError("attack.restarts above 1 needs attack.random_start: every restart would take the same way")
 
 
-def at_least_one(prefix: str, config: Any, *names: str) -> None:
-    """Raise ValueError unless each named field is at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{(prefix + '.').lstrip('.')}{name} must be at least 1; got {getattr(config, name)}")
+def check_run(config: Any) -> None:
+    """Refuse what no job can work with, in the fields that jobs share. Raises ValueError."""
+    at_least(0, "", config, "threads")
+    at_least(1, "", config, "batch_size")
+    for name in ("channels", "stem_stride", "epochs"):
+        if hasattr(config, name):
+            at_least(1, "", config, name)
+    if hasattr(config, "checkpoint_seconds"):
+        at_least(0, "", config, "checkpoint_seconds")
+    if hasattr(config, "weights"):
+        at_least(
+            0, "weights", config.weights, "learning_rate", "learning_rate_min", "momentum", "weight_decay", "grad_clip"
+        )
+    if hasattr(config, "architecture"):
+        at_least(0, "architecture", config.architecture, "learning_rate", "weight_decay")
+        if not all(0 <= beta < 1 for beta in config.architecture.betas):
+            raise ValueError(f"architecture.betas must be in [0, 1); got {config.architecture.betas}")
 
 
-def parse_number(text: str) -> float:
-    """A float from '0.03', '2e-3' or a fraction such as '8/255', the notation of every paper of the field."""
-    try:
-        return float(text)
-    except ValueError:
-        return float(Fraction(text))
+def resolve_run(config: Any, data_channels: int, device: str, threads: int, name: str) -> Any:
+    """A job's configuration with everything filled in that was left open, so that config.json says what was run.
 
-
-def to_dict(config: Any) -> dict:
-    """The configuration as plain dicts, lists, numbers and strings, ready for JSON and checkpoints."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def merge(config: T, values: dict, where: str = "") -> T:
-    """A copy of `config` with `values` (nested dicts, as TOML gives them) put in.
-
-    Raises ValueError for a key that does not exist, naming the nearest that does, and for a value of the wrong type.
+    device, threads: what was found on this machine; name: of the run folder if none was given.
     """
-    known = {f.name: f for f in dataclasses.fields(config)}
-    hints = get_type_hints(type(config))
-    changes = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        path = f"{where}{key}"
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"unknown configuration key {path!r}: {hint}")
-        current = getattr(config, name)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise ValueError(f"{path} is a table of {type(current).__name__} keys; got {value!r}")
-            changes[name] = merge(current, value, f"{path}.")
-        else:
-            changes[name] = convert(value, hints[name], path)
-    return dataclasses.replace(config, **changes)
+    dataset = config.data.dataset
+    paths = {"root": os.path.abspath(config.data.root)}
+    if dataset.endswith(".npz"):
+        paths["dataset"] = os.path.abspath(dataset)
+    return dataclasses.replace(
+        config,
+        attack=resolve_attack(config.attack, data_channels),
+        data=dataclasses.replace(config.data, **paths),
+        device=device,
+        threads=config.threads or threads,
+        run=config.run or f"runs/{name}-{Path(dataset).stem}-seed{config.seed}",
+    )
 
 
-def convert(value: Any, kind: Any, path: str) -> Any:
-    """`value` (from TOML, JSON or --set) as the annotated type `kind`. Raises ValueError naming `path`."""
-    choices = get_args(kind) if get_origin(kind) is not Literal else (kind,)
-    origin = get_origin(kind)
-    try:
-        if origin is Literal:
-            matches = [choice for choice in get_args(kind) if str(choice) == str(value)]
-            if not matches:
-                raise ValueError
-            return matches[0]
-        if origin is tuple:
-            items = value.strip("()[] ").split(",") if isinstance(value, str) else list(value)
-            items = [item for item in items if item != ""]
-            kinds = [choices[0]] * len(items) if choices[-1] is Ellipsis else choices
-            if len(kinds) != len(items):
-                raise ValueError
-            return tuple(convert(item, one, path) for item, one in zip(items, kinds))
-        if type(None) in choices:
-            if value is None or value == "None":
-                return None
-            return convert(value, next(one for one in choices if one is not type(None)), path)
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
-        if kind is float:
-            if isinstance(value, bool):
-                raise ValueError
-            return parse_number(value) if isinstance(value, str) else float(value)
-        if kind is str and isinstance(value, str):
-            return value
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        pass
-    wanted = " or ".join(map(repr, get_args(kind))) if origin is Literal else getattr(kind, "__name__", str(kind))
-    raise ValueError(f"{path} must be {wanted}; got {value!r}")
-
-
-def set_value(config: T, assignment: str) -> T:
-    """Apply one `key=value` of --set, the key dotted (`attack.epsilon=8/255`). Raises ValueError as `merge` does."""
-    key, equals, value = assignment.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set takes key=value, such as attack.epsilon=8/255; got {assignment!r}")
-    nested: Any = value.strip()
-    for part in reversed(key.strip().split(".")):
-        nested = {part: nested}
-    return merge(config, nested)
-
-
-def load_toml(path: str | Path) -> dict:
-    """The tables of a TOML file. Raises FileNotFoundError, or ValueError with the place where it is malformed."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+def at_least(least: float, prefix: str, config: Any, *names: str) -> None:
+    """Raise ValueError unless each named field is a finite number of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value >= least and math.isfinite(value)):
+            where = f"{prefix}.{name}" if prefix else name
+            raise ValueError(f"{where} must be a finite number of at least {least}; got {value}")

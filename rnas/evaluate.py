@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from . import attacks, data, plot, seeding
 from .config import (
     AttackConfig,
+    DataConfig,
     EvaluateConfig,
     TrainConfig,
-    at_least_one,
+    at_least,
     check_attack,
-    merge,
+    check_run,
     resolve_attack,
-    to_dict,
 )
-from .loop import choose_device
+from .loop import choose_device, cpu_threads
 from .network import count_parameters
 from .progress import Progress
 from .runs import Run, write_text
+from .settings import merge, to_dict
 from .train import load_network
 
 CLEAN = "clean"
@@ -48,6 +49,8 @@ class Evaluation:
     rows: tuple[Row, ...]
     attack: AttackConfig
     images: int
+    early_drop: bool
+    """Whether an image counts as fooled by any PGD iterate, or by the last alone."""
     files: tuple[Path, ...]
 
 
@@ -58,18 +61,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     if not config.runs:
         raise ValueError("no runs given: rnas evaluate takes the folders of finished `rnas train` runs")
-    if any(steps < 1 for steps in config.steps):
-        raise ValueError(f"steps must each be at least 1; got {config.steps}")
-    at_least_one("", config, "restarts", "batch_size")
+    if not config.steps or any(steps < 1 for steps in config.steps):
+        raise ValueError(f"steps must name numbers of PGD steps, each at least 1; got {config.steps}")
+    check_run(config)
+    at_least(1, "", config, "restarts")
     device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    with cpu_threads(config.threads or torch.get_num_threads()):
+        return _evaluate(config, device)
+
+
+def _evaluate(config: EvaluateConfig, device: torch.device) -> Evaluation:
     trained = [merge(TrainConfig(), Run.open(path, "train").read_config()) for path in config.runs]
     networks = [load_network(path, device) for path in config.runs]
-    datasets = [_test_set(run_config.data, config) for run_config in trained]
-    attack = _threat_model(config, trained[0], datasets[0].image_shape[0])
+    if len({(each.data.dataset, each.data.test_images) for each in trained}) > 1:
+        names = ", ".join(f"{path}: {each.data.dataset}" for path, each in zip(config.runs, trained))
+        raise ValueError(
+            f"one table needs one test set, and these runs have different ones ({names}); evaluate them apart"
+        )
+    dataset = _test_set(trained[0].data, config)
+    attack = _threat_model(config, trained, dataset.image_shape[0])
     rows = []
-    for path, run_config, network, dataset in zip(config.runs, trained, networks, datasets):
+    for path, run_config, network in zip(config.runs, trained, networks):
         name = Path(path).name
         accuracies = accuracy_table(network, dataset.test, attack, config, device, title=name)
         rows.append(Row(name, str(path), run_config.recipe, count_parameters(network), accuracies))
@@ -82,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "statistics": "running",
     }
     threat = {"norm": attack.norm, "epsilon": attack.epsilon, "step_size": attack.step_size}
-    images = len(datasets[0].test.labels)
+    images = len(dataset.test.labels)
     content = {
         "data": to_dict(trained[0].data),
         "images": images,
@@ -96,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         files.append(plot.draw_comparison([dataclasses.asdict(row) for row in rows], output.with_suffix(".png")))
     except ImportError as error:  # matplotlib is missing: the numbers themselves are complete
         print(f"no picture: {error}")
-    return Evaluation(tuple(rows), attack, images, tuple(files))
+    return Evaluation(tuple(rows), attack, images, config.early_drop, tuple(files))
 
 
 def accuracy_table(
@@ -140,16 +152,21 @@ def _correct(network: nn.Module, x: Tensor, y: Tensor) -> int:
         return int((network(x).argmax(dim=1) == y).sum())
 
 
-def _test_set(data_config, config: EvaluateConfig) -> data.Dataset:
+def _test_set(data_config: DataConfig, config: EvaluateConfig) -> data.Dataset:
     changes = {"test_images": config.test_images} if config.test_images else {}
     return data.load(dataclasses.replace(data_config, **changes))
 
 
-def _threat_model(config: EvaluateConfig, trained: TrainConfig, channels: int) -> AttackConfig:
-    """The configured ball; what is left open comes from the first run's training, a step size from epsilon / 4."""
-    norm = config.norm or trained.attack.norm
-    same_norm = norm == trained.attack.norm
-    epsilon = trained.attack.epsilon if config.epsilon is None and same_norm else config.epsilon
+def _threat_model(config: EvaluateConfig, trained: list[TrainConfig], channels: int) -> AttackConfig:
+    """The configured ball; what is left open comes from the runs' training, a step size from epsilon / 4."""
+    norm, epsilon = config.norm or trained[0].attack.norm, config.epsilon
+    if epsilon is None:
+        balls = {(each.attack.norm, each.attack.epsilon) for each in trained}
+        if len(balls) > 1:
+            raise ValueError(
+                f"these runs were trained in different balls ({balls}); say which one with --norm and --epsilon"
+            )
+        epsilon = trained[0].attack.epsilon if norm == trained[0].attack.norm else None
     attack = AttackConfig(norm=norm, epsilon=epsilon, step_size=config.step_size)
     check_attack(attack)
     return resolve_attack(attack, channels)

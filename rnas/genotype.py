@@ -42,9 +42,10 @@ class Genotype:
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"every cell type needs the same number of nodes, at least one; got {counts}")
         states = NUM_INPUTS + next(iter(counts.values()))
-        concat = tuple(self.concat)
-        if not concat or any(not isinstance(state, int) or not 0 <= state < states for state in concat):
-            raise ValueError(f"concat must name states from 0 to {states - 1}; got {list(concat)}")
+        concat = tuple(self.concat) if isinstance(self.concat, (list, tuple, range)) else ()
+        known = all(isinstance(state, int) and 0 <= state < states for state in concat)
+        if not concat or not known or len(set(concat)) != len(concat):
+            raise ValueError(f"concat must list states from 0 to {states - 1}, each once; got {self.concat!r}")
         object.__setattr__(self, "cells", cells)
         object.__setattr__(self, "concat", concat)
 
@@ -94,7 +95,7 @@ def from_dict(values: dict) -> Genotype:
     if not isinstance(cells, dict) or not all(isinstance(nodes, (list, tuple)) and nodes for nodes in cells.values()):
         raise ValueError(f'"cells" must be a dict of non-empty lists of nodes; got {cells!r}')
     nodes = len(next(iter(cells.values()), ()))
-    return Genotype(cells, tuple(values.get("concat", range(NUM_INPUTS, NUM_INPUTS + nodes))))
+    return Genotype(cells, values.get("concat", tuple(range(NUM_INPUTS, NUM_INPUTS + nodes))))
 
 
 def to_json(genotype: Genotype) -> str:
@@ -152,7 +153,8 @@ def from_text(text: str) -> Genotype:
     except (SyntaxError, IndexError) as error:
         raise ValueError(f"not a classic Genotype(...) text: {error}") from None
     names = [name for name in fields if name and not name.endswith("_concat")]
-    concats = {tuple(fields.get(f"{name}_concat", ())) for name in names}
+    lists = [fields.get(f"{name}_concat") for name in names]
+    concats = {tuple(each) if isinstance(each, (list, tuple)) else () for each in lists}
     if len(concats) != 1 or () in concats:
         raise ValueError(f"every cell needs a NAME_concat, and all the same one; got {fields}")
     spoken = {classic: cell_type for cell_type, classic in CLASSIC_NAMES.items()}
@@ -196,6 +198,6 @@ def load(source: str | Path) -> Genotype:
     known = published()
     if str(source) in known:
         return known[str(source)]
-    near = difflib.get_close_matches(str(source), known, n=1)
+    near = difflib.get_close_matches(str(source).upper(), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; published names: {', '.join(known)}"
     raise FileNotFoundError(f"no genotype at {source!r}, neither a file nor a finished search run{hint}")

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Loop:
     Args:
         run: folder for checkpoints and metrics.
         parts: everything with state, by name; restored in place when a checkpoint is there.
-        epochs, batches, batch_size: epochs in all; batches in an epoch; images in a batch.
+        epochs, batches, batch_size, images: epochs in all; batches in an epoch; images in a batch and in an epoch.
 
     Use as a context manager; inside, iterate `epochs()`, start each epoch at batch `loop.batch`, call `done(...)` after
     each batch and `end_epoch(...)` after the last.
@@ -51,25 +52,28 @@ class Loop:
         epochs: int,
         batches: int,
         batch_size: int,
+        images: int,
         checkpoint_seconds: float,
         quiet: bool,
     ) -> None:
         self.run, self.parts = run, parts
-        self.total_epochs, self.batches, self.batch_size = epochs, batches, batch_size
+        self.total_epochs, self.batches = epochs, batches
         self.checkpoint_seconds = checkpoint_seconds
         self.epoch = self.batch = 0
         self.sums: dict[str, float] = {}
         self.images = 0
         self.stop_requested = False
-        self.saved_at = self.epoch_started = time.monotonic()
+        self.saved_at = self.epoch_started = self.last_batch_at = time.monotonic()
         self.images_this_process = 0
         state = run.load_checkpoint()
         if state is not None:
             self._restore(state)
-        done_images = (self.epoch * batches + self.batch) * batch_size
-        self.progress = Progress(run.job, epochs * batches * batch_size, done_images=done_images, quiet=quiet)
+        done_images = self.epoch * images + min(self.batch * batch_size, images)
+        self.progress = Progress(run.job, epochs * images, done_images=done_images, quiet=quiet)
+        self.resources = ExitStack()
 
     def __enter__(self) -> Loop:
+        self.resources.enter_context(self.run.locked())
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -83,6 +87,7 @@ class Loop:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.progress.__exit__(*error)
+        self.resources.close()
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each yielded before its first or next batch."""
@@ -94,21 +99,18 @@ class Loop:
         """Count one batch; `numbers` are means over its images, averaged into the epoch's record.
 
         Writes a checkpoint when one is due. Raises Interrupted after writing one when a stop was asked for, and
-        FloatingPointError when a number is not finite, before anything broken reaches a checkpoint.
+        FloatingPointError when a number is not finite, before anything that is not finite reaches a checkpoint.
         """
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} became {value} in epoch {self.epoch}, batch {self.batch}; the last checkpoint in "
-                    f"{self.run.path} is from before. A smaller learning rate or epsilon usually helps."
-                )
+                raise self._diverged(f"{name} became {value}")
             self.sums[name] = self.sums.get(name, 0.0) + value * images
         self.batch += 1
         self.images += images
         self.images_this_process += images
         self.progress.advance(images, epoch=self.epoch, **numbers)
-        last = self.batch == self.batches
-        if self.stop_requested or (not last and time.monotonic() - self.saved_at >= self.checkpoint_seconds):
+        self.last_batch_at = time.monotonic()
+        if self.stop_requested or self.last_batch_at - self.saved_at >= self.checkpoint_seconds:
             self.save()
         if (
             self.stop_requested
@@ -118,7 +120,7 @@ class Loop:
 
     def end_epoch(self, **extra: Any) -> dict:
         """Log the epoch's means and `extra`, move on to the next epoch and write a checkpoint. Returns the record."""
-        seconds = time.monotonic() - self.epoch_started
+        seconds = max(self.last_batch_at - self.epoch_started, 0.0)  # without what came after the last batch
         means = {name: total / max(self.images, 1) for name, total in self.sums.items()}
         speed = {
             "seconds": round(seconds, 3),
@@ -131,12 +133,21 @@ class Loop:
         return record
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment. Raises FloatingPointError instead where a number is not finite."""
+        for name, part in self.parts.items():
+            if not _finite(part.state_dict()):
+                raise self._diverged(f"the state of {name} is not finite any more")
         place = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "sums": self.sums}
         self.run.save_checkpoint(
             {"place": place, "parts": {name: part.state_dict() for name, part in self.parts.items()}}
         )
         self.saved_at = time.monotonic()
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} in epoch {self.epoch}, batch {self.batch}; the checkpoint in {self.run.path} is from before. "
+            "Start anew with a smaller learning rate or epsilon."
+        )
 
     def _restore(self, state: dict) -> None:
         path = self.run.checkpoint_path
@@ -155,6 +166,17 @@ class Loop:
         self.stop_requested = True
 
 
+def _finite(state: Any) -> bool:
+    """Whether every floating-point number in nested dicts and lists of tensors is finite."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(_finite(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(_finite(value) for value in state)
+    return not isinstance(state, float) or math.isfinite(state)
+
+
 def learning_rate(config: WeightOptimizerConfig, epoch: int, epochs: int) -> float:
     """The weight optimizer's learning rate in `epoch` (0-based) of `epochs`."""
     if config.schedule == "step":
@@ -168,6 +190,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Run the block with `count` CPU threads, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run the block with the default generators of the CPU and of `device` seeded, then with what they held before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def choose_device(name: str) -> torch.device:

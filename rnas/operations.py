@@ -60,17 +60,17 @@ class FactorizedReduce(nn.Module):
         super().__init__()
         self.relu = nn.ReLU()
         self.conv_1 = nn.Conv2d(channels_in, channels_out - channels_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(channels_in, channels_out // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(channels_in, channels_out // 2, 1, stride=2, bias=False) if channels_out > 1 else None
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(x)
+        if self.conv_2 is None:
+            return self.bn(self.conv_1(x))
         shifted = x[:, :, 1:, 1:]
         odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
         if odd_height or odd_width:
             shifted = nn.functional.pad(shifted, (0, odd_width, 0, odd_height))
-        if self.conv_2.out_channels == 0:
-            return self.bn(self.conv_1(x))
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
 

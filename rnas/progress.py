@@ -1,7 +1,7 @@
 """Progress of a job: a bar for people at a terminal, plain lines for logs, nothing when asked to be quiet.
 
 Everything goes to one stream, standard error unless told otherwise. Standard output stays free for results, so that
-`rnas evaluate --json > table.json` writes a table and nothing else; `2>&1 | tee log` puts the plain lines into a log.
+`rnas evaluate RUN > table.txt` writes the table and nothing else; `2>&1 | tee log` puts the plain lines into a log.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +26,31 @@ class Run:
         self.job = job
 
     @classmethod
-    def create(cls, path: str | Path, job: str, config: dict) -> Run:
-        """Make the folder and save the resolved config. Raises FileExistsError where something is there already."""
+    def create(cls, path: str | Path, job: str, config: dict, files: Mapping[str, str] | None = None) -> Run:
+        """Make the folder with the resolved config and text `files`, at once: a kill leaves it whole or absent.
+
+        Raises FileExistsError where something is there already.
+        """
         run = cls(path, job)
-        try:
-            run.path.mkdir(parents=True)
-        except FileExistsError:
-            raise FileExistsError(
-                f"run folder {run.path} exists: resume it with `rnas {job} --resume {run.path}`, "
-                "choose another with --run FOLDER, or delete it"
-            ) from None
-        write_text(run.config_path, json.dumps({"job": job, "config": config}, indent=2) + "\n")
-        run.metrics_path.touch()
+        cls.refuse_existing(path, job)
+        building = cls(run.path.with_name(f"{run.path.name}.tmp-{os.getpid()}"), job)
+        building.path.mkdir(parents=True)
+        write_text(building.config_path, json.dumps({"job": job, "config": config}, indent=2) + "\n")
+        building.metrics_path.touch()
+        for name, text in (files or {}).items():
+            write_text(building.path / name, text)
+        os.rename(building.path, run.path)
+        _sync_folder(run.path.parent)
         return run
+
+    @staticmethod
+    def refuse_existing(path: str | Path, job: str) -> None:
+        """Raise FileExistsError where `path` is there already, with what to type."""
+        if Path(path).exists():
+            raise FileExistsError(
+                f"run folder {path} exists: resume it with `rnas {job} --resume {path}`, "
+                "choose another with --run FOLDER, or delete it"
+            )
 
     @classmethod
     def open(cls, path: str | Path, job: str) -> Run:
@@ -64,13 +79,28 @@ class Run:
         return self.path / "checkpoint.pt"
 
     def read_config(self) -> dict:
-        """The resolved config as plain dicts."""
-        return json.loads(self.config_path.read_text(encoding="utf-8"))["config"]
+        """The resolved config as plain dicts. Raises ValueError where the file is damaged."""
+        config = json.loads(self.config_path.read_text(encoding="utf-8")).get("config")
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config_path} is damaged: it has no table 'config'")
+        return config
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises FileExistsError while another process works on it."""
+        with self.config_path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(f"another process is working on {self.path}") from None
+            yield
 
     def log(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the next checkpoint records this length, and must not outlive the line
 
     def read_metrics(self) -> list[dict]:
         """All records of metrics.jsonl; a line cut off by a kill is left out."""
@@ -115,8 +145,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a failed write into a RuntimeError; both mean that the disk did not take the file
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         temporary.unlink(missing_ok=True)
         kept = f"; the previous {path.name} is untouched" if path.exists() else ""
         raise OSError(f"could not write {path} ({error}){kept}") from error
@@ -126,8 +155,11 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> Path:
     """Write a small text file through a temporary file and a rename. Returns `path`."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

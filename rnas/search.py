@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from . import data, genotype, plot, seeding
-from .config import SearchConfig, at_least_one, check_attack, merge, resolve_attack, to_dict
+from .config import SearchConfig, at_least, check_attack, check_run, resolve_run
 from .genotype import Genotype
-from .loop import Interrupted, Loop, choose_device, learning_rate, set_learning_rate
+from .loop import Interrupted, Loop, choose_device, cpu_threads, learning_rate, seeded, set_learning_rate
 from .methods import METHODS, Method, SearchStep, entropy, options_for
 from .methods.method import accuracy
 from .runs import Run, write_text
+from .settings import merge, to_dict
 from .spaces import Space, get_space
 from .supernet import Supernet
 
@@ -34,27 +35,29 @@ def search(config: SearchConfig) -> SearchResult:
     """Search an architecture and write everything to the run folder.
 
     Raises ValueError for a configuration that cannot work, FileExistsError for a run folder that is there already,
-    `loop.Interrupted` after Ctrl-C or SIGTERM, with a checkpoint to resume from.
+    both before anything is written; `rnas.loop.Interrupted` after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
     config, dataset = _resolve(config)
-    run = Run.create(config.run, "search", to_dict(config))
-    return _search(config, dataset, run)
+    Run.refuse_existing(config.run, "search")
+    with cpu_threads(config.threads):
+        parts = _parts(config, dataset)
+        return _search(config, dataset, parts, Run.create(config.run, "search", to_dict(config)))
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> SearchResult:
-    """Go on with an interrupted search, to the same bits as an uninterrupted one. Raises as `search` does."""
+    """Go on with an interrupted search, on a CPU to the same bits as an uninterrupted one. Raises as `search` does."""
     run = Run.open(path, "search")
     values = run.read_config()
-    config = merge(SearchConfig(options=options_for(values["method"])), values)
+    config = merge(SearchConfig(options=options_for(values.get("method", "darts"))), values)
     config, dataset = _resolve(dataclasses.replace(config, run=str(path), quiet=quiet))
-    return _search(config, dataset, run)
+    with cpu_threads(config.threads):
+        return _search(config, dataset, _parts(config, dataset), run)
 
 
 def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method]:
-    """The untrained supernet and the method of a resolved configuration, both decided by its seed."""
-    space = _space(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.derive(config.seed, "supernet"))
+    """The untrained supernet and the method of a configuration, both decided by its seed."""
+    space, device = _space(config), choose_device(config.device)
+    with seeded(seeding.derive(config.seed, "supernet"), device):
         supernet = Supernet(
             space,
             channels=config.channels,
@@ -64,7 +67,6 @@ def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method
             std=dataset.std,
             stem_stride=config.stem_stride,
         )
-    device = choose_device(config.device)
     method = METHODS[config.method](config.options, space, config.seed)
     return supernet.to(device, memory_format=torch.channels_last), method.to(device)
 
@@ -76,55 +78,64 @@ def _space(config: SearchConfig) -> Space:
 
 def _resolve(config: SearchConfig) -> tuple[SearchConfig, data.Dataset]:
     """Check the configuration, load the data, and fill in what was left open."""
-    at_least_one("", config, "channels", "stem_stride", "epochs", "batch_size")
-    if config.nodes < 0 or config.warmup_epochs < 0:
-        raise ValueError(f"nodes and warmup_epochs must be at least 0; got {config.nodes} and {config.warmup_epochs}")
-    check_attack(config.attack)
     options = options_for(config.method) if config.options is None else config.options
     if not isinstance(options, METHODS[config.method].Options):
         raise ValueError(f"method {config.method!r} takes {METHODS[config.method].Options.__name__}; got {options!r}")
+    check_run(config)
+    at_least(0, "", config, "nodes", "warmup_epochs")
+    check_attack(config.attack)
     _space(config).layout(config.layers, config.channels)
-    choose_device(config.device)
+    device = choose_device(config.device)
     dataset = data.load(config.data)
     for half in data.halves(dataset.train, config.seed):
         data.number_of_batches(half, config.batch_size, drop_last=True)  # refuses a batch that no half can fill
-    attack = resolve_attack(config.attack, dataset.image_shape[0])
-    dataset_name = Path(config.data.dataset).stem
-    run = config.run or f"runs/search-{config.method}-{config.space}-{dataset_name}-seed{config.seed}"
-    return dataclasses.replace(config, options=options, attack=attack, run=run), dataset
+    config = dataclasses.replace(config, options=options)
+    name = f"search-{config.method}-{config.space}"
+    return resolve_run(config, dataset.image_shape[0], str(device), torch.get_num_threads(), name), dataset
 
 
-def _search(config: SearchConfig, dataset: data.Dataset, run: Run) -> SearchResult:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
+@dataclass(frozen=True)
+class _Parts:
+    """Everything of a search that has state."""
+
+    supernet: Supernet
+    method: Method
+    weight_optimizer: torch.optim.SGD
+    architecture_optimizer: torch.optim.Adam
+
+
+def _parts(config: SearchConfig, dataset: data.Dataset) -> _Parts:
     supernet, method = build(config, dataset)
-    weight_optimizer = torch.optim.SGD(
-        supernet.parameters(),
-        lr=config.weights.learning_rate,
-        momentum=config.weights.momentum,
-        weight_decay=config.weights.weight_decay,
+    weights, architecture = config.weights, config.architecture
+    return _Parts(
+        supernet,
+        method,
+        torch.optim.SGD(
+            supernet.parameters(),
+            lr=weights.learning_rate,
+            momentum=weights.momentum,
+            weight_decay=weights.weight_decay,
+        ),
+        torch.optim.Adam(
+            method.parameters(),
+            lr=architecture.learning_rate,
+            betas=architecture.betas,
+            weight_decay=architecture.weight_decay,
+        ),
     )
-    architecture_optimizer = torch.optim.Adam(
-        method.parameters(),
-        lr=config.architecture.learning_rate,
-        betas=config.architecture.betas,
-        weight_decay=config.architecture.weight_decay,
-    )
+
+
+def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run) -> SearchResult:
+    device = choose_device(config.device)
     train, valid = data.halves(dataset.train, config.seed)
     batches = min(data.number_of_batches(half, config.batch_size, drop_last=True) for half in (train, valid))
-    parts = {
-        "supernet": supernet,
-        "method": method,
-        "weight_optimizer": weight_optimizer,
-        "architecture_optimizer": architecture_optimizer,
-    }
     loop = Loop(
         run,
-        parts,
+        vars(parts),
         epochs=config.epochs,
         batches=batches,
         batch_size=config.batch_size,
+        images=batches * config.batch_size,
         checkpoint_seconds=config.checkpoint_seconds,
         quiet=config.quiet,
     )
@@ -133,7 +144,7 @@ def _search(config: SearchConfig, dataset: data.Dataset, run: Run) -> SearchResu
     )
     with loop:
         for epoch in loop.epochs():
-            set_learning_rate(weight_optimizer, learning_rate(config.weights, epoch, config.epochs))
+            set_learning_rate(parts.weight_optimizer, learning_rate(config.weights, epoch, config.epochs))
             pairs = zip(
                 stream(train, seed=seeding.derive(config.seed, "D_T"), epoch=epoch, start=loop.batch),
                 stream(valid, seed=seeding.derive(config.seed, "D_V"), epoch=epoch, start=loop.batch),
@@ -143,25 +154,24 @@ def _search(config: SearchConfig, dataset: data.Dataset, run: Run) -> SearchResu
                     epoch=epoch,
                     index=loop.batch,
                     attack=config.attack,
-                    weight_optimizer=weight_optimizer,
+                    weight_optimizer=parts.weight_optimizer,
                     generator=seeding.purposes(config.seed, epoch, loop.batch, device=device),
                 )
                 searching = epoch >= config.warmup_epochs
                 numbers = search_step(
-                    supernet,
-                    method,
+                    parts.supernet,
+                    parts.method,
                     train_batch,
                     valid_batch if searching else None,
                     step,
-                    architecture_optimizer,
-                    config,
+                    parts.architecture_optimizer,
+                    grad_clip=config.weights.grad_clip,
                 )
                 loop.done(len(train_batch[1]), **numbers)
-            found = method.genotype()
-            found.save(run.path / "genotype.json")
-            record = loop.end_epoch(entropy=entropy(method.mixing()), genotype=found.to_dict()["cells"])
+            found = parts.method.genotype().to_dict()["cells"]
+            record = loop.end_epoch(entropy=entropy(parts.method.mixing()), genotype=found)
             loop.progress.note(describe(record))
-    return _finish(run, method)
+    return _finish(run, parts.method)
 
 
 def search_step(
@@ -171,11 +181,13 @@ def search_step(
     valid: tuple[torch.Tensor, torch.Tensor] | None,
     step: SearchStep,
     architecture_optimizer: torch.optim.Optimizer,
-    config: SearchConfig,
+    *,
+    grad_clip: float,
 ) -> dict[str, float]:
     """One iteration: attacks or noise for both levels, then the architecture step, then the weight step.
 
     train, valid: (x (N, C, H, W) in [0, 1], y (N,)); valid None leaves the architecture as it is (warm-up).
+    grad_clip: largest L2 norm of the weights' gradient; 0 is off.
     """
     supernet.train()
     train_batch = method.prepare(supernet, *train, step, "weights")
@@ -185,12 +197,12 @@ def search_step(
         result = method.architecture_step(supernet, train_batch, valid_batch, step)
         architecture_optimizer.step()
         architecture_optimizer.zero_grad()
-        numbers |= {"architecture_loss": result.loss, "architecture_accuracy": result.accuracy}
+        numbers |= {"architecture_loss": result.loss, "architecture_accuracy": result.accuracy, **result.numbers}
     step.weight_optimizer.zero_grad()
     loss, logits = method.weight_loss(supernet, train_batch, step)
     loss.backward()
-    if config.weights.grad_clip:
-        nn.utils.clip_grad_norm_(supernet.parameters(), config.weights.grad_clip)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(supernet.parameters(), grad_clip)
     step.weight_optimizer.step()
     return numbers | {"weight_loss": loss.item(), "weight_accuracy": accuracy(logits, train_batch.y)}
 

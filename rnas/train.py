@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import attacks, data, genotype, plot, seeding
-from .config import AttackConfig, TrainConfig, at_least_one, check_attack, merge, resolve_attack, to_dict
+from .config import AttackConfig, TrainConfig, at_least, check_attack, check_run, resolve_run
 from .genotype import Genotype
-from .loop import Loop, choose_device, learning_rate, set_learning_rate
+from .loop import Loop, choose_device, cpu_threads, learning_rate, seeded, set_learning_rate
 from .methods.method import accuracy
 from .network import Network, count_parameters
 from .runs import Run, load_tensors, save_tensors, write_text
+from .settings import merge, to_dict
 
 EVALUATION_BATCH = 250
 
@@ -68,20 +69,29 @@ def train(config: TrainConfig) -> TrainResult:
     """Train the network of `config.genotype` and write everything to the run folder.
 
     Raises ValueError for a configuration that cannot work, FileNotFoundError for a missing genotype or data set,
-    FileExistsError for a run folder that is there already, `loop.Interrupted` after Ctrl-C or SIGTERM.
+    FileExistsError for a run folder that is there already, all before anything is written; `rnas.loop.Interrupted`
+    after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
-    config, dataset, found = _resolve(config, genotype.load(config.genotype) if config.genotype else None)
-    run = Run.create(config.run, "train", to_dict(config))
-    found.save(run.path / "genotype.json")
-    return _train(config, dataset, found, run)
+    if not config.genotype:
+        raise ValueError(
+            "no genotype given: --genotype takes a search run, a genotype file, or a published name such as RACL"
+        )
+    found = genotype.load(config.genotype)
+    config, dataset = _resolve(config)
+    Run.refuse_existing(config.run, "train")
+    with cpu_threads(config.threads):
+        parts = _parts(config, dataset, found)
+        files = {"genotype.json": genotype.to_json(found)}
+        return _train(config, dataset, parts, Run.create(config.run, "train", to_dict(config), files))
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> TrainResult:
-    """Go on with an interrupted training, to the same bits as an uninterrupted one. Raises as `train` does."""
+    """Go on with an interrupted training, on a CPU to the same bits as an uninterrupted one. Raises as `train` does."""
     run = Run.open(path, "train")
     config = dataclasses.replace(merge(TrainConfig(), run.read_config()), run=str(path), quiet=quiet)
-    config, dataset, found = _resolve(config, genotype.load(run.path))
-    return _train(config, dataset, found, run)
+    config, dataset = _resolve(config)
+    with cpu_threads(config.threads):
+        return _train(config, dataset, _parts(config, dataset, genotype.load(run.path)), run)
 
 
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> Network:
@@ -101,37 +111,38 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Networ
     return network.to(device, memory_format=torch.channels_last).eval()
 
 
-def _resolve(config: TrainConfig, found: Genotype | None) -> tuple[TrainConfig, data.Dataset, Genotype]:
+def _resolve(config: TrainConfig) -> tuple[TrainConfig, data.Dataset]:
     """Check the configuration, load the data, and fill in what was left open."""
-    if found is None:
-        raise ValueError(
-            "no genotype given: --genotype takes a search run, a genotype.json, or a published name such as RACL"
-        )
-    at_least_one("", config, "channels", "stem_stride", "epochs", "batch_size")
-    if config.validation_images < 0 or config.epsilon_warmup_epochs < 0:
-        raise ValueError("validation_images and epsilon_warmup_epochs must be at least 0")
+    check_run(config)
+    at_least(0, "", config, "validation_images", "epsilon_warmup_epochs", "auxiliary_weight")
     if not 0 <= config.drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1); got {config.drop_path}")
     check_attack(config.attack)
-    choose_device(config.device)
+    device = choose_device(config.device)
     dataset = data.load(config.data)
     if config.validation_images >= len(dataset.train.labels):
         raise ValueError(
             f"validation_images {config.validation_images} leaves nothing of "
             f"{len(dataset.train.labels)} training images"
         )
-    attack = resolve_attack(config.attack, dataset.image_shape[0])
     source = Path(config.genotype)
     name = (source.parent.name if source.suffix == ".json" else source.stem).lower()
-    run = config.run or f"runs/train-{config.recipe}-{name}-{Path(config.data.dataset).stem}-seed{config.seed}"
-    return dataclasses.replace(config, attack=attack, run=run), dataset, found
+    name = f"train-{config.recipe}-{name}"
+    return resolve_run(config, dataset.image_shape[0], str(device), torch.get_num_threads(), name), dataset
 
 
-def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run) -> TrainResult:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    arguments = {
+@dataclass(frozen=True)
+class _Parts:
+    """Everything of a training that has state."""
+
+    network: Network
+    optimizer: torch.optim.SGD
+    best: Best
+
+
+def _arguments(config: TrainConfig, dataset: data.Dataset) -> dict:
+    """What `Network` is built with beside the genotype; goes into model.pt."""
+    return {
         "channels": config.channels,
         "layers": config.layers,
         "num_classes": dataset.num_classes,
@@ -140,30 +151,46 @@ def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run
         "auxiliary": config.auxiliary_weight > 0,
         "stem_stride": config.stem_stride,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.derive(config.seed, "network"))
-        network = Network(found, **arguments)
+
+
+def _parts(config: TrainConfig, dataset: data.Dataset, found: Genotype) -> _Parts:
+    device, weights = choose_device(config.device), config.weights
+    with seeded(seeding.derive(config.seed, "network"), device):
+        network = Network(found, **_arguments(config, dataset))
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=config.weights.learning_rate,
-        momentum=config.weights.momentum,
-        weight_decay=config.weights.weight_decay,
+        network.parameters(), lr=weights.learning_rate, momentum=weights.momentum, weight_decay=weights.weight_decay
     )
+    return _Parts(network, optimizer, Best())
+
+
+def _train(config: TrainConfig, dataset: data.Dataset, parts: _Parts, run: Run) -> TrainResult:
+    network, optimizer, best = parts.network, parts.optimizer, parts.best
+    device = choose_device(config.device)
     images, held_out = _hold_out(dataset.train, config)
     batches = data.number_of_batches(images, config.batch_size)
+    left_over = len(images.labels) % config.batch_size
+    if left_over == 1 and batches > 1:  # BN on 1x1 maps, as in the auxiliary head, has no variance over one image
+        batches, left_over = batches - 1, 0
     loop = Loop(
         run,
-        {"network": network, "optimizer": optimizer, "best": (best := Best())},
+        vars(parts),
         epochs=config.epochs,
         batches=batches,
         batch_size=config.batch_size,
+        images=(batches - 1) * config.batch_size + (left_over or config.batch_size),
         checkpoint_seconds=config.checkpoint_seconds,
         quiet=config.quiet,
     )
     recipe = RECIPES[config.recipe]
     stream = functools.partial(
-        data.batches, images, batch_size=config.batch_size, seed=config.seed, augment=config.augment, device=device
+        data.batches,
+        images,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=config.augment,
+        device=device,
+        stop=batches,
     )
     with loop:
         for epoch in loop.epochs():
@@ -172,9 +199,8 @@ def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run
             for x, y in stream(epoch=epoch, start=loop.batch):
                 attack = _warmed_up(config, epoch + loop.batch / batches)
                 purpose = seeding.purposes(config.seed, epoch, loop.batch, device=device)
-                loss, hits = train_step(
-                    network, optimizer, recipe, x, y, TrainStep(attack, config.auxiliary_weight, purpose), config
-                )
+                step = TrainStep(attack, config.auxiliary_weight, purpose)
+                loss, hits = train_step(network, optimizer, recipe, x, y, step, grad_clip=config.weights.grad_clip)
                 loop.done(len(y), train_loss=loss, train_accuracy=hits)
             extra = {}
             if held_out is not None:
@@ -184,7 +210,7 @@ def _train(config: TrainConfig, dataset: data.Dataset, found: Genotype, run: Run
     if best.weights:
         network.load_state_dict(best.weights)
     network.set_drop_path(0.0)
-    return _finish(run, network.eval(), arguments)
+    return _finish(run, network.eval(), _arguments(config, dataset))
 
 
 def train_step(
@@ -194,17 +220,18 @@ def train_step(
     x: Tensor,
     y: Tensor,
     step: TrainStep,
-    config: TrainConfig,
+    *,
+    grad_clip: float,
 ) -> tuple[float, float]:
     """One step of the weights; x (N, C, H, W) in [0, 1], y (N,). Returns loss and accuracy on the inputs trained on."""
     network.train()
-    # drop path draws from PyTorch's default generator; seeding it per batch makes resumed runs equal uninterrupted ones
-    torch.manual_seed(step.generator("drop-path").initial_seed())
     optimizer.zero_grad()
-    loss, logits = recipe(network, x, y, step)
+    # drop path draws from the default generator; seeded per batch, resumed runs equal uninterrupted ones
+    with seeded(step.generator("drop-path").initial_seed(), x.device):
+        loss, logits = recipe(network, x, y, step)
     loss.backward()
-    if config.weights.grad_clip:
-        nn.utils.clip_grad_norm_(network.parameters(), config.weights.grad_clip)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     optimizer.step()
     return loss.item(), accuracy(logits, y)
 

@@ -10,7 +10,7 @@ started=$SECONDS
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
-rm -rf "$RUNS"
+rm -rf "$RUNS"/{search,robust,standard} "$RUNS"/evaluation.{json,png}
 say "1/4  search a robust architecture: PGD examples for the weights and for the architecture"
 run "$RNAS" search --config configs/demo_search.toml --run "$RUNS/search"
 say "2/4  train the network it found against PGD"

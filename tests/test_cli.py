@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from rnas import __version__, cli, genotype
 
@@ -96,6 +97,9 @@ def test_env_names_versions_and_backends(capsys):
         (["search", "--config", "missing.toml"], "no configuration file at missing.toml"),
         (["search", "--resume", "missing"], "missing is no run folder"),
         (["search", "--resume", "missing", "--epochs", "3"], "drop --epochs"),
+        (["search", "--device", "cuda:77"], "--device cuda:77: PyTorch sees"),
+        (["search", "--set", "attack.epsilon=8/0"], "attack.epsilon must be"),
+        (["search", "--set", "method=dart"], "did you mean 'darts'"),
         (["search", "--attack.epsilon", "-1"], "attack.epsilon must be a finite number of at least 0"),
         (["search", "--data.dataset", "mnits"], "mnist"),
         (["train"], "no genotype given"),
@@ -140,6 +144,12 @@ def test_ctrl_c_leaves_a_resumable_run(small_images, tmp_path):
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130, error
     assert f"Go on with: rnas search --resume {run}" in error and "Traceback" not in error
+    epochs = torch.load(run / "checkpoint.pt")["place"]["epoch"]
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["epochs"] = epochs + 1  # the resumed run need not do all thousand
+    (run / "config.json").write_text(json.dumps(config))
+    assert cli.main(["search", "--resume", str(run), "--quiet"]) == 0
+    assert genotype.load(run).concat == (2, 3)
 
 
 def test_a_genotype_printed_by_search_can_be_read_back(small_images, tmp_path, capsys):

@@ -6,19 +6,9 @@ import json
 
 import pytest
 
-from rnas.config import (
-    AttackConfig,
-    SearchConfig,
-    TrainConfig,
-    check_attack,
-    load_toml,
-    merge,
-    parse_number,
-    resolve_attack,
-    set_value,
-    to_dict,
-)
+from rnas.config import AttackConfig, SearchConfig, TrainConfig, check_attack, resolve_attack
 from rnas.methods import options_for
+from rnas.settings import load_toml, merge, parse_number, set_value, to_dict
 
 
 def test_a_resolved_config_survives_json():
@@ -79,10 +69,18 @@ def test_a_bad_assignment_is_explained(assignment, message):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epsilon": -0.1}, {"epsilon": float("nan")}, {"step_size": -1.0}, {"steps": 0}, {"restarts": 0}]
+    "changes",
+    [
+        {"epsilon": 8.0},
+        {"epsilon": -0.1},
+        {"epsilon": float("nan")},
+        {"step_size": -1.0},
+        {"steps": 0},
+        {"restarts": 0},
+    ],
 )
 def test_attacks_that_mean_nothing_are_refused(changes):
-    with pytest.raises(ValueError, match=rf"attack\.{next(iter(changes))} must be"):
+    with pytest.raises(ValueError, match=rf"attack\.{next(iter(changes))} (must be|is in pixel units)"):
         check_attack(AttackConfig(**changes))
 
 
@@ -96,3 +94,16 @@ def test_toml_files_are_read_and_broken_ones_named(tmp_path):
         load_toml(path)
     with pytest.raises(FileNotFoundError, match="no configuration file at"):
         load_toml(tmp_path / "missing.toml")
+
+
+@pytest.mark.parametrize("seed", [2**53 + 1, 2**62 + 3, 1763675000123456789])
+def test_large_seeds_are_not_rounded(seed):
+    assert set_value(SearchConfig(), f"seed={seed}").seed == seed
+    config = SearchConfig(options=options_for("darts"), seed=seed)
+    assert merge(SearchConfig(options=options_for("darts")), json.loads(json.dumps(to_dict(config)))).seed == seed
+
+
+@pytest.mark.parametrize("value", ["1e400", "nan", "inf", "1.0"])
+def test_an_integer_must_be_one(value):
+    with pytest.raises(ValueError, match="seed must be int"):
+        set_value(SearchConfig(), f"seed={value}")

@@ -77,7 +77,7 @@ def test_a_bad_node_is_named(node, message):
 
 @pytest.mark.parametrize(
     "values",
-    [{}, [], {"cells": {}}, {"cells": []}, {"cells": {"normal": []}}, make(concat=[]), make(concat=[4]), make(concat=["2"]),
+    [{}, [], {"cells": {}}, {"cells": []}, {"cells": {"normal": []}}, make(concat=[]), make(concat=[4]), make(concat=["2"]), make(concat=4), make(concat=[2, 2]),
      make(cells={"normal": NORMAL, "reduction": NORMAL[:1]})],
 )  # fmt: skip
 def test_what_is_no_genotype_is_refused(values):
@@ -86,7 +86,15 @@ def test_what_is_no_genotype_is_refused(values):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Genotype(", "print(1)", "Genotype(normal=[('skip_connect', 0)], normal_concat=[2])", "Genotype()"]
+    "text",
+    [
+        "",
+        "Genotype(",
+        "print(1)",
+        "Genotype(normal=[('skip_connect', 0)], normal_concat=[2])",
+        "Genotype()",
+        "Genotype(normal=[('skip_connect', 0), ('skip_connect', 1)], normal_concat=3)",
+    ],
 )
 def test_what_is_no_classic_text_is_refused(text):
     with pytest.raises(ValueError):

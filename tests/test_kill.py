@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from rnas import search
-from rnas.config import to_dict
 from rnas.runs import load_tensors
+from rnas.settings import to_dict
 
 # The child dies without any clean-up at the given event: before or after a checkpoint's temporary file is written, in
 # the middle of writing it, before or after its rename, after a metrics line, or in the middle of one.
@@ -22,7 +25,8 @@ CHILD = textwrap.dedent(
     import json, os, signal, sys
     import torch
     from rnas import runs, search
-    from rnas.config import SearchConfig, merge
+    from rnas.config import SearchConfig
+    from rnas.settings import merge
     from rnas.loop import Loop
     from rnas.methods import options_for
 
@@ -71,6 +75,8 @@ CHILD = textwrap.dedent(
         runs.Run.log = half_line
     elif event == "metrics":
         runs.Run.log = dies(runs.Run.log, "after")
+    elif "folder" in event:
+        os.rename = dies(os.rename, event.split()[0])
     else:
         os.replace = dies(os.replace, event.split()[0])
 
@@ -90,12 +96,23 @@ EVENTS = [
     ("after rename", 5),
     ("metrics", 1),
     ("half metrics", 2),
+    ("after folder", 1),
 ]
 
 
 def bits(run) -> dict:
-    parts = load_tensors(run / "checkpoint.pt")["parts"]
-    return {f"{part}.{name}": value for part in ("supernet", "method") for name, value in parts[part].items()}
+    """Every tensor of the last checkpoint, optimizers included, by its path."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}/{key}")
+
+    walk(load_tensors(run / "checkpoint.pt")["parts"], "")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +125,59 @@ def uninterrupted(small_images, tmp_path_factory):
         data=DataConfig(dataset=str(small_images)), attack=AttackConfig(steps=2, epsilon=8 / 255, step_size=2 / 255),
         run=str(tmp_path_factory.mktemp("kill") / "whole"), device="cpu", threads=1, quiet=True,
     )  # fmt: skip
-    threads = torch.get_num_threads()
-    try:
-        return config, search.search(config)
-    finally:
-        torch.set_num_threads(threads)
+    return config, search.search(config)
+
+
+def killed(config, event: str, count: int) -> None:
+    """Run the search in a child that dies at the event."""
+    arguments = [sys.executable, "-c", CHILD, json.dumps(to_dict(config)), event, str(count)]
+    child = subprocess.run(arguments, capture_output=True, text=True)
+    assert child.returncode == -9, f"the child was to die at {event} number {count}: {child.stderr}"
+
+
+def test_a_kill_while_the_run_folder_is_made_leaves_none(uninterrupted, tmp_path):
+    config = replace(uninterrupted[0], run=str(tmp_path / "killed"))
+    killed(config, "before folder", 1)
+    assert not (tmp_path / "killed").exists()
+
+
+def test_a_kill_at_a_random_moment_loses_nothing(uninterrupted, tmp_path):
+    """Killed from outside again and again, each time a little later, until it ends by itself."""
+    config, whole = uninterrupted
+    config = replace(config, run=str(tmp_path / "killed"))
+    command = [sys.executable, "-c", CHILD, json.dumps(to_dict(config)), "batch", "1000"]
+    again = [sys.executable, "-m", "rnas.cli", "search", "--resume", config.run, "--quiet"]
+    rng = random.Random(os.getpid())
+    kills = 0
+    for _ in range(12):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if not (tmp_path / "killed").exists():
+            while not (tmp_path / "killed").exists() and child.poll() is None:
+                time.sleep(0.01)
+            delay = rng.uniform(0, 1.0)
+        else:
+            delay = rng.uniform(1.5, 5.0)
+        try:
+            child.wait(timeout=delay)
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            kills, command = kills + 1, again
+    else:
+        subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    assert kills > 0
+    expected, found = bits(whole.run), bits(tmp_path / "killed")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (tmp_path / "killed" / "genotype.json").read_bytes() == (whole.run / "genotype.json").read_bytes()
 
 
 @pytest.mark.parametrize(("event", "count"), EVENTS)
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, event, count):
     config, whole = uninterrupted
     config = replace(config, run=str(tmp_path / "killed"))
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(to_dict(config)), event, str(count)], capture_output=True, text=True
-    )
-    assert child.returncode == -9, f"the child was to die at {event} number {count}: {child.stderr}"
-    threads = torch.get_num_threads()
-    try:
-        result = search.resume(config.run, quiet=True)
-    finally:
-        torch.set_num_threads(threads)
+    killed(config, event, count)
+    result = search.resume(config.run, quiet=True)
     expected, found = bits(whole.run), bits(result.run)
     assert expected.keys() == found.keys()
     for name in expected:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from rnas import evaluate, genotype, search, train
-from rnas.config import AttackConfig, DataConfig, EvaluateConfig
+from rnas.config import (
+    ArchitectureOptimizerConfig,
+    AttackConfig,
+    DataConfig,
+    EvaluateConfig,
+    WeightOptimizerConfig,
+)
 from rnas.loop import Interrupted, Loop
-from rnas.runs import load_tensors
+from rnas.runs import Run, load_tensors
 
 
 def final_state(run) -> dict[str, torch.Tensor]:
@@ -149,7 +157,9 @@ def test_a_stopped_training_resumes_to_the_same_bits(train_config, tmp_path, mon
 
 def test_a_trained_network_is_evaluated(train_config, tmp_path):
     result = train.train(train_config)
-    standard = train.train(replace(train_config, recipe="standard", genotype="ARNAS", run=str(tmp_path / "standard")))
+    standard = train.train(
+        replace(train_config, recipe="standard", genotype="ARNAS", layers=4, run=str(tmp_path / "standard"))
+    )
     config = EvaluateConfig(runs=(str(result.run), str(standard.run)), steps=(1, 3), device="cpu", quiet=True)
     table = evaluate.evaluate(config)
     for row in table.rows:
@@ -173,10 +183,18 @@ def test_the_best_weights_on_held_out_images_are_kept(train_config):
         assert torch.equal(value, best["weights"][name])
 
 
-def test_a_number_that_is_not_finite_stops_before_the_checkpoint(search_config):
-    exploding = replace(search_config, weights=replace(search_config.weights, learning_rate=1e30, grad_clip=0.0))
-    with pytest.raises(FloatingPointError, match="weight_loss became|architecture_loss became"):
-        search.search(exploding)
+@pytest.mark.parametrize(("rate", "epochs"), [(1e30, 2), (1e38, 1)])
+def test_what_is_not_finite_never_reaches_a_checkpoint(search_config, rate, epochs):
+    """A step that explodes is refused even where its loss was still finite, and at the very last batch too."""
+    weights = replace(search_config.weights, learning_rate=rate, grad_clip=0.0)
+    config = replace(search_config, weights=weights, epochs=epochs, checkpoint_seconds=0.0)
+    with pytest.raises(FloatingPointError, match="Start anew with a smaller learning rate"):
+        search.search(config)
+    checkpoint = os.path.join(config.run, "checkpoint.pt")
+    if os.path.exists(checkpoint):
+        assert all(
+            value.isfinite().all() for value in final_state(Path(config.run)).values() if value.is_floating_point()
+        )
 
 
 BAD_SEARCHES = {
@@ -184,10 +202,18 @@ BAD_SEARCHES = {
     "foreign options": ({"options": AttackConfig()}, "takes DartsOptions"),
     "space": ({"space": "dats"}, "unknown search space"),
     "layers": ({"layers": 2}, "at least 3 cells"),
-    "epochs": ({"epochs": 0}, "epochs must be at least 1"),
+    "cell type without a cell": ({"space": "dsara"}, "leaves no cell of type robust"),
+    "epochs": ({"epochs": 0}, "epochs must be a finite number of at least 1"),
+    "threads": ({"threads": -1}, "threads must be a finite number of at least 0"),
+    "learning rate": ({"weights": WeightOptimizerConfig(learning_rate=-1.0)}, "weights.learning_rate must be"),
+    "clip": ({"weights": WeightOptimizerConfig(grad_clip=-5.0)}, "weights.grad_clip must be"),
+    "betas": ({"architecture": ArchitectureOptimizerConfig(betas=(0.5, 1.0))}, r"architecture.betas must be in"),
+    "checkpoint": ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds must be"),
+    "forgotten /255": ({"attack": AttackConfig(epsilon=8.0)}, "Did you mean 8/255"),
+    "restarts": ({"attack": AttackConfig(restarts=2, random_start=False)}, "needs attack.random_start"),
     "batch": ({"batch_size": 64}, "batch"),
     "epsilon": ({"attack": AttackConfig(epsilon=-1.0)}, "attack.epsilon must be a finite number of at least 0"),
-    "steps": ({"attack": AttackConfig(steps=0)}, "attack.steps must be at least 1"),
+    "steps": ({"attack": AttackConfig(steps=0)}, "attack.steps must be a finite number of at least 1"),
     "device": ({"device": "quantum"}, "unknown device"),
     "missing data": ({"data": DataConfig(dataset="missing.npz")}, "missing.npz"),
 }
@@ -207,11 +233,57 @@ def test_cuda_without_cuda_is_refused(search_config):
         search.search(replace(search_config, device="cuda"))
 
 
+def test_training_is_decided_by_its_seed_and_leaves_the_callers_random_state(train_config, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = train.train(train_config)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again = train.train(replace(train_config, run=str(tmp_path / "again")))
+    assert_same_bits(final_state(first.run), final_state(again.run))
+
+
+def test_a_last_batch_of_one_image_is_left_out(train_config):
+    result = train.train(replace(train_config, validation_images=15, batch_size=20))  # 81 = 4 * 20 + 1 images
+    assert (result.run / "model.pt").is_file()
+
+
+def test_two_processes_cannot_work_on_one_run(search_config):
+    result = search.search(search_config)
+    with Run.open(result.run, "search").locked(), pytest.raises(FileExistsError, match="another process is working on"):
+        search.resume(result.run, quiet=True)
+
+
+def test_runs_of_different_data_or_balls_do_not_share_a_table(train_config, tmp_path):
+    first = train.train(train_config)
+    weaker = train.train(replace(train_config, attack=AttackConfig(epsilon=0.01), run=str(tmp_path / "weaker")))
+    config = EvaluateConfig(runs=(str(first.run), str(weaker.run)), steps=(1,), device="cpu", quiet=True)
+    with pytest.raises(ValueError, match="say which one with --norm and --epsilon"):
+        evaluate.evaluate(config)
+    assert len(evaluate.evaluate(replace(config, epsilon=0.01)).rows) == 2
+    smaller = replace(train_config.data, test_images=20)
+    other = train.train(replace(train_config, data=smaller, run=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="one table needs one test set"):
+        evaluate.evaluate(replace(config, runs=(str(first.run), str(other.run))))
+
+
+@pytest.mark.parametrize("job", ["search", "train"])
+def test_a_missing_matplotlib_costs_the_pictures_alone(search_config, train_config, monkeypatch, capsys, job):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = search.search(search_config) if job == "search" else train.train(train_config)
+    assert "no pictures: " in capsys.readouterr().out
+    assert (result.run / "genotype.json").is_file() and not list(result.run.glob("*.png"))
+
+
 def test_bad_training_is_refused(train_config):
     for changes, message in (
         ({"genotype": ""}, "no genotype given"),
         ({"genotype": "RACLE"}, "did you mean RACL"),
         ({"drop_path": 1.0}, "drop_path must be"),
+        ({"layers": 2}, "at least 3 cells"),
+        ({"auxiliary_weight": -1.0}, "auxiliary_weight must be"),
+        ({"weights": WeightOptimizerConfig(momentum=-1.0)}, "weights.momentum must be"),
+        ({"attack": AttackConfig(epsilon=8.0)}, "Did you mean 8/255"),
         ({"validation_images": 96}, "leaves nothing"),
         ({"validation_images": -1}, "at least 0"),
     ):

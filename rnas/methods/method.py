@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,10 +52,11 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class LevelResult:
-    """What one level reports: mean loss, and accuracy in [0, 1] on the inputs it saw."""
+    """What one level reports: mean loss, accuracy in [0, 1] on the inputs it saw, and other numbers worth logging."""
 
     loss: float
     accuracy: float
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):

@@ -53,7 +53,10 @@ class Space:
         return tuple(range(NUM_INPUTS, NUM_INPUTS + self.nodes))
 
     def layout(self, layers: int, channels: int) -> list[CellSpec]:
-        """The cells of a network with `layers` cells and C = `channels`. Raises ValueError for fewer than 3 cells."""
+        """The cells of a network with `layers` cells and C = `channels`.
+
+        Raises ValueError for fewer than 3 cells, and where a cell type would get no cell.
+        """
         if layers < 3:
             raise ValueError(f"a network of this space needs at least 3 cells, one per section; got layers={layers}")
         if channels < 1:
@@ -65,4 +68,9 @@ class Space:
             reduces = layer in starts
             cell_type = self.reduction_type if reduces else self.section_types[section]
             cells.append(CellSpec(cell_type, channels * self.section_widths[section], reduces))
+        absent = set(self.cell_types) - {cell.cell_type for cell in cells}
+        if absent:
+            raise ValueError(
+                f"layers={layers} leaves no cell of type {', '.join(sorted(absent))} in space {self.name!r}; use more"
+            )
         return cells

@@ -1,0 +1,217 @@
+"""Writes the benchmark tables into README.md from benchmarks/results/*.json.
+
+python scripts/render_readme.py            rewrites what stands between the two markers
+python scripts/render_readme.py --check    changes nothing; exit code 1 if README.md is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+JOBS = {
+    "forward": "forward",
+    "training_step": "training step",
+    "alpha_gradient": "gradient to alpha",
+    "pgd_7": "PGD-7",
+    "jacobian_norm": "CE + Jacobian norm",
+    "pgd_step_32": "`pgd_step`, 3x32x32",
+    "pgd_step_224": "`pgd_step`, 3x224x224",
+}
+PROVIDERS = {
+    "eager": "eager NCHW",
+    "eager_in_place": "eager in place",
+    "channels_last": "channels_last",
+    "compile": "torch.compile",
+    "eager_graph": "NCHW in a CUDA graph",
+    "channels_last_graph": "channels_last in a CUDA graph",
+    "compile_graph": "torch.compile in a CUDA graph",
+    "rnas": "rnas",
+}
+LEGEND = """\
+Best of the rounds, all implementations of a row timed in turns in one process, and how many times as fast as eager
+NCHW; medians, rounds and notes are in the JSON. *Saved*: what autograd holds for backward; *peak*: all memory beside
+images and weights; both of eager NCHW. *Of peak*: the convolutions' arithmetic in the fastest time, as a share of the
+best float32 rate measured there (a large matrix product or convolution). Kernels: bytes that must move, and their share
+of the bandwidth of an addition in place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, which
+cost a CPU page faults; the others work in place."""
+
+
+def main() -> int:
+    """Renders or checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if README.md is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    try:
+        old = options.readme.read_text(encoding="utf-8")
+        new = replaced(old, render(load(options.results)))
+    except (OSError, ValueError) as error:
+        print(f"render_readme: {error}", file=sys.stderr)
+        return 1
+    if old == new:
+        return 0
+    if options.check:
+        print(f"{options.readme} is out of date; type: python scripts/render_readme.py", file=sys.stderr)
+        return 1
+    options.readme.write_text(new, encoding="utf-8")
+    print(f"{options.readme}: benchmark tables written")
+    return 0
+
+
+def load(folder: Path) -> list[dict]:
+    """The results files of a folder, CPUs first. Raises ValueError for one that cannot be read."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return sorted(results, key=lambda result: result["kind"])
+
+
+def replaced(text: str, tables: str) -> str:
+    """`text` with new tables between the markers. Raises ValueError where there is not one of each, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} and after it one {END}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
+
+
+def render(results: list[dict]) -> str:
+    """All tables as markdown, and what has not been measured."""
+    parts = [device_section(result) for result in results]
+    if not any(result["kind"] == "cpu" for result in results):
+        parts.append("Not measured on a CPU yet: `make bench`.")
+    if not any(result["kind"] == "cuda" for result in results):
+        parts.append("Not measured on a GPU yet: `make gpu`.")
+    return "\n\n".join([LEGEND, *parts] if results else parts)
+
+
+def device_section(result: dict) -> str:
+    """One device: what it is, the supernet's table, the kernels' table."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    threads = f"{result['cpu_capability']}, {result['threads']} threads, " if result["kind"] == "cpu" else ""
+    load = f"load {result['load_before'][0]:.2f} before the start, " if result["kind"] == "cpu" else ""
+    ceilings = result["ceilings"]
+    flops, stream = ceilings["flops_per_second"], ceilings["in_place_bytes_per_second"]
+    head = (
+        f"**{result['device']}** ({threads}{result['precision']}; {versions}; commit {result['commit']}; {load}"
+        f"{result['date'][:10]}; `{result['command']}`). Ceilings measured there: {flops / 1e9:,.0f} GFLOP/s, "
+        f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.1f} GB/s, addition in place {stream / 1e9:,.1f} GB/s."
+    )
+    if not result["complete"]:
+        head += " The run did not finish: some rows are missing."
+    rows = result["rows"]
+    networks = [row for row in rows if row["bytes_moved"] is None]
+    kernels = [row for row in rows if row["bytes_moved"] is not None]
+    tables = [supernet_table(networks, flops)] if networks else []
+    tables += [kernel_table(kernels, stream)] if kernels else []
+    return "\n\n".join([head, *tables, *remarks(rows)])
+
+
+def supernet_table(rows: list[dict], peak: float) -> str:
+    """One line per job and batch, one column per provider."""
+    names = [name for name in PROVIDERS if any(row["provider"] == name for row in rows)]
+    table = [["job", "batch", *(PROVIDERS[name] for name in names), "saved", "peak", "of peak"]]
+    for group in groups(rows):
+        eager = group.get("eager", {})
+        times = [row["seconds_best"] for row in group.values() if row["seconds_best"]]
+        flops = next((row["flops"] for row in group.values() if row["flops"]), None)
+        first = next(iter(group.values()))
+        table.append(
+            [
+                JOBS.get(first["job"], first["job"]),
+                str(first["batch"]),
+                *(time_and_ratio(group.get(name), eager) for name in names),
+                size(eager.get("saved_bytes")),
+                size(eager.get("peak_bytes")),
+                f"{flops / min(times) / peak:.1%}" if flops and times else "-",
+            ]
+        )
+    return markdown(table)
+
+
+def kernel_table(rows: list[dict], stream: float) -> str:
+    """One line per kernel and size: time, ratio, and share of the bandwidth of an addition in place."""
+    names = [name for name in PROVIDERS if any(row["provider"] == name for row in rows)]
+    table = [["kernel", "batch", *(PROVIDERS[name].replace("eager NCHW", "eager") for name in names)]]
+    for group in groups(rows):
+        first = next(iter(group.values()))
+        cells = []
+        for name in names:
+            row = group.get(name)
+            cell = time_and_ratio(row, group.get("eager", {}))
+            if row and row["seconds_best"]:
+                rate = row["bytes_moved"] / row["seconds_best"]
+                cell += f", {rate / 1e9:,.1f} GB/s = {rate / stream:.0%}"
+            cells.append(cell)
+        table.append([JOBS.get(first["job"], first["job"]), str(first["batch"]), *cells])
+    return markdown(table)
+
+
+def groups(rows: list[dict]) -> list[dict[str, dict]]:
+    """Rows of one job and batch together, by provider, in the order of JOBS."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["job"], row["batch"]), {})[row["provider"]] = row
+    order = list(JOBS)
+    return [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]) if key[0] in order else 99, *key))]
+
+
+def time_and_ratio(row: dict | None, eager: dict) -> str:
+    """A cell such as 3.58 s (1.8x); the status where there is no time."""
+    if row is None:
+        return "-"
+    if row["seconds_best"] is None:
+        return row["status"]
+    text = duration(row["seconds_best"])
+    if row is not eager and eager.get("seconds_best"):
+        ratio = eager["seconds_best"] / row["seconds_best"]
+        text += f" ({ratio:.{0 if ratio >= 10 else 1 if ratio >= 1 else 2}f}x)"
+    return text
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """What the notes of the rows say, each once, with the providers that it is about."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            who = PROVIDERS.get(row["provider"], row["provider"])
+            if row["status"] != "measured":
+                who = f"{who} for {JOBS.get(row['job'], row['job'])}, batch {row['batch']}"
+            if who not in said.setdefault(row["note"], []):
+                said[row["note"]].append(who)
+    return ["\n".join(f"- {', '.join(who)}: {note}" for note, who in said.items())] if said else []
+
+
+def markdown(table: list[list[str]]) -> str:
+    """The first row is the head; numbers stand to the right."""
+    rule = ["---", *(["---:"] * (len(table[0]) - 1))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]])
+
+
+def duration(seconds: float) -> str:
+    """Three digits in a unit that fits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            number = seconds * factor
+            return f"{number:.{max(0, 3 - len(str(int(number))))}f} {unit}"
+    raise AssertionError
+
+
+def size(count: int | None) -> str:
+    """Bytes in MiB or GiB."""
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

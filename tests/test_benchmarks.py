@@ -1,0 +1,364 @@
+"""The benchmarks measure what they say, refuse wrong results, and the README shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+JOBS = ("forward", "training_step", "alpha_gradient", "pgd_7", "jacobian_norm")
+PROVIDERS = ("eager", "channels_last", "compile")
+KERNEL_PROVIDERS = ("eager", "eager_in_place", "compile", "rnas")
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The modules of the benchmarks folder, which is no package."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at tiny sizes a second thread only waits
+    try:
+        import comparison
+        import jobs
+        import measure
+        import problem
+        import providers
+        import report
+
+        yield {module.__name__: module for module in (comparison, jobs, measure, problem, providers, report)}
+    finally:
+        torch.set_num_threads(threads)
+        sys.path.remove(str(REPOSITORY / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> Path:
+    """A whole run at tiny sizes on the CPU; the folder of its results, with pytest-benchmark's own record."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "--results", str(folder)]
+    command += [f"--benchmark-json={folder / 'pytest-benchmark'}", "-q", "-p", "no:cacheprovider"]
+    # One thread: at these sizes a second one only waits, and where other work holds the cores it waits long.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(quick_run) -> dict:
+    (path,) = quick_run.glob("cpu-*.json")
+    return json.loads(path.read_text())
+
+
+def render(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, REPOSITORY / "scripts" / "render_readme.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_run_has_every_row(results):
+    found = {(row["job"], row["provider"]): row["status"] for row in results["rows"]}
+    expected = {(job, provider): "measured" for job in JOBS for provider in PROVIDERS}
+    expected |= {(f"pgd_step_{side}", name): "measured" for side in (32, 224) for name in KERNEL_PROVIDERS}
+    expected["jacobian_norm", "compile"] = "unsupported"
+    assert found == expected
+    assert results["complete"]
+
+
+def test_a_row_has_every_number(results):
+    for row in results["rows"]:
+        if row["status"] != "measured":
+            assert row["seconds_best"] is None
+            assert row["note"]
+            continue
+        assert 0 < row["seconds_best"] <= row["seconds_median"]
+        assert row["rounds"] >= 2
+        assert row["batch"] == 2
+        assert row["error"] < 2e-2
+        assert row["launches"] is None  # a GPU's
+        assert (row["flops"] is None) == (row["job"] == "jacobian_norm" or row["job"].startswith("pgd_step"))
+        assert (row["bytes_moved"] is None) == (not row["job"].startswith("pgd_step"))
+        if row["job"] in JOBS:
+            assert (row["saved_bytes"] > 0) == (row["job"] != "forward")
+            assert row["peak_bytes"] is not None or not Path("/proc/self/statm").exists()
+
+
+def test_jobs_cost_what_they_should_in_proportion(results):
+    rows = {(row["job"], row["provider"]): row for row in results["rows"]}
+    flops = {job: rows[job, "eager"]["flops"] for job in JOBS}
+    # Input gradients are the products of the forward pass again, weight gradients once more. Training needs none to the
+    # images; the gradient to alpha also ends at the first cell's edges and at the preprocessing of its inputs.
+    assert 2.5 * flops["forward"] < flops["training_step"] < 3 * flops["forward"]
+    assert 1.3 * flops["forward"] < flops["alpha_gradient"] < 2 * flops["forward"]
+    assert flops["pgd_7"] == 7 * 2 * flops["forward"]
+    saved = {job: rows[job, "eager"]["saved_bytes"] for job in JOBS}
+    assert saved["jacobian_norm"] > 1.5 * saved["training_step"]
+    assert saved["pgd_7"] < 1.1 * saved["training_step"], "steps of an attack are saved one at a time"
+
+
+def test_the_head_says_what_was_measured_on_what(results):
+    assert results["kind"] == "cpu"
+    assert results["threads"] >= 1
+    assert results["versions"]["torch"] == torch.__version__
+    assert len(results["load_before"]) == 3
+    assert min(results["ceilings"].values()) > 0
+    assert results["command"].startswith("python -m pytest benchmarks --quick")
+    assert results["size"] == {"channels": 4, "layers": 3, "nodes": 2, "image": 16, "batches": [2]}
+
+
+def test_no_folder_of_the_machine_gets_into_the_results(quick_run, results):
+    text = json.dumps(results)
+    assert str(quick_run) not in text
+    assert str(REPOSITORY) not in text
+
+
+def test_pytest_benchmark_reports_the_same_times(quick_run, results):
+    record = json.loads((quick_run / "pytest-benchmark").read_text())
+    theirs = {
+        (each["extra_info"]["job"], each["extra_info"]["provider"]): each["stats"] for each in record["benchmarks"]
+    }
+    ours = {(row["job"], row["provider"]): row for row in results["rows"] if row["status"] == "measured"}
+    assert theirs.keys() == ours.keys()
+    for key, row in ours.items():
+        assert theirs[key]["min"] == pytest.approx(row["seconds_best"])
+        assert theirs[key]["median"] == pytest.approx(row["seconds_median"])
+        assert theirs[key]["rounds"] == row["rounds"]
+
+
+class TestComparison:
+    """Which candidates get a time."""
+
+    @pytest.fixture
+    def compare(self, benchmarks):
+        comparison, prepared = benchmarks["comparison"], benchmarks["providers"].Prepared
+        expected = torch.arange(1.0, 101.0)
+
+        def distance(found, wanted):
+            return float((found[0] - wanted[0]).norm() / wanted[0].norm())
+
+        def run(*, outcome=None, **others):
+            runs = {"eager": lambda: [expected.clone()], **others}
+            candidates = {name: lambda run=run: prepared(run, run, run) for name, run in runs.items()}
+            gate = comparison.Gate(distance, 1e-3, outcome)
+            rows = comparison.compare("job", 1, candidates, gate, device="cpu", budget_seconds=0.0)
+            return {row.provider: row for row in rows}
+
+        run.expected = expected
+        return run
+
+    @pytest.mark.parametrize("factor", [1.002, -1.0, float("nan"), 0.0])
+    def test_a_wrong_provider_is_refused(self, compare, factor):
+        rows = compare(wrong=lambda: [compare.expected * factor], right=lambda: [compare.expected * 1.0001])
+        assert rows["wrong"].status == "refused"
+        assert rows["wrong"].seconds == []
+        assert rows["wrong"].as_dict()["seconds_best"] is None
+        assert "distance to the reference" in rows["wrong"].note
+        assert rows["right"].status == rows["eager"].status == "measured"
+        assert len(rows["right"].seconds) == len(rows["eager"].seconds) == 2
+
+    def test_one_that_raises_leaves_the_others(self, compare):
+        def broken():
+            raise RuntimeError("no such kernel\nmore")
+
+        def absent():
+            raise NotImplementedError("not offered")
+
+        rows = compare(broken=broken, absent=absent)
+        assert (rows["broken"].status, rows["broken"].note) == ("failed", "RuntimeError: no such kernel")
+        assert (rows["absent"].status, rows["absent"].note) == ("unsupported", "not offered")
+        assert rows["eager"].status == "measured"
+
+    def test_a_reference_that_raises_is_an_error(self, benchmarks, compare):
+        def broken():
+            raise RuntimeError("no memory")
+
+        with pytest.raises(RuntimeError, match="the reference eager does not run: RuntimeError: no memory"):
+            compare(eager=broken)
+
+    def test_a_run_that_ends_elsewhere_than_its_sample_promised_is_refused(self, benchmarks):
+        comparison, prepared = benchmarks["comparison"], benchmarks["providers"].Prepared
+
+        def same():
+            return [torch.ones(1)]
+
+        candidates = {
+            "eager": lambda: prepared(same, same, same),
+            "weak": lambda: prepared(lambda: [torch.full((1,), 0.5)], same, same),
+        }
+        gate = comparison.Gate(lambda found, wanted: 0.0, 0.0, outcome=lambda output: float(output[0]))
+        eager, weak = comparison.compare("job", 1, candidates, gate, device="cpu", budget_seconds=0.0)
+        assert eager.status == "measured"
+        assert (weak.status, weak.seconds) == ("refused", [])
+
+    def test_a_refused_row_fails_its_test(self, benchmarks):
+        row = benchmarks["comparison"].Row("job", "wrong", 1, status="refused")
+        assert benchmarks["report"].broken(row)
+        assert not benchmarks["report"].broken(benchmarks["comparison"].Row("job", "absent", 1, status="unsupported"))
+
+
+class TestProviders:
+    """On the jobs themselves, at tiny sizes."""
+
+    @pytest.fixture
+    def problem(self, benchmarks):
+        return benchmarks["problem"].build(benchmarks["problem"].QUICK, 2, "cpu")
+
+    def prepare(self, benchmarks, name, job, problem, backend="eager"):
+        (provider,) = (each for each in benchmarks["providers"].CUDA if each.name == name)
+        return benchmarks["providers"].prepare(provider, benchmarks["jobs"].JOBS[job], problem, backend)
+
+    @pytest.mark.parametrize("name", JOBS)
+    def test_one_forgotten_operation_is_out_of_tolerance(self, benchmarks, problem, name):
+        job = benchmarks["jobs"].JOBS[name]
+        expected = self.prepare(benchmarks, "eager", name, problem).sample()
+        again = self.prepare(benchmarks, "channels_last", name, problem).sample()
+        assert job.distance(again, expected) <= job.tolerance
+        edge = problem.supernet.cells[1].mixed[0]
+        edge.candidates[4].register_forward_hook(lambda module, inputs, output: output * 0)
+        found = self.prepare(benchmarks, "eager", name, problem).sample()
+        assert job.distance(found, expected) > job.tolerance
+
+    def test_jobs_leave_the_problem_to_the_next_provider(self, benchmarks, problem):
+        before = {name: each.clone() for name, each in problem.supernet.state_dict().items()}
+        for name in JOBS:
+            self.prepare(benchmarks, "eager", name, problem).run()
+        for name, each in problem.supernet.state_dict().items():
+            assert torch.equal(each, before[name]), name
+
+    def test_channels_last_is_so_throughout(self, benchmarks, problem):
+        arranged = problem.arranged(torch.channels_last)
+        assert arranged.x.is_contiguous(memory_format=torch.channels_last)
+        assert not arranged.x.is_contiguous()
+        for weight in arranged.supernet.parameters():
+            assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+        assert problem.x.is_contiguous()
+
+    def test_compiled_edges_share_graphs_over_cells_and_batches(self, benchmarks):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        for batch in (4, 3):
+            problem = benchmarks["problem"].build(benchmarks["problem"].QUICK, batch, "cpu")
+            prepared = self.prepare(benchmarks, "compile", "training_step", problem, backend)
+            prepared.run()
+            assert len(graphs) == 3, "one per width"
+        assert "7 of 15 mixed edges" in prepared.note
+
+    def test_what_torch_compile_cannot_do_is_said(self, benchmarks, problem):
+        with pytest.raises(NotImplementedError, match="double backward"):
+            self.prepare(benchmarks, "compile", "jacobian_norm", problem)
+
+
+class TestInstruments:
+    """Against amounts that are known."""
+
+    def test_rounds_are_interleaved(self, benchmarks):
+        calls = []
+        functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+        times = benchmarks["measure"].interleaved(functions, "cpu", rounds=4)
+        assert ["".join(calls[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+        assert {name: len(each) for name, each in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+    def test_saved_bytes_count_each_storage_once_while_it_lives(self, benchmarks):
+        network = torch.nn.Linear(8, 8, bias=False)
+        x = torch.rand(4, 8, requires_grad=True)
+
+        def one_step():
+            y = torch.tanh(network(x))  # saves x and the output of tanh
+            z = y.view(8, 4) * y.view(8, 4)  # saves two views of the same output
+            torch.autograd.grad(z.sum(), [x, network.weight])
+
+        def two_steps():
+            one_step()
+            one_step()
+
+        expected = 2 * 4 * 8 * 4
+        assert benchmarks["measure"].saved_bytes(one_step, network) == expected
+        assert benchmarks["measure"].saved_bytes(two_steps, network) == expected
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+    @pytest.mark.parametrize("resettable", [True, False])
+    def test_peak_bytes_see_what_is_held_for_a_moment(self, benchmarks, monkeypatch, resettable):
+        if not resettable:
+            monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        size = 256 * 2**20
+
+        def hold():
+            block = torch.ones(size, dtype=torch.uint8)
+            block.add_(1)
+
+        assert 0.95 * size < benchmarks["measure"].peak_bytes(hold, "cpu") < 1.2 * size
+        assert benchmarks["measure"].peak_bytes(lambda: None, "cpu") < 0.1 * size
+
+    @pytest.mark.parametrize("groups", [1, 8])
+    def test_arithmetic_of_convolutions(self, benchmarks, groups):
+        convolution = torch.nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=groups, bias=False)
+        x = torch.rand(3, 8, 9, 9, requires_grad=True)
+        forward = 2 * 3 * 8 * 5 * 5 * (8 // groups) * 9
+        for wanted, factor in (((), 1), ((x,), 2), ((convolution.weight,), 2), ((x, convolution.weight), 3)):
+            with benchmarks["measure"].ConvolutionCounter() as counter:
+                y = convolution(x)
+                if wanted:
+                    torch.autograd.grad(y.sum(), wanted)
+            assert counter.total == factor * forward
+
+
+def test_readme_is_rendered_from_the_results(tmp_path, quick_run):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks:begin -->\nstale table\n<!-- benchmarks:end -->\nafter\n")
+    assert render("--readme", readme, "--results", quick_run, "--check").returncode == 1
+    assert "stale table" in readme.read_text()
+    assert render("--readme", readme, "--results", quick_run).returncode == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- benchmarks:begin -->\n")
+    assert text.endswith("\n<!-- benchmarks:end -->\nafter\n")
+    assert "stale table" not in text
+    assert "Not measured on a GPU yet" in text
+    for words in (
+        "training step",
+        "gradient to alpha",
+        "PGD-7",
+        "channels_last",
+        "torch.compile",
+        "x)",
+        torch.__version__,
+    ):
+        assert words in text
+    assert render("--readme", readme, "--results", quick_run, "--check").returncode == 0
+
+
+def test_readme_without_results_or_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    assert render("--readme", readme, "--results", tmp_path).returncode == 0
+    assert "Not measured on a CPU yet" in readme.read_text()
+    readme.write_text("no markers")
+    failed = render("--readme", readme, "--results", tmp_path)
+    assert failed.returncode == 1
+    assert "expected one <!-- benchmarks:begin -->" in failed.stderr
+    (tmp_path / "broken.json").write_text("{")
+    assert "broken.json is not valid JSON" in render("--readme", readme, "--results", tmp_path).stderr
+
+
+def test_readme_is_up_to_date():
+    checked = render("--check")
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_the_gpu_script_says_that_it_needs_a_gpu(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    script = REPOSITORY / "scripts" / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no CUDA device is visible" in done.stderr
+    assert not (tmp_path / "out").exists()
