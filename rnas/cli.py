@@ -260,12 +260,10 @@ def _print_table(result: Any) -> None:
     from rich.table import Table
 
     attack = result.attack
-    counts = "any" if result.early_drop else "the last"
-    title = (
-        f"accuracy on {result.images:,} test images, {attack.norm} epsilon {attack.epsilon:.4g}; "
-        f"PGD counts an image as fooled by {counts} iterate"
-    )
-    table = Table("network", "recipe", "parameters", *result.rows[0].accuracies, title=title)
+    iterate = "any iterate" if result.early_drop else "the last iterate"
+    print(f"accuracy on {result.images:,} test images, {attack.norm} epsilon {attack.epsilon:.4g}")
+    print(f"an image is fooled by PGD if {iterate} fools it")
+    table = Table("network", "recipe", "parameters", *result.rows[0].accuracies)
     for row in result.rows:
         table.add_row(
             row.name, row.recipe, f"{row.parameters:,}", *(f"{value:.2%}" for value in row.accuracies.values())
