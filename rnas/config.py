@@ -181,6 +181,8 @@ class EvaluateConfig:
     """Length of a PGD step. None: epsilon / 4."""
     early_drop: bool = True
     """Count an image as fooled as soon as one PGD iterate fools it. Off: only the last iterate counts."""
+    autoattack: bool = False
+    """Add a column for the standard AutoAttack (Croce and Hein 2020) of torchattacks; slow on a CPU."""
     test_images: int = 0
     """Size of a class-balanced test subset; 0 takes the test set that the run was configured with."""
     batch_size: int = 250

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from .config import (
     check_run,
     resolve_attack,
 )
-from .loop import choose_device, cpu_threads
+from .loop import choose_device, cpu_threads, seeded
 from .network import count_parameters
 from .progress import Progress
 from .runs import Run, write_text
-from .settings import merge, to_dict
+from .settings import merge
 from .train import load_network
 
 CLEAN = "clean"
@@ -65,6 +66,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise ValueError(f"steps must name numbers of PGD steps, each at least 1; got {config.steps}")
     check_run(config)
     at_least(1, "", config, "restarts")
+    if config.autoattack:
+        _torchattacks()  # before hours of other attacks
     device = choose_device(config.device)
     with cpu_threads(config.threads or torch.get_num_threads()):
         return _evaluate(config, device)
@@ -96,7 +99,7 @@ def _evaluate(config: EvaluateConfig, device: torch.device) -> Evaluation:
     threat = {"norm": attack.norm, "epsilon": attack.epsilon, "step_size": attack.step_size}
     images = len(dataset.test.labels)
     content = {
-        "data": to_dict(trained[0].data),
+        "data": {"dataset": trained[0].data.dataset, "test_images": len(dataset.test.labels)},
         "images": images,
         "threat": threat,
         "protocol": protocol,
@@ -119,8 +122,10 @@ def accuracy_table(
     device: torch.device,
     title: str = "evaluate",
 ) -> dict[str, float]:
-    """Accuracies of `network` in [0, 1]: clean, fgsm (one step of epsilon, no random start) and each pgd-STEPS."""
+    """Accuracies of `network` in [0, 1]: clean, fgsm (one step, no random start), each pgd-STEPS, autoattack."""
     columns = [CLEAN, "fgsm", *(f"pgd-{steps}" for steps in config.steps)]
+    if config.autoattack:
+        columns.append("autoattack")
     correct = dict.fromkeys(columns, 0)
     count = len(split.labels)
     with Progress(f"evaluate {title}", count, quiet=config.quiet) as progress:
@@ -143,8 +148,32 @@ def accuracy_table(
                     generator=seeding.generator(config.seed, "evaluate", steps, index, device=device),
                 )
                 correct[f"pgd-{steps}"] += _correct(network, fooled, y)
+            if config.autoattack:
+                correct["autoattack"] += _correct(network, autoattack(network, x, y, attack, seed=config.seed), y)
             progress.advance(len(y))
     return {column: hits / count for column, hits in correct.items()}
+
+
+def autoattack(network: nn.Module, x: Tensor, y: Tensor, attack: AttackConfig, *, seed: int) -> Tensor:
+    """The standard AutoAttack of torchattacks on x (N, C, H, W), y (N,); network and random state stay as they were.
+
+    Raises ImportError, with what to type, where torchattacks is not installed.
+    """
+    torchattacks = _torchattacks()
+    with torch.no_grad():
+        classes = network(x[:1]).shape[1]
+    norm = {"linf": "Linf", "l2": "L2"}[attack.norm]
+    with seeded(seed, x.device), attacks.frozen(network):
+        attacker = torchattacks.AutoAttack(network, norm=norm, eps=attack.epsilon, n_classes=classes, seed=seed)
+        return attacker(x, y)
+
+
+def _torchattacks() -> ModuleType:
+    try:
+        import torchattacks
+    except ImportError as error:
+        raise ImportError(f"AutoAttack needs torchattacks ({error}): pip install 'rnas[evaluation]'") from None
+    return torchattacks
 
 
 def _correct(network: nn.Module, x: Tensor, y: Tensor) -> int:

@@ -1,6 +1,6 @@
-"""Writes the benchmark tables into README.md from benchmarks/results/*.json.
+"""Writes tables into README.md: benchmarks from benchmarks/results/*.json, the demo from docs/demo/evaluation.json.
 
-python scripts/render_readme.py            rewrites what stands between the two markers
+python scripts/render_readme.py            rewrites what stands between the markers
 python scripts/render_readme.py --check    changes nothing; exit code 1 if README.md is out of date
 """
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+DEMO = ROOT / "docs" / "demo" / "evaluation.json"
 
 JOBS = {
     "forward": "forward",
@@ -48,10 +48,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if README.md is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--demo", type=Path, default=DEMO)
     options = parser.parse_args()
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = replaced(old, render(load(options.results)))
+        new = replaced(old, "benchmarks", render(load(options.results)))
+        new = replaced(new, "demo", demo_table(json.loads(options.demo.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         print(f"render_readme: {error}", file=sys.stderr)
         return 1
@@ -61,7 +63,7 @@ def main() -> int:
         print(f"{options.readme} is out of date; type: python scripts/render_readme.py", file=sys.stderr)
         return 1
     options.readme.write_text(new, encoding="utf-8")
-    print(f"{options.readme}: benchmark tables written")
+    print(f"{options.readme}: tables written")
     return 0
 
 
@@ -76,12 +78,27 @@ def load(folder: Path) -> list[dict]:
     return sorted(results, key=lambda result: result["kind"])
 
 
-def replaced(text: str, tables: str) -> str:
-    """`text` with new tables between the markers. Raises ValueError where there is not one of each, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} and after it one {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}"
+def replaced(text: str, name: str, tables: str) -> str:
+    """`text` with new tables between the markers of `name`. Raises ValueError where they are not there once each."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} and after it one {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.partition(end)[2]}"
+
+
+def demo_table(content: dict) -> str:
+    """The evaluation that `make demo` ends with: one network a line."""
+    threat = content["threat"]
+    columns = list(content["networks"][0]["accuracies"])
+    table = [["network", "parameters", *columns]]
+    for network in content["networks"]:
+        name = {"pgd-at": "trained against PGD", "standard": "trained on clean images"}[network["recipe"]]
+        accuracies = [f"{network['accuracies'][column]:.1%}" for column in columns]
+        table.append([name, f"{network['parameters']:,}", *accuracies])
+    ball = f"{threat['norm'].capitalize()} ball of radius {threat['epsilon']:g}"
+    note = f"Accuracy on {content['images']:,} test images; attacks in the {ball}. One run, one seed."
+    return f"{markdown(table)}\n\n{note}"
 
 
 def render(results: list[dict]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from rnas.config import AttackConfig, DataConfig, SearchConfig, TrainConfig
 from rnas.methods import options_for
+from rnas.runs import load_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -25,6 +26,21 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "shared_data" in item.keywords and not SHARED_DATA.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs the full data sets in ../shared/data"))
+
+
+def final_state(run) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's last checkpoint, optimizers included, by its path."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}/{key}")
+
+    walk(load_tensors(run / "checkpoint.pt")["parts"], "")
+    return found
 
 
 @pytest.fixture(scope="session")

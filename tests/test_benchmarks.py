@@ -312,14 +312,17 @@ class TestInstruments:
             assert counter.total == factor * forward
 
 
+DEMO = "<!-- demo:begin -->\nstale demo\n<!-- demo:end -->\n"
+
+
 def test_readme_is_rendered_from_the_results(tmp_path, quick_run):
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- benchmarks:begin -->\nstale table\n<!-- benchmarks:end -->\nafter\n")
+    readme.write_text(f"{DEMO}before\n<!-- benchmarks:begin -->\nstale table\n<!-- benchmarks:end -->\nafter\n")
     assert render("--readme", readme, "--results", quick_run, "--check").returncode == 1
     assert "stale table" in readme.read_text()
     assert render("--readme", readme, "--results", quick_run).returncode == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- benchmarks:begin -->\n")
+    assert "<!-- demo:end -->\nbefore\n<!-- benchmarks:begin -->\n" in text
     assert text.endswith("\n<!-- benchmarks:end -->\nafter\n")
     assert "stale table" not in text
     assert "Not measured on a GPU yet" in text
@@ -336,9 +339,23 @@ def test_readme_is_rendered_from_the_results(tmp_path, quick_run):
     assert render("--readme", readme, "--results", quick_run, "--check").returncode == 0
 
 
+def test_the_demo_table_shows_the_evaluation(tmp_path):
+    readme, demo = tmp_path / "README.md", tmp_path / "evaluation.json"
+    readme.write_text(f"{DEMO}<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    networks = [
+        {"recipe": "pgd-at", "parameters": 1234, "accuracies": {"clean": 0.975, "pgd-20": 0.9}},
+        {"recipe": "standard", "parameters": 1234, "accuracies": {"clean": 0.98, "pgd-20": 0.01}},
+    ]
+    demo.write_text(json.dumps({"threat": {"norm": "linf", "epsilon": 0.2}, "images": 2000, "networks": networks}))
+    assert render("--readme", readme, "--results", tmp_path / "none", "--demo", demo).returncode == 0
+    text = readme.read_text()
+    assert "| trained against PGD | 1,234 | 97.5% | 90.0% |" in text and "stale demo" not in text
+    assert "| trained on clean images | 1,234 | 98.0% | 1.0% |" in text and "Linf ball of radius 0.2" in text
+
+
 def test_readme_without_results_or_markers(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    readme.write_text(f"{DEMO}<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
     assert render("--readme", readme, "--results", tmp_path).returncode == 0
     assert "Not measured on a CPU yet" in readme.read_text()
     readme.write_text("no markers")

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import final_state
 
 from rnas import search
-from rnas.runs import load_tensors
 from rnas.settings import to_dict
 
 # The child dies without any clean-up at the given event: before or after a checkpoint's temporary file is written, in
@@ -100,21 +100,6 @@ EVENTS = [
 ]
 
 
-def bits(run) -> dict:
-    """Every tensor of the last checkpoint, optimizers included, by its path."""
-    found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{path}/{key}")
-
-    walk(load_tensors(run / "checkpoint.pt")["parts"], "")
-    return found
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(small_images, tmp_path_factory):
     from rnas.config import AttackConfig, DataConfig, SearchConfig
@@ -167,7 +152,7 @@ def test_a_kill_at_a_random_moment_loses_nothing(uninterrupted, tmp_path):
     else:
         subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     assert kills > 0
-    expected, found = bits(whole.run), bits(tmp_path / "killed")
+    expected, found = final_state(whole.run), final_state(tmp_path / "killed")
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     assert (tmp_path / "killed" / "genotype.json").read_bytes() == (whole.run / "genotype.json").read_bytes()
 
@@ -178,7 +163,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, event,
     config = replace(config, run=str(tmp_path / "killed"))
     killed(config, event, count)
     result = search.resume(config.run, quiet=True)
-    expected, found = bits(whole.run), bits(result.run)
+    expected, found = final_state(whole.run), final_state(result.run)
     assert expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(expected[name], found[name]), name

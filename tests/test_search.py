@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import final_state
 
 from rnas import evaluate, genotype, search, train
 from rnas.config import (
@@ -22,21 +23,6 @@ from rnas.config import (
 )
 from rnas.loop import Interrupted, Loop
 from rnas.runs import Run, load_tensors
-
-
-def final_state(run) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint by path."""
-    found = {}
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{path}/{key}")
-
-    walk(load_tensors(run / "checkpoint.pt")["parts"], "")
-    return found
 
 
 def assert_same_bits(first: dict, second: dict) -> None:
@@ -170,6 +156,22 @@ def test_a_trained_network_is_evaluated(train_config, tmp_path):
     assert content["threat"]["epsilon"] == pytest.approx(8 / 255) and content["images"] == 40
     assert [network["recipe"] for network in content["networks"]] == ["pgd-at", "standard"]
     assert all(path.is_file() for path in table.files)
+
+
+def test_autoattack_is_a_column_when_asked_for(train_config, monkeypatch):
+    result = train.train(train_config)
+    config = EvaluateConfig(
+        runs=(str(result.run),), steps=(1,), epsilon=0.5, autoattack=True, test_images=8, quiet=True
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchattacks", None)
+        with pytest.raises(ImportError, match=r"pip install 'rnas\[evaluation\]'"):
+            evaluate.evaluate(config)
+    pytest.importorskip("torchattacks", reason="AutoAttack is that of torchattacks")
+    before = torch.get_rng_state()
+    (row,) = evaluate.evaluate(config).rows
+    assert torch.equal(torch.get_rng_state(), before)
+    assert row.accuracies["autoattack"] == 0.0  # no network of this size withstands half the pixel range
 
 
 def test_the_best_weights_on_held_out_images_are_kept(train_config):

@@ -1,0 +1,156 @@
+"""The inner loop of an attack: start, gradient, projected step, and what is kept of several restarts.
+
+Legend: N images, K classes. `rnas.attacks` checks the arguments and freezes the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+from .attack_inputs import Images, take_images
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The model and the settings of one attack. `direction` is 1 to ascend the loss, -1 to descend it (targeted)."""
+
+    model: Model
+    loss: Loss
+    direction: int
+    steps: int
+    random_start: bool
+    norm: str
+    lower: float
+    upper: float
+    generator: torch.Generator | None
+    highest_label: int
+
+    def climb(self, images: Images) -> Tensor:
+        x_adv = self.start(images)
+        for _ in range(self.steps):
+            _, grad_x = self.gradient(x_adv, images)
+            self.step(x_adv, grad_x, images)
+        return x_adv
+
+    def search(self, images: Images, restarts: int, early_drop: bool) -> Tensor:
+        whole, found = images, images.x.clone()
+        highest = torch.full((images.count,), -math.inf, dtype=torch.float64, device=found.device)
+        if early_drop and self.random_start:
+            images = images.take(~self.fooled(self.measure(found, images), images))
+        for _ in range(restarts):
+            # Drawn for the whole batch, so that an image's noise does not depend on which others have left.
+            x_adv = take_images(self.start(whole), images.index)
+            for _ in range(self.steps):
+                if images.count == 0:
+                    return found
+                logits, grad_x = self.gradient(x_adv, images)
+                if early_drop and (fooled := self.fooled(logits, images)).any():
+                    found[images.index[fooled]] = x_adv[fooled]
+                    x_adv, grad_x = take_images(x_adv, ~fooled), take_images(grad_x, ~fooled)
+                    images = images.take(~fooled)
+                self.step(x_adv, grad_x, images)
+            if restarts == 1 or images.count == 0:
+                found[images.index] = x_adv
+                return found
+            logits = self.measure(x_adv, images)
+            value = self.value(logits, images).double()
+            better = value > highest[images.index]
+            if early_drop:
+                fooled = self.fooled(logits, images)
+                better |= fooled
+            found[images.index[better]] = x_adv[better]
+            highest[images.index[better]] = value[better]
+            if early_drop:
+                images = images.take(~fooled)
+        return found
+
+    def start(self, images: Images) -> Tensor:
+        if not self.random_start:
+            return images.x.clone()
+        return kernels.random_start(
+            images.x,
+            epsilon=images.epsilon,
+            norm=self.norm,
+            lower=self.lower,
+            upper=self.upper,
+            generator=self.generator,
+        )
+
+    def step(self, x_adv: Tensor, grad_x: Tensor, images: Images) -> None:
+        kernels.pgd_step(
+            x_adv,
+            grad_x,
+            images.x,
+            epsilon=images.epsilon,
+            step_size=images.step_size,
+            norm=self.norm,
+            lower=self.lower,
+            upper=self.upper,
+            out=x_adv,
+        )
+
+    def gradient(self, x_adv: Tensor, images: Images) -> tuple[Tensor, Tensor]:
+        leaf = x_adv.detach().requires_grad_()
+        logits = self.logits(leaf, images)
+        total = self.value(logits, images).sum()
+        grad_x = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        if grad_x is None:
+            raise ValueError(
+                "the loss does not depend on the images: is there a no_grad or a detach inside the model "
+                "or the loss? An attack needs the gradient through both"
+            )
+        return logits.detach(), grad_x
+
+    @torch.no_grad()
+    def measure(self, x_adv: Tensor, images: Images) -> Tensor:
+        return self.logits(x_adv, images)
+
+    def logits(self, x: Tensor, images: Images) -> Tensor:
+        logits = self.model(x)
+        expected = f"the model must return logits of shape (N, K) = ({images.count}, K)"
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{expected}, got a {type(logits).__name__}: wrap it in a function that returns the "
+                "logits alone, and put the model in rnas.attacks.frozen meanwhile"
+            )
+        if logits.dim() != 2 or logits.shape[0] != images.count:
+            raise ValueError(f"{expected}, got {tuple(logits.shape)}")
+        if self.highest_label >= logits.shape[1]:
+            raise ValueError(f"labels must be below the number of logits, {logits.shape[1]}, got {self.highest_label}")
+        # Half precision loses the small differences between losses that the ascent lives on.
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def value(self, logits: Tensor, images: Images) -> Tensor:
+        value = self.loss(logits, images.y)
+        if not isinstance(value, Tensor) or value.shape != images.y.shape:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss must return one value per image, shape ({images.count},), got {came}: type reduction='none'"
+            )
+        return self.direction * value
+
+    def fooled(self, logits: Tensor, images: Images) -> Tensor:
+        predicted = logits.argmax(dim=1)
+        return predicted == images.y if self.direction < 0 else predicted != images.y
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    own = y.unsqueeze(1)
+    return logits.scatter(1, own, -math.inf).amax(dim=1) - logits.gather(1, own).squeeze(1)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": _cross_entropy, "margin": _margin}
