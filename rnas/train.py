@@ -104,7 +104,8 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Networ
         )
     state = load_tensors(model_path)
     try:
-        network = Network(genotype.from_dict(state["genotype"]), **state["arguments"])
+        with seeded(0, torch.device("cpu")):  # the random weights that are overwritten cost the caller no numbers
+            network = Network(genotype.from_dict(state["genotype"]), **state["arguments"])
         network.load_state_dict(state["network"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{model_path} does not hold a network of this version: {error}") from None
