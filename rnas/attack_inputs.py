@@ -61,11 +61,13 @@ def take_images(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_images(x: Tensor, lower: float, upper: float) -> None:
+    """Raise TypeError unless x holds floating-point images (N, ...), ValueError unless all are inside the box."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         came = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating point tensor of images, got {came}: for bytes type x.float() / 255")

@@ -54,6 +54,7 @@ def inches(width: float, height: float):
 
 
 def panels(count: int, width: float = 4.0):
+    """A figure with `count` axes side by side, each `width` inches wide."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * count, 3.1), layout="constrained")
@@ -62,6 +63,7 @@ def panels(count: int, width: float = 4.0):
 
 
 def save(figure, path: Path) -> Path:
+    """Write the figure in the format of the path's ending; equal figures give equal bytes. Returns `path`."""
     picture = io.BytesIO()
     dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
     figure.savefig(picture, format=path.suffix.lstrip(".") or None, metadata={dated: None} if dated else None)
