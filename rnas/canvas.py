@@ -54,7 +54,7 @@ def inches(width: float, height: float):
 
 
 def panels(count: int, width: float = 4.0):
-    """A figure with `count` axes side by side, each `width` inches wide."""
+    """A figure and its `count` axes, side by side and each `width` inches wide."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * count, 3.1), layout="constrained")

@@ -40,8 +40,8 @@ class Loop:
         parts: everything with state, by name; restored in place when a checkpoint is there.
         epochs, batches, batch_size, images: epochs in all; batches in an epoch; images in a batch and in an epoch.
 
-    Use as a context manager; inside, iterate `epochs()`, start each epoch at batch `loop.batch`, call `done(...)` after
-    each batch and `end_epoch(...)` after the last.
+    Holds the run's lock from its creation on. Use as a context manager; inside, iterate `epochs()`, start each epoch at
+    batch `loop.batch`, call `done(...)` after each batch and `end_epoch(...)` after the last.
     """
 
     def __init__(
@@ -65,15 +65,19 @@ class Loop:
         self.stop_requested = False
         self.saved_at = self.epoch_started = self.last_batch_at = time.monotonic()
         self.images_this_process = 0
-        state = run.load_checkpoint()
-        if state is not None:
-            self._restore(state)
+        self.lock = ExitStack()
+        self.lock.enter_context(run.locked())  # before load_checkpoint, which cuts metrics.jsonl back
+        try:
+            state = run.load_checkpoint()
+            if state is not None:
+                self._restore(state)
+        except BaseException:
+            self.lock.close()
+            raise
         done_images = self.epoch * images + min(self.batch * batch_size, images)
         self.progress = Progress(run.job, epochs * images, done_images=done_images, quiet=quiet)
-        self.resources = ExitStack()
 
     def __enter__(self) -> Loop:
-        self.resources.enter_context(self.run.locked())
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -87,7 +91,7 @@ class Loop:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.progress.__exit__(*error)
-        self.resources.close()
+        self.lock.close()
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each yielded before its first or next batch."""

@@ -252,8 +252,12 @@ def test_a_last_batch_of_one_image_is_left_out(train_config):
 
 def test_two_processes_cannot_work_on_one_run(search_config):
     result = search.search(search_config)
-    with Run.open(result.run, "search").locked(), pytest.raises(FileExistsError, match="another process is working on"):
+    run = Run.open(result.run, "search")
+    run.log({"written by": "the process that holds the run, after its last checkpoint"})
+    before = run.metrics_path.read_bytes()
+    with run.locked(), pytest.raises(FileExistsError, match="another process is working on"):
         search.resume(result.run, quiet=True)
+    assert run.metrics_path.read_bytes() == before
 
 
 def test_runs_of_different_data_or_balls_do_not_share_a_table(train_config, tmp_path):
