@@ -93,13 +93,14 @@ def _evaluate(config: EvaluateConfig, device: torch.device) -> Evaluation:
     protocol = {
         "early_drop": config.early_drop,
         "restarts": config.restarts,
+        "batch_size": config.batch_size,
         "seed": config.seed,
         "statistics": "running",
     }
     threat = {"norm": attack.norm, "epsilon": attack.epsilon, "step_size": attack.step_size}
     images = len(dataset.test.labels)
     content = {
-        "data": {"dataset": trained[0].data.dataset, "test_images": len(dataset.test.labels)},
+        "dataset": trained[0].data.dataset,
         "images": images,
         "threat": threat,
         "protocol": protocol,

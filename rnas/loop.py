@@ -116,9 +116,8 @@ class Loop:
         self.last_batch_at = time.monotonic()
         if self.stop_requested or self.last_batch_at - self.saved_at >= self.checkpoint_seconds:
             self.save()
-        if (
-            self.stop_requested
-        ):  # said here and not in the handler, which may have interrupted a write to the same stream
+        if self.stop_requested:
+            # said here and not in the handler, which may have interrupted a write to the same stream
             self.progress.note("stopped by request")
             raise Interrupted(str(self.run.path))
 
@@ -138,13 +137,12 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this moment. Raises FloatingPointError instead where a number is not finite."""
-        for name, part in self.parts.items():
-            if not _finite(part.state_dict()):
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in parts.items():
+            if not _finite(part):
                 raise self._diverged(f"the state of {name} is not finite any more")
         place = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "sums": self.sums}
-        self.run.save_checkpoint(
-            {"place": place, "parts": {name: part.state_dict() for name, part in self.parts.items()}}
-        )
+        self.run.save_checkpoint({"place": place, "parts": parts})
         self.saved_at = time.monotonic()
 
     def _diverged(self, what: str) -> FloatingPointError:

@@ -105,6 +105,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def main() -> int:
+    """Compile, print the table, and with --check return 1 where a kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="CUDA files (default: all of csrc/cuda)")
     parser.add_argument("--arch", nargs="+", default=["80", "90", "100"], help="architectures (default: 80 90 100)")

@@ -67,6 +67,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
+    """Read the idx files named on the command line and write the subset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with the four idx .gz files")
     parser.add_argument("out", type=Path, help="the .npz to write")

@@ -93,6 +93,7 @@ EVENTS = [
     ("half checkpoint", 3),
     ("before rename", 3),
     ("after rename", 3),
+    ("after rename", 4),  # the epoch's last batch is in the checkpoint, its record is not in the metrics
     ("after rename", 5),
     ("metrics", 1),
     ("half metrics", 2),

@@ -154,6 +154,7 @@ def test_a_trained_network_is_evaluated(train_config, tmp_path):
         assert row.accuracies["pgd-3"] <= row.accuracies["clean"]
     content = json.loads((result.run / "evaluation.json").read_text())
     assert content["threat"]["epsilon"] == pytest.approx(8 / 255) and content["images"] == 40
+    assert content["protocol"]["batch_size"] == 250  # the random starts depend on it
     assert [network["recipe"] for network in content["networks"]] == ["pgd-at", "standard"]
     assert all(path.is_file() for path in table.files)
 
