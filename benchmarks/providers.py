@@ -1,4 +1,4 @@
-"""The usual ways to run a job: eager in both memory formats, torch.compile, and each of them in a CUDA graph."""
+"""Ways to run a job: module by module in both memory formats, through torch.compile, in CUDA graphs, and fused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import module_per_operation
 import torch
 from jobs import Job
 from problem import Problem
@@ -19,12 +20,16 @@ Run = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class Provider:
-    """layout: of images and weights; compiled: mixed edges through torch.compile; graph: replayed from a CUDA graph."""
+    """layout: of images and weights; compiled: mixed edges through torch.compile; graph: replayed from a CUDA graph.
+
+    fused: the supernet as `rnas` runs it; else every candidate is a module.
+    """
 
     name: str
     layout: torch.memory_format = torch.contiguous_format
     compiled: bool = False
     graph: bool = False
+    fused: bool = False
 
 
 @dataclass
@@ -44,6 +49,7 @@ CPU = (
     Provider("eager"),
     Provider("channels_last", torch.channels_last),
     Provider("compile", torch.channels_last, compiled=True),
+    Provider("rnas", torch.channels_last, fused=True),
 )
 CUDA = (
     *CPU,
@@ -67,7 +73,11 @@ def prepare(provider: Provider, job: Job, problem: Problem, backend: str) -> Pre
         raise NotImplementedError(job.compiles)
     problem = problem.arranged(provider.layout)
     problem.supernet.train(job.training)
-    note = compile_edges(problem.supernet, problem.x.device.type, backend) if provider.compiled else ""
+    note = ""
+    if provider.compiled:
+        note = compile_edges(problem.supernet, problem.x.device.type, backend)
+    elif not provider.fused:
+        module_per_operation.use(problem.supernet)
     sample = job.sample or job.run
     if not provider.graph:
         return Prepared(partial(job.run, problem), partial(sample, problem), partial(sample, problem), note)
@@ -84,21 +94,19 @@ def compile_edges(supernet: nn.Module, device: str, backend: str) -> str:
     edges of the full size, and one set serves all batches. On a CPU the 16 edges of stride 2 stay eager: they do a
     seventh of the work and need two fifths of the compile time.
     """
-    compiled = torch.compile(MixedOperation.forward, backend=backend)
+    compiled = torch.compile(module_per_operation.edge, backend=backend)
 
     def forward(edge: MixedOperation, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         torch._dynamo.maybe_mark_dynamic(x, 0)
         return compiled(edge, x, weights)
 
+    def chosen(edge: MixedOperation) -> bool:
+        return device == "cuda" or edge.stride == 1
+
+    module_per_operation.use(supernet, lambda edge: forward if chosen(edge) else module_per_operation.edge)
     edges = [module for module in supernet.modules() if isinstance(module, MixedOperation)]
-    chosen = [edge for edge in edges if device == "cuda" or _keeps_resolution(edge)]
-    for edge in chosen:
-        edge.forward = partial(forward, edge)
-    return f"torch.compile ({backend}) of {len(chosen)} of {len(edges)} mixed edges, channels_last, dynamic batch"
-
-
-def _keeps_resolution(edge: MixedOperation) -> bool:
-    return any(isinstance(candidate, nn.Identity) for candidate in edge.candidates)
+    count = sum(map(chosen, edges))
+    return f"torch.compile ({backend}) of {count} of {len(edges)} mixed edges, channels_last, dynamic batch"
 
 
 class CapturedGraph:

@@ -4,6 +4,9 @@ Each op has a plain-PyTorch definition in `rnas.kernels.reference`, compiled ker
 and `rnas.kernels.backend` to say which of them serves a call and why.
 """
 
+from rnas.kernels.fused import empty_cache
+from rnas.kernels.mixed_op import arrange, mixed_cell, mixed_op
 from rnas.kernels.pgd_step import pgd_step, random_start
+from rnas.kernels.relu_conv_norm import relu_conv_norm
 
-__all__ = ["pgd_step", "random_start"]
+__all__ = ["arrange", "empty_cache", "mixed_cell", "mixed_op", "pgd_step", "random_start", "relu_conv_norm"]

@@ -3,7 +3,7 @@
 An op has up to four implementations: `reference` (plain PyTorch, always there), `cpu` and `cuda` (compiled, in the
 modules `rnas._cpu` and `rnas._cuda`) and `triton`. By default the fastest that can take the call serves it. The
 environment variable `RNAS_BACKEND` (auto, reference, cpu, cuda, triton; read at every call) forces one; a forced one
-that cannot take the call raises and says why.
+that cannot take the call raises and says why. What torch.compile has traced keeps the choice of when it was traced.
 
 The compiled modules are imported at their first use, after torch, whose OpenMP runtime they run on.
 """
@@ -34,6 +34,12 @@ _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}  # backend 
 _ORDER = ("cuda", "triton", "cpu")  # the first that can take a call serves it
 
 
+def constant_when_traced(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result` without its import of the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op: the function, and the dtypes it takes (None: all)."""
@@ -56,16 +62,26 @@ class Op:
             raise ValueError(f"{self.name} needs a reference and backends among {CHOICES[1:]}, got {names}")
         OPS[self.name] = self
 
-    def choose(self, device: torch.device, dtype: torch.dtype) -> Callable:
-        """The function that serves such a call. Raises RuntimeError where `RNAS_BACKEND` forces one that cannot."""
+    def choose(self, device: torch.device, dtype: torch.dtype, uncovered: str | None = None) -> Callable:
+        """The function that serves such a call. Raises BackendError where `RNAS_BACKEND` forces one that cannot.
+
+        uncovered: why no kernel covers this very call, whatever its device and dtype; None where they do.
+        """
+        return self.implementations[self._chosen(device, dtype, uncovered)].run
+
+    @constant_when_traced
+    def _chosen(self, device: torch.device, dtype: torch.dtype, uncovered: str | None) -> str:
         name, reason = self.decide(device, dtype)
+        if uncovered is not None and name != "reference":
+            name, reason = ("reference" if forced() == "auto" else None), uncovered
         if name is None:
             raise BackendError(
                 f"{VARIABLE}={forced()} cannot serve {self.name} on {device.type} {_short(dtype)}: {reason}; "
                 f"unset {VARIABLE} or set it to auto"
             )
-        return self.implementations[name].run
+        return name
 
+    @constant_when_traced
     def decide(self, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
         """The backend (None: the forced one cannot) and the reason."""
         choice = forced()

@@ -1,12 +1,12 @@
 """Registers an op with torch.library so that the dispatcher, fake tensors and torch.compile know it.
 
-Ops registered here are constants to autograd: they raise when an input carries a gradient or a tangent, where PyTorch's
-default for a custom op would drop it silently.
+A constant op raises when an input carries a gradient, and every op when an input carries a forward-mode tangent, where
+PyTorch's default for a custom op would drop it silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -43,14 +43,48 @@ def define_constant_op(
     return op
 
 
-def _refuse_derivatives(name: str, arguments: tuple) -> None:
+def define_differentiable_op(schema: str, implementation: Callable, fake: Callable, autograd: Callable) -> Callable:
+    """Defines `rnas::<name>` with one implementation for all devices and derivatives. Returns the op overload.
+
+    schema, fake    as in define_constant_op
+    autograd        takes the op's arguments where one of them requires a gradient, and returns its outputs in a graph;
+                    it calls the op under `torch._C._AutoDispatchBelowAutograd()`
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rnas::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.rnas, name).default
+
+    def differentiate(*arguments):
+        _refuse_tangents(name, arguments)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+            return autograd(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    LIBRARY.impl(name, differentiate, "Autograd")
+    return op
+
+
+def _tensors(arguments: tuple) -> Iterator[Tensor]:
+    """The tensors among the arguments, those in lists too."""
     for argument in arguments:
-        if not isinstance(argument, Tensor):
-            continue
-        if argument.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name} is not differentiable, and an input requires a gradient; call it under torch.no_grad() or "
-                "detach the input"
-            )
-        if forward_ad.unpack_dual(argument).tangent is not None:
-            raise RuntimeError(f"{name} is not differentiable, and an input carries a forward-mode tangent; detach it")
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from (each for each in argument if isinstance(each, Tensor))
+
+
+def _refuse_derivatives(name: str, arguments: tuple) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+        raise RuntimeError(
+            f"{name} is not differentiable, and an input requires a gradient; call it under torch.no_grad() or "
+            "detach the input"
+        )
+    _refuse_tangents(name, arguments)
+
+
+def _refuse_tangents(name: str, arguments: tuple) -> None:
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(arguments)):
+        raise RuntimeError(f"{name} has no forward-mode derivative, and an input carries a tangent; detach it")

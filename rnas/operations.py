@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from . import kernels
+
 
 class ReLUConvBN(nn.Sequential):
     """ReLU, 1x1 convolution, BN: (N, channels_in, H, W) -> (N, channels_out, H, W)."""
@@ -21,6 +23,11 @@ class ReLUConvBN(nn.Sequential):
             nn.Conv2d(channels_in, channels_out, 1, bias=False),
             nn.BatchNorm2d(channels_out, affine=affine),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels_in, H, W) -> (N, channels_out, H, W)."""
+        _, convolution, norm = self
+        return kernels.relu_conv_norm(x, convolution.weight, norm)
 
 
 class SeparableConv(nn.Sequential):

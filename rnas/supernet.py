@@ -1,35 +1,50 @@
 """The relaxed network: every edge computes all candidate operations and sums them with its mixing weights.
 
 The mixing weights come in as an argument, so that a search method owns its relaxation (softmax, log-normal samples,
-one-hot) and the supernet knows nothing of it. This is the module-per-operation form in plain PyTorch.
+one-hot) and the supernet knows nothing of it. Modules hold the parameters and BN averages. What they compute together
+is one fused op per cell, `rnas.kernels.mixed_cell`; RNAS_BACKEND=reference makes it plain PyTorch, one module's work
+after the other's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from . import operations
+from . import kernels, operations
 from .spaces import NUM_INPUTS, CellSpec, Space
 
 
 class MixedOperation(nn.Module):
-    """One mixed edge: `sum_o weights[o] * o(x)` over the K candidate operations (Liu et al., equation 2)."""
+    """One mixed edge: `sum_o weights[o] * o(x)` over the K candidate operations (Liu et al., equation 2).
+
+    The candidates are those of the constructor for good: the fused op takes their weights and norms, not their forward.
+    """
 
     def __init__(self, primitives: tuple[str, ...], channels: int, stride: int) -> None:
         super().__init__()
+        self.primitives = primitives
+        self.stride = stride
         self.candidates = nn.ModuleList()
         for primitive in primitives:
             candidate = operations.build(primitive, channels, stride, affine=False)
             if "pool" in primitive:
                 candidate = nn.Sequential(candidate, nn.BatchNorm2d(channels, affine=False))
             self.candidates.append(candidate)
+        self._convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        self.norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    @property
+    def convolution_weights(self) -> list[Tensor]:
+        """The weights of all candidates' convolutions, in the order of the candidates."""
+        return [convolution.weight for convolution in self._convolutions]
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x (N, C, H, W), weights (K,) -> (N, C, H/stride, W/stride)."""
-        return sum(weight * candidate(x) for weight, candidate in zip(weights, self.candidates))
+        return kernels.mixed_op(
+            x, weights, self.convolution_weights, self.norms, primitives=self.primitives, stride=self.stride
+        )
 
 
 class MixedCell(nn.Module):
@@ -37,10 +52,9 @@ class MixedCell(nn.Module):
 
     def __init__(self, space: Space, spec: CellSpec, channels_in: tuple[int, int], previous_reduces: bool) -> None:
         super().__init__()
-        self.edges_into = [
-            [(index, source) for index, (source, target) in enumerate(space.edges) if target == state]
-            for state in space.concat
-        ]
+        self.primitives = space.primitives
+        self.nodes = space.nodes
+        self.stride = 2 if spec.reduces else 1
         before = operations.FactorizedReduce if previous_reduces else operations.ReLUConvBN
         self.preprocess = nn.ModuleList(
             [
@@ -49,17 +63,21 @@ class MixedCell(nn.Module):
             ]
         )
         self.mixed = nn.ModuleList(
-            MixedOperation(space.primitives, spec.channels, 2 if spec.reduces and source < NUM_INPUTS else 1)
+            MixedOperation(space.primitives, spec.channels, self.stride if source < NUM_INPUTS else 1)
             for source, _ in space.edges
         )
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """s0, s1: outputs of the two cells before, (N, C', H, W). weights (E, K). -> (N, nodes * C, H, W)."""
-        states = [self.preprocess[0](s0), self.preprocess[1](s1)]
-        rows = weights.unbind()
-        for edges in self.edges_into:
-            states.append(sum(self.mixed[index](states[source], rows[index].unbind()) for index, source in edges))
-        return torch.cat(states[NUM_INPUTS:], dim=1)
+        return kernels.mixed_cell(
+            (self.preprocess[0](s0), self.preprocess[1](s1)),
+            weights,
+            [edge.convolution_weights for edge in self.mixed],
+            [edge.norms for edge in self.mixed],
+            primitives=self.primitives,
+            nodes=self.nodes,
+            stride=self.stride,
+        )
 
 
 class Supernet(nn.Module):
@@ -102,7 +120,7 @@ class Supernet(nn.Module):
 
     def forward(self, x: Tensor, mixing: Mapping[str, Tensor]) -> Tensor:
         """x (N, C, H, W) in [0, 1]; mixing: cell type -> weights (E, K). Returns logits (N, num_classes)."""
-        s0 = s1 = self.stem(self.normalize(x))
+        s0 = s1 = self.stem(kernels.arrange(self.normalize(x)))
         for cell, cell_type in zip(self.cells, self.cell_types):
             s0, s1 = s1, cell(s0, s1, mixing[cell_type])
         return self.classifier(s1.mean(dim=(2, 3)))

@@ -5,7 +5,9 @@
 #endif
 
 #include "bind/common.h"
+#include "rnas/mixed_op.h"
 #include "rnas/pgd_step.h"
+#include "rnas/relu_conv_norm.h"
 #include "simd/simd.h"
 
 namespace py = pybind11;
@@ -36,6 +38,66 @@ static int threads() {
   return count;
 }
 
+// The layer and its pointers: x, weight, gamma, beta, mean, variance.
+static ReluConvNorm relu_conv_norm(int64_t pixels, int64_t channels_in, int64_t channels_out,
+                                   const std::vector<uintptr_t>& a, double eps, bool batch_statistics) {
+  if (a.size() != 6) throw std::invalid_argument("6 addresses");
+  const auto at = [&](int each) { return pointer<const float>(a[each]); };
+  return {pixels, channels_in, channels_out, at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
+}
+
+static Primitive primitive(const std::string& name) {
+  static const char* const kNames[] = {"none",         "skip_connect", "max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3",
+                                       "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "conv_1x1",     "conv_3x3"};
+  for (int each = 0; each < 10; ++each)
+    if (name == kNames[each]) return static_cast<Primitive>(each);
+  throw std::invalid_argument("unknown primitive " + name);
+}
+
+// A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm)
+// and the primitives' names.
+struct OwnedShape {
+  OwnedShape(const std::vector<int64_t>& s, const std::vector<std::string>& names) {
+    if (s.size() != 8) throw std::invalid_argument("a shape has 8 numbers");
+    for (const std::string& name : names) primitives.push_back(primitive(name));
+    shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(names.size()), s[7] != 0};
+  }
+  OwnedShape(const OwnedShape&) = delete;
+  std::vector<Primitive> primitives;
+  MixedShape shape;
+};
+
+static Keep keep(int value) {
+  if (value < 0 || value > 2) throw std::invalid_argument("keep is 0 (nothing), 1 (masks) or 2 (activations)");
+  return static_cast<Keep>(value);
+}
+
+// Addresses of (weights, theta, gamma, beta, mean, variance), 0 for null, behind those of the states.
+struct OwnedInputs {
+  OwnedInputs(const std::vector<uintptr_t>& a, int64_t states_count, double eps, bool batch_statistics) {
+    if (static_cast<int64_t>(a.size()) != states_count + 6) throw std::invalid_argument("6 addresses behind the states");
+    for (int64_t state = 0; state < states_count; ++state) states.push_back(pointer<const float>(a[state]));
+    const auto at = [&](int each) { return pointer<const float>(a[states_count + each]); };
+    inputs = {states.data(), at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
+  }
+  OwnedInputs(const OwnedInputs&) = delete;
+  std::vector<const float*> states;
+  MixedInputs inputs;
+};
+
+// Addresses of the gradients of (weights, theta, gamma, beta), and of the states or none at all.
+struct OwnedGradients {
+  OwnedGradients(const std::vector<uintptr_t>& a, const std::vector<uintptr_t>& to_states) {
+    if (a.size() != 4) throw std::invalid_argument("4 addresses of gradients");
+    for (uintptr_t each : to_states) states.push_back(pointer<float>(each));
+    gradients = {states.empty() ? nullptr : states.data(), pointer<float>(a[0]), pointer<float>(a[1]),
+                 pointer<float>(a[2]), pointer<float>(a[3])};
+  }
+  OwnedGradients(const OwnedGradients&) = delete;
+  std::vector<float*> states;
+  MixedGradients gradients;
+};
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of rnas. Import torch first: the kernels run on its threads.";
   m.def("simd_levels", &simd_levels, "the instruction sets this processor can run, lowest first");
@@ -54,4 +116,101 @@ PYBIND11_MODULE(_cpu, m) {
         cpu::pgd_step(pointer(out), pointer(x_adv), pointer(grad), pointer(x), samples, sample_size, type, step);
       },
       "rnas/pgd_step.h");
+
+  using Sizes = std::vector<int64_t>;
+  using Names = std::vector<std::string>;
+  using Addresses = std::vector<uintptr_t>;
+  m.def(
+      "mixed_sizes",
+      [](const Sizes& shape, const Names& primitives, int threads) {
+        const MixedSizes s = cpu::mixed_sizes(OwnedShape(shape, primitives).shape, threads);
+        return py::make_tuple(s.edges, s.norms, s.theta, s.height_out, s.width_out, s.kept_masks, s.kept_activations,
+                              s.workspace);
+      },
+      "rnas/mixed_op.h");
+  m.def(
+      "mixed_forward",
+      [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, bool batch_statistics,
+         int keeping, uintptr_t out, uintptr_t mean, uintptr_t variance, uintptr_t kept, uintptr_t workspace,
+         int threads) {
+        const OwnedShape owned(shape, primitives);
+        const OwnedInputs in(inputs, owned.shape.inputs, eps, batch_statistics);
+        py::gil_scoped_release release;
+        cpu::mixed_forward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer<float>(mean),
+                           pointer<float>(variance), pointer(kept), pointer(workspace), threads);
+      },
+      "rnas/mixed_op.h");
+  m.def(
+      "mixed_backward",
+      [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, bool batch_statistics,
+         int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out, const Addresses& gradients,
+         const Addresses& to_states, uintptr_t workspace, int threads) {
+        const OwnedShape owned(shape, primitives);
+        const OwnedInputs in(inputs, owned.shape.inputs, eps, batch_statistics);
+        const OwnedGradients grad(gradients, to_states);
+        py::gil_scoped_release release;
+        cpu::mixed_backward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer(kept),
+                            pointer<float>(grad_out), grad.gradients, pointer(workspace), threads);
+      },
+      "rnas/mixed_op.h");
+  m.def(
+      "mixed_double_backward",
+      [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, int keeping, uintptr_t out,
+         uintptr_t kept, uintptr_t grad_out, const Addresses& direction, uintptr_t grad_grad_out,
+         uintptr_t direction_kept, const Addresses& gradients, uintptr_t workspace, int threads) {
+        const OwnedShape owned(shape, primitives);
+        const OwnedInputs in(inputs, owned.shape.inputs, eps, false);
+        const OwnedGradients grad(gradients, {});
+        std::vector<const float*> along;
+        for (uintptr_t each : direction) along.push_back(pointer<const float>(each));
+        py::gil_scoped_release release;
+        cpu::mixed_double_backward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer(kept),
+                                   pointer<float>(grad_out), along.data(), pointer<float>(grad_grad_out),
+                                   pointer(direction_kept), grad.gradients, pointer(workspace), threads);
+      },
+      "rnas/mixed_op.h");
+
+  m.def(
+      "relu_conv_norm_sizes",
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, int threads) {
+        const ReluConvNormSizes s = cpu::relu_conv_norm_sizes(pixels, channels_in, channels_out, threads);
+        return py::make_tuple(s.kept_masks, s.workspace);
+      },
+      "rnas/relu_conv_norm.h");
+  m.def(
+      "relu_conv_norm_forward",
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps,
+         bool batch_statistics, int keeping, uintptr_t out, uintptr_t mean, uintptr_t variance, uintptr_t kept,
+         uintptr_t workspace, int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics);
+        py::gil_scoped_release release;
+        cpu::relu_conv_norm_forward(in, keep(keeping), pointer<float>(out), pointer<float>(mean),
+                                    pointer<float>(variance), pointer(kept), pointer(workspace), threads);
+      },
+      "rnas/relu_conv_norm.h");
+  m.def(
+      "relu_conv_norm_backward",
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps,
+         bool batch_statistics, int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out, uintptr_t grad_x,
+         uintptr_t grad_weight, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t workspace, int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics);
+        py::gil_scoped_release release;
+        cpu::relu_conv_norm_backward(in, keep(keeping), pointer<float>(out), pointer(kept), pointer<float>(grad_out),
+                                     pointer<float>(grad_x), pointer<float>(grad_weight), pointer<float>(grad_gamma),
+                                     pointer<float>(grad_beta), pointer(workspace), threads);
+      },
+      "rnas/relu_conv_norm.h");
+  m.def(
+      "relu_conv_norm_double_backward",
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps, int keeping,
+         uintptr_t kept, uintptr_t grad_out, uintptr_t direction, uintptr_t grad_grad_out, uintptr_t grad_weight,
+         uintptr_t grad_gamma, uintptr_t workspace, int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, false);
+        py::gil_scoped_release release;
+        cpu::relu_conv_norm_double_backward(in, keep(keeping), pointer(kept), pointer<float>(grad_out),
+                                            pointer<float>(direction), pointer<float>(grad_grad_out),
+                                            pointer<float>(grad_weight), pointer<float>(grad_gamma),
+                                            pointer(workspace), threads);
+      },
+      "rnas/relu_conv_norm.h");
 }

@@ -1,0 +1,738 @@
+#pragma once
+
+// The cell on batch statistics. A norm needs all images before any can go on, so the work runs in stages over the whole
+// batch: edge by edge, and within an edge stage by stage, with what a stage hands to the next in the workspace.
+
+#include "mixed/norms.h"
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+class Batch {
+ public:
+  Batch(const Plan& plan, const MixedInputs& in, void* workspace, int threads, bool backward)
+      : plan_(plan), in_(in), threads_(threads), arena_(workspace) {
+    const int64_t n = plan.shape.batch, image = plan.image_out();
+    norms_ = take_norms(arena_, plan);
+    packed_ = take_packed(arena_, plan);
+    for (int thread = 0; thread < threads; ++thread) scratch_.push_back(take_scratch(arena_, plan));
+    int64_t branches = 0;
+    for (const Edge& edge : plan.edges) branches = std::max<int64_t>(branches, edge.branches.size());
+    for (int64_t slot = 0; slot < branches; ++slot) {
+      y_.push_back(arena_.take<float>(n * image));
+      sums_.push_back(arena_.take<double>(2 * n * plan.padded));
+    }
+    for (int64_t slot = 0; slot < two_stage_branches(); ++slot) mid_.push_back(arena_.take<float>(n * image));
+    max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
+    avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
+    pool_sums_ = arena_.take<double>(2 * 2 * plan.shape.nodes * n * plan.padded);
+    winners_ = arena_.take<Winner>((plan.max ? n : threads) * winners_per_image());
+    if (backward) {
+      for (int64_t state = 0; state < plan.states(); ++state)
+        grads_.push_back(arena_.take<float>(n * plan.height(state) * plan.width(state) * plan.padded));
+      for (int thread = 0; thread < threads; ++thread) {
+        float* now = arena_.take<float>(plan.packed);
+        weight_sums_.push_back({now, arena_.take<double>(plan.packed)});
+      }
+      for (int64_t slot = 0; slot < branches; ++slot) {
+        first_.push_back(take_affine(arena_, plan));
+        last_.push_back(take_affine(arena_, plan));
+      }
+      for (int64_t each = 0; each < 2 * plan.shape.nodes; ++each) pool_.push_back(take_affine(arena_, plan));
+      grad_sums_ = arena_.take<double>(plan.states() * plan.padded);
+    }
+  }
+
+  int64_t workspace() const { return arena_.used(); }
+
+  // ---- forward ---------------------------------------------------------------------------------------------------------
+
+  // kept: null where nothing is to be kept.
+  void forward(float* out, float* mean, float* variance, float* kept) {
+    clear(plan_, norms_);
+    pack_all();
+    out_ = out;
+    kept_ = kept;
+    batch_mean_ = mean;
+    batch_variance_ = variance;
+    for (int64_t source = 0; source + 1 < plan_.states(); ++source) {
+      const State state = state_of(source);
+      pools(source, state, true);
+      for (size_t e = 0; e < plan_.edges.size(); ++e)
+        if (plan_.edges[e].source == source) forward_edge(plan_.edges[e], e, state);
+    }
+    settle_pending();
+  }
+
+  // ---- backward --------------------------------------------------------------------------------------------------------
+
+  void backward(const float* out, const float* kept, const float* grad_out, const MixedGradients& grad) {
+    set_norms(plan_, in_, norms_);
+    pack_all();
+    out_ = const_cast<float*>(out);
+    kept_ = const_cast<float*>(kept);
+    grad_ = grad;
+    for (const WeightSums& sums : weight_sums_) {
+      std::memset(sums.now, 0, plan_.packed * sizeof(float));
+      std::memset(sums.total, 0, plan_.packed * sizeof(double));
+    }
+    begin_gradients(grad_out);
+    for (int64_t source = plan_.states() - 1; source >= 0; --source) {
+      const State state = state_of(source);
+      for (size_t e = 0; e < plan_.edges.size(); ++e)
+        if (plan_.edges[e].source == source) backward_edge(plan_.edges[e], e, state);
+      if (source + 1 < plan_.states()) pools_backward(source, state);
+      sum_gradient(source);
+    }
+    if (grad.states) finish_states();
+    if (grad.theta) finish_weights();
+  }
+
+ private:
+  int64_t winners_per_image() const {
+    return plan_.groups * (plan_.shape.height + plan_.height_out) * plan_.width_out;
+  }
+  const float* mixing(int64_t e) const { return in_.weights + e * plan_.shape.candidates; }
+  int64_t images() const { return plan_.shape.batch; }
+  double count() const { return static_cast<double>(images()) * plan_.pixels_out(); }
+
+  State state_of(int64_t state) const {
+    const int64_t h = plan_.height(state), w = plan_.width(state), c = plan_.shape.channels;
+    if (state < plan_.shape.inputs) return {in_.states[state], h * w * c, c, h, w};
+    const int64_t pixel = plan_.shape.nodes * c;
+    return {out_ + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
+  }
+
+  float* node(int64_t target) const { return out_ + (target - plan_.shape.inputs) * plan_.shape.channels; }
+  // Separable convolutions of one edge.
+  int64_t two_stage_branches() const { return plan_.kept / static_cast<int64_t>(plan_.edges.size()); }
+  // Where nothing is kept, the edges take turns in the workspace.
+  float* kept(int64_t index, int64_t n) const {
+    float* all = kept_ ? kept_ + index * images() * plan_.image_out() : mid_[index % two_stage_branches()];
+    return all + n * plan_.image_out();
+  }
+  float* y(size_t slot, int64_t n) const { return y_[slot] + n * plan_.image_out(); }
+  PoolShape pool_shape(const State& s) const {
+    const int64_t stride = s.height == plan_.height_out && s.width == plan_.width_out ? 1 : plan_.shape.stride;
+    return {s.height, s.width, stride, plan_.height_out, plan_.width_out};
+  }
+  Winner* across(int64_t n, int64_t group) const {
+    return winners_ + n * winners_per_image() + group * (plan_.shape.height + plan_.height_out) * plan_.width_out;
+  }
+  Winner* down(int64_t n, int64_t group) const { return across(n, group) + plan_.shape.height * plan_.width_out; }
+
+  void pack_all() {
+    parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e)
+        for (const Branch& branch : plan_.edges[e].branches)
+          for (const Convolution& conv : branch.stages) pack(plan_, conv, in_.theta, nullptr, packed_);
+    });
+  }
+
+  // The moments of one image, gathered as its rows are made.
+  auto moments(const Scratch& s, const float* y, double* sums) const {
+    float *pivot = s.sums, *first = s.sums + plan_.padded, *second = s.sums + 2 * plan_.padded;
+    return [=, this](int64_t row, int64_t rows) {
+      if (row == 0) {
+        for (int64_t group = 0; group < plan_.groups; ++group)
+          store(pivot + group * kLanes, load(y + group * plan_.plane_out()));
+        std::memset(first, 0, 2 * plan_.padded * sizeof(float));
+      }
+      add_moments(plan_, y + row * plan_.width_out * kLanes, plan_.plane_out(), rows * plan_.width_out, pivot, first,
+                  second);
+      if (row + rows == plan_.height_out)
+        finish_moments(plan_, plan_.pixels_out(), pivot, first, second, {sums, sums + plan_.padded});
+    };
+  }
+
+  // From the images' moments to the tables and to what the caller gets.
+  void settle(int64_t norm, const double* sums) {
+    const int64_t c = plan_.shape.channels;
+    std::vector<double> mean(c), variance(c);
+    merge_moments(plan_, sums, plan_.pixels_out(), mean.data(), variance.data());
+    set_norm(plan_, in_, norms_, norm, mean.data(), variance.data());
+    for (int64_t channel = 0; channel < c; ++channel) {
+      batch_mean_[norm * c + channel] = static_cast<float>(mean[channel]);
+      batch_variance_[norm * c + channel] = static_cast<float>(variance[channel]);
+    }
+  }
+
+  // Pools of a state, for all its edges. On a forward pass also their moments.
+  void pools(int64_t source, const State& state, bool settle_norms) {
+    if (!plan_.max && !plan_.avg) return;
+    const PoolShape shape = pool_shape(state);
+    const int64_t pixels = state.height * state.width;
+    double *max_sums = pool_sums_, *avg_sums = pool_sums_ + 2 * images() * plan_.padded;
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      for (int64_t n = begin; n < end; ++n) {
+        add_pending(n);
+        load_dense(plan_, state, n, s.state_grad);
+        for (int64_t group = 0; group < plan_.groups; ++group) {
+          const float* in = s.state_grad + group * pixels * kLanes;
+          const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
+          if (plan_.max)
+            max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, across(n, group), down(n, group));
+          if (plan_.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
+        }
+        if (!settle_norms || !plan_.shape.pool_norm) continue;
+        const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
+        if (plan_.max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
+        if (plan_.avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
+      }
+    });
+    pending_.any = false;
+    if (!settle_norms || !plan_.shape.pool_norm) return;
+    for (const Edge& edge : plan_.edges)
+      if (edge.source == source) {
+        if (plan_.max) settle(edge.max_norm, max_sums);
+        if (plan_.avg) settle(edge.avg_norm, avg_sums);
+      }
+  }
+
+  void forward_edge(const Edge& edge, int64_t e, const State& state) {
+    if (edge.branches.empty()) {
+      settle_pending();
+    } else {
+      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+        const Scratch& s = scratch_[thread];
+        const Tile tile = sized(s.state, state.height, state.width);
+        clear(tile, plan_.groups);
+        for (int64_t n = begin; n < end; ++n) {
+          add_pending(n);
+          load_relu(plan_, state, n, tile, nullptr);
+          s.ahead->clear();
+          if (n + 1 < end) {
+            announce_pending(s, n + 1);
+            announce(s, plan_, state, n + 1);
+            for (size_t b = 0; b < edge.branches.size(); ++b) {
+              const int64_t index = edge.branches[b].kept;
+              announce(s, plan_, index >= 0 ? kept(index, n + 1) : y(b, n + 1), plan_.pixels_out());
+            }
+          }
+          for (size_t b = 0; b < edge.branches.size(); ++b) {
+            const Branch& branch = edge.branches[b];
+            float* to = branch.kept >= 0 ? kept(branch.kept, n) : y(b, n);
+            convolve<false>(plan_, branch.stages[0], packed_.forward, tile, s, to,
+                            moments(s, to, sums_[b] + 2 * n * plan_.padded));
+          }
+        }
+      });
+      pending_.any = false;
+      bool second = false;
+      for (size_t b = 0; b < edge.branches.size(); ++b) {
+        settle(edge.branches[b].stages[0].norm, sums_[b]);
+        second |= edge.branches[b].stages.size() > 1;
+      }
+      if (second) {
+        second_stage(edge, [&](const Scratch& s, size_t b, int64_t n) {
+          return moments(s, y(b, n), sums_[b] + 2 * n * plan_.padded);
+        });
+        for (size_t b = 0; b < edge.branches.size(); ++b)
+          if (edge.branches[b].stages.size() > 1) settle(edge.branches[b].last().norm, sums_[b]);
+      }
+    }
+    leave(edge, e, state);
+  }
+
+  // The second stages of the separable convolutions, into y.
+  template <typename After> void second_stage(const Edge& edge, const After& after) {
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      clear(s.mid, plan_.groups);
+      for (int64_t n = begin; n < end; ++n)
+        for (size_t b = 0; b < edge.branches.size(); ++b) {
+          const Branch& branch = edge.branches[b];
+          if (branch.stages.size() < 2) continue;
+          load_mid_of(branch, n, s);
+          s.ahead->clear();
+          if (n + 1 < end) {
+            announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
+            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+          }
+          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(b, n), after(s, b, n));
+        }
+    });
+  }
+
+  void load_mid_of(const Branch& branch, int64_t n, const Scratch& s) const {
+    const int64_t norm = branch.stages[0].norm;
+    load_mid(plan_, kept(branch.kept, n), norms_.row(norms_.scale, norm), norms_.row(norms_.shift, norm), s.mid,
+             nullptr);
+  }
+
+  // An edge whose branches are computed and not yet added to its node. That is done image by image inside the next
+  // stage, whose arithmetic hides the reading.
+  struct Term {
+    const float* data;
+    std::vector<float> factor;
+  };
+  struct Pending {
+    bool any = false;
+    std::vector<Term> terms;
+    std::vector<float> constant;
+    State state;
+    float skip;
+    bool has_skip, set_node;
+    float* target;
+  };
+
+  void leave(const Edge& edge, int64_t e, const State& state) {
+    Pending& left = pending_;
+    const float* w = mixing(e);
+    left.terms.clear();
+    left.constant.assign(plan_.padded, 0.0f);
+    const auto add = [&](const float* data, int64_t mix, int64_t norm) {
+      Term term{data, std::vector<float>(plan_.padded, w[mix])};
+      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c) {
+        term.factor[c] = w[mix] * norms_.row(norms_.scale, norm)[c];
+        left.constant[c] += w[mix] * norms_.row(norms_.shift, norm)[c];
+      }
+      left.terms.push_back(term);
+    };
+    for (size_t b = 0; b < edge.branches.size(); ++b)
+      add(y_[b], edge.branches[b].mix, edge.branches[b].last().norm);
+    if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
+    if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
+    left.state = state;
+    left.has_skip = edge.skip >= 0;
+    left.skip = left.has_skip ? w[edge.skip] : 0.0f;
+    left.set_node = edge.source == 0;  // the first edge of every node
+    left.target = node(edge.target);
+    left.any = true;
+  }
+
+  // Adds the pending edge to its node, for all images.
+  void settle_pending() {
+    if (!pending_.any) return;
+    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) add_pending(n);
+    });
+    pending_.any = false;
+  }
+
+  void announce_pending(const Scratch& s, int64_t n) const {
+    if (!pending_.any) return;
+    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
+    for (const Term& term : pending_.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
+    if (pending_.has_skip) announce(s, plan_, pending_.state, n);
+    announce(s, plan_, State{pending_.target, pixels * pixel, pixel, plan_.height_out, plan_.width_out}, n);
+  }
+
+  void add_pending(int64_t n) const {
+    if (!pending_.any) return;
+    const Pending& left = pending_;
+    const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels, pixel = plan_.shape.nodes * c;
+    const Vector skip = set(left.skip);
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      const int64_t lanes = std::min(kLanes, c - group * kLanes);
+      const int64_t base = n * plan_.image_out() + group * plan_.plane_out();
+      const Vector constant = load(left.constant.data() + group * kLanes);
+      for (int64_t p = 0; p < pixels; p += kBlock) {
+        const int64_t size = std::min<int64_t>(kBlock, pixels - p);
+        Vector sum[kBlock];
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) sum[i] = constant;
+        for (const Term& term : left.terms) {
+          const Vector factor = load(term.factor.data() + group * kLanes);
+          const float* at = term.data + base + p * kLanes;
+          if (size == kBlock) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kBlock; ++i) sum[i] = fma(load(at + i * kLanes), factor, sum[i]);
+          } else {
+            for (int64_t i = 0; i < size; ++i) sum[i] = fma(load(at + i * kLanes), factor, sum[i]);
+          }
+        }
+        for (int64_t i = 0; i < size; ++i) {
+          float* to = left.target + (n * pixels + p + i) * pixel + group * kLanes;
+          Vector v = sum[i];
+          if (left.has_skip) {
+            const float* x = left.state.data + n * left.state.image + (p + i) * left.state.pixel + group * kLanes;
+            v = fma(lanes == kLanes ? load(x) : load_part(x, lanes), skip, v);
+          }
+          if (lanes == kLanes)
+            store(to, left.set_node ? v : v + load(to));
+          else
+            store_part(to, left.set_node ? v : v + load_part(to, lanes), lanes);
+        }
+      }
+    }
+  }
+
+  // ---- backward ----
+
+  float* gradient(int64_t state, int64_t n) const {
+    return grads_[state] + n * plan_.height(state) * plan_.width(state) * plan_.padded;
+  }
+
+  void begin_gradients(const float* grad_out) {
+    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, h = plan_.height_out, w = plan_.width_out;
+    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t state = 0; state < plan_.states(); ++state) {
+          if (state < plan_.shape.inputs) {
+            std::memset(gradient(state, n), 0, plan_.height(state) * plan_.width(state) * plan_.padded * sizeof(float));
+          } else {
+            const State from{grad_out + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
+            load_dense(plan_, from, n, gradient(state, n));
+          }
+        }
+    });
+  }
+
+  // The sum over pixels of a finished gradient.
+  void sum_gradient(int64_t state) {
+    if (state < plan_.shape.inputs) return;
+    std::vector<double> each(images() * plan_.padded);
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) dot(scratch_[thread], gradient(state, n), nullptr, nullptr, &each[n * plan_.padded]);
+    });
+    total(each.data(), grad_sums_ + state * plan_.padded);
+  }
+
+  // to[c] = sum over the pixels of an image of g * (y - pivot).
+  void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
+    float* sum = s.sums;
+    std::memset(sum, 0, plan_.padded * sizeof(float));
+    add_dot(plan_, g, plan_.plane_out(), y, plan_.plane_out(), plan_.pixels_out(), pivot, sum);
+    for (int64_t c = 0; c < plan_.padded; ++c) to[c] = sum[c];
+  }
+
+  // Adds up (images, padded).
+  void total(const double* each, double* to) const {
+    for (int64_t c = 0; c < plan_.padded; ++c) to[c] = 0;
+    for (int64_t n = 0; n < images(); ++n)
+      for (int64_t c = 0; c < plan_.padded; ++c) to[c] += each[n * plan_.padded + c];
+  }
+
+  // Gradients of a norm's affine parameters and of the factor behind it, from dot = sum g (y - mean) and sum = sum g.
+  void norm_gradients(int64_t norm, double factor, const double* dot, const double* sum, double* factor_grad) const {
+    const int64_t c = plan_.shape.channels;
+    double all = 0;
+    for (int64_t channel = 0; channel < c; ++channel) {
+      const int64_t at = norm * plan_.padded + channel;
+      const double normalised = norms_.inverse[at] * dot[channel];
+      all += norms_.gamma[at] * normalised + norms_.beta[at] * sum[channel];
+      if (grad_.gamma) grad_.gamma[norm * c + channel] = static_cast<float>(factor * normalised);
+      if (grad_.beta) grad_.beta[norm * c + channel] = static_cast<float>(factor * sum[channel]);
+    }
+    if (factor_grad) *factor_grad = all;
+  }
+
+  void set_mixing_gradient(int64_t e, int64_t mix, double value) const {
+    if (grad_.weights) grad_.weights[e * plan_.shape.candidates + mix] = static_cast<float>(value);
+  }
+
+  void flush(int thread, const Convolution& conv) const {
+    weight_sums_[thread].add_up(conv.packed_begin, conv.packed_end);
+  }
+  bool flush_now(int64_t n, int64_t end) const {
+    const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
+    return n + 1 == end || (n + 1) % every == 0;
+  }
+
+  void backward_edge(const Edge& edge, int64_t e, const State& state) {
+    if (edge.branches.empty()) return;
+    const float* w = mixing(e);
+    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
+    const size_t branches = edge.branches.size();
+
+    // The outputs again, for their products with the gradient.
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      const Tile tile = sized(s.state, state.height, state.width);
+      clear(tile, plan_.groups);
+      clear(s.mid, plan_.groups);
+      for (int64_t n = begin; n < end; ++n) {
+        bool loaded = false;
+        for (size_t b = 0; b < branches; ++b) {
+          const Branch& branch = edge.branches[b];
+          if (branch.stages.size() > 1)
+            load_mid_of(branch, n, s);
+          else if (!loaded)
+            load_relu(plan_, state, n, tile, nullptr), loaded = true;
+          s.ahead->clear();
+          if (n + 1 < end) {
+            if (branch.stages.size() > 1)
+              announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
+            else if (b + 1 == branches || branches == 1)
+              announce(s, plan_, state, n + 1);
+            if (b == 0) announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
+            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+          }
+          const float *g = gradient(edge.target, n), *mean = norms_.row(norms_.mean, branch.last().norm);
+          float *out = y(b, n), *sum = s.sums;
+          std::memset(sum, 0, plan_.padded * sizeof(float));
+          convolve<false>(plan_, branch.last(), packed_.forward, branch.stages.size() > 1 ? s.mid : tile, s, out,
+                          [&](int64_t row, int64_t rows) {
+                            const int64_t at = row * plan_.width_out * kLanes;
+                            add_dot(plan_, g + at, plan_.plane_out(), out + at, plan_.plane_out(),
+                                    rows * plan_.width_out, mean, sum);
+                          });
+          for (int64_t c = 0; c < plan_.padded; ++c) sums_[b][n * plan_.padded + c] = sum[c];
+        }
+      }
+    });
+    std::vector<double> dots(plan_.padded), gradient_sums(plan_.padded);
+    bool second = false;
+    for (size_t b = 0; b < branches; ++b) {
+      const Branch& branch = edge.branches[b];
+      total(sums_[b], dots.data());
+      double mixing_grad = 0;
+      norm_gradients(branch.last().norm, w[branch.mix], dots.data(), grad_sum, &mixing_grad);
+      set_mixing_gradient(e, branch.mix, mixing_grad);
+      batch_gradient(plan_, norms_, branch.last().norm, w[branch.mix], dots.data(), grad_sum, count(), last_[b]);
+      second |= branch.stages.size() > 1;
+    }
+
+    // The second stages; y becomes the gradient behind their ReLU.
+    if (second) {
+      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+        const Scratch& s = scratch_[thread];
+        clear(s.mid, plan_.groups);
+        clear(s.grad, plan_.groups);
+        for (int64_t n = begin; n < end; ++n)
+          for (size_t b = 0; b < branches; ++b) {
+            if (edge.branches[b].stages.size() < 2) continue;
+            s.ahead->clear();
+            if (n + 1 < end) {
+              announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
+              announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+              announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
+            }
+            backward_second(edge, b, n, thread, s, flush_now(n, end));
+          }
+      });
+      for (size_t b = 0; b < branches; ++b) {
+        const Branch& branch = edge.branches[b];
+        if (branch.stages.size() < 2) continue;
+        total(sums_[b], dots.data());
+        total(sums_[b] + images() * plan_.padded, gradient_sums.data());
+        norm_gradients(branch.stages[0].norm, 1.0, dots.data(), gradient_sums.data(), nullptr);
+        batch_gradient(plan_, norms_, branch.stages[0].norm, 1.0, dots.data(), gradient_sums.data(), count(), first_[b]);
+      }
+    }
+
+    // Everything on the side of the state.
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      const Tile tile = sized(s.state, state.height, state.width);
+      clear(tile, plan_.groups);
+      clear(s.grad, plan_.groups);
+      for (int64_t n = begin; n < end; ++n) {
+        s.ahead->clear();
+        if (n + 1 < end) {
+          for (size_t b = 0; b < branches; ++b) {
+            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+            if (edge.branches[b].kept >= 0) announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
+          }
+          announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
+          announce(s, plan_, state, n + 1);
+          announce(s, plan_, gradient(edge.source, n + 1), state.height * state.width);
+        }
+        backward_state(edge, state, n, thread, s, tile, flush_now(n, end));
+      }
+    });
+  }
+
+  void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, bool flush_weights) {
+    const Branch& branch = edge.branches[b];
+    const float* g = gradient(edge.target, n);
+    float* out = y(b, n);
+    load_mid_of(branch, n, s);
+    convolve_backward<false>(
+        plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
+        [&](int64_t row, int64_t rows, int64_t& plane) {
+          const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
+          apply(plan_, last_[b], g + at, out + at, plan_.plane_out(), pixels, s.chunk);
+          plane = pixels * kLanes;
+          return s.chunk;
+        },
+        s.mid_grad, grad_.theta ? weight_sums_[thread].now : nullptr);
+    if (grad_.theta && flush_weights) flush(thread, branch.last());
+    for (int64_t group = 0; group < plan_.groups; ++group)
+      for (int64_t row = 0; row < plan_.height_out; ++row) {
+        const float* mid = s.mid.data + group * s.mid.plane + row * s.mid.row;
+        const int64_t at = (group * plan_.height_out + row) * plan_.width_out * kLanes;
+        for (int64_t x = 0; x < plan_.width_out; ++x)
+          store(out + at + x * kLanes, keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes)));
+      }
+    const int64_t to = n * plan_.padded;
+    dot(s, out, kept(branch.kept, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
+    dot(s, out, nullptr, nullptr, sums_[b] + images() * plan_.padded + to);
+  }
+
+  void backward_state(const Edge& edge, const State& state, int64_t n, int thread, const Scratch& s, const Tile& tile,
+                      bool flush_weights) {
+    load_relu(plan_, state, n, tile, nullptr);
+    for (size_t b = 0; b < edge.branches.size(); ++b) {
+      const Branch& branch = edge.branches[b];
+      const bool two = branch.stages.size() > 1;
+      const float *g = two ? y(b, n) : gradient(edge.target, n), *of = two ? kept(branch.kept, n) : y(b, n);
+      const Affine& affine = two ? first_[b] : last_[b];
+      const auto gradient_of = [&](int64_t row, int64_t rows, int64_t& plane) {
+        const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
+        apply(plan_, affine, g + at, of + at, plan_.plane_out(), pixels, s.chunk);
+        plane = pixels * kLanes;
+        return s.chunk;
+      };
+      float* now = grad_.theta ? weight_sums_[thread].now : nullptr;
+      if (b == 0)
+        convolve_backward<false>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
+                                 s.state_grad, now);
+      else
+        convolve_backward<true>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
+                                s.state_grad, now);
+      if (grad_.theta && flush_weights) flush(thread, branch.stages[0]);
+    }
+    float* to = gradient(edge.source, n);
+    for (int64_t group = 0; group < plan_.groups; ++group)
+      for (int64_t row = 0; row < state.height; ++row) {
+        const float* x = tile.data + group * tile.plane + row * tile.row;
+        const int64_t at = (group * state.height + row) * state.width * kLanes;
+        for (int64_t column = 0; column < state.width; ++column)
+          add_to(to + at + column * kLanes,
+                 keep(positive(load(x + column * kLanes)), load(s.state_grad + at + column * kLanes)));
+      }
+  }
+
+  // Pools and identities of all edges that leave a state.
+  void pools_backward(int64_t source, const State& state) {
+    std::vector<int64_t> leaving;
+    bool any_skip = false;
+    for (size_t e = 0; e < plan_.edges.size(); ++e)
+      if (plan_.edges[e].source == source) {
+        leaving.push_back(e);
+        any_skip |= plan_.edges[e].skip >= 0;
+      }
+    if (!plan_.max && !plan_.avg && !any_skip) return;
+    pools(source, state, false);
+    const int64_t stride = images() * plan_.padded;
+    const auto sums = [&](size_t i, int kind) { return pool_sums_ + (2 * i + kind) * stride; };
+    std::vector<double> skip_dots(leaving.size() * (any_skip ? stride : 0));
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      for (int64_t n = begin; n < end; ++n) {
+        if (any_skip) load_dense(plan_, state, n, s.state_grad);
+        for (size_t i = 0; i < leaving.size(); ++i) {
+          const Edge& edge = plan_.edges[leaving[i]];
+          const float* g = gradient(edge.target, n);
+          const int64_t image = n * plan_.image_out(), to = n * plan_.padded;
+          const auto mean = [&](int64_t norm) { return norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr; };
+          if (plan_.max) dot(s, g, max_ + image, mean(edge.max_norm), sums(i, 0) + to);
+          if (plan_.avg) dot(s, g, avg_ + image, mean(edge.avg_norm), sums(i, 1) + to);
+          if (any_skip && grad_.weights) dot(s, g, s.state_grad, nullptr, &skip_dots[i * stride + to]);
+        }
+      }
+    });
+    std::vector<double> dots(plan_.padded);
+    for (size_t i = 0; i < leaving.size(); ++i) {
+      const int64_t e = leaving[i];
+      const Edge& edge = plan_.edges[e];
+      const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
+      const auto settle_pool = [&](int kind, int64_t mix, int64_t norm) {
+        total(sums(i, kind), dots.data());
+        const double w = mixing(e)[mix];
+        const Affine& to = pool_[2 * i + kind];
+        double mixing_grad = 0;
+        if (norm >= 0) {
+          norm_gradients(norm, w, dots.data(), grad_sum, &mixing_grad);
+          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum, count(), to);
+        } else {
+          for (int64_t c = 0; c < plan_.padded; ++c) {
+            mixing_grad += dots[c];
+            to.a[c] = static_cast<float>(w);
+            to.b[c] = to.d[c] = 0;
+          }
+        }
+        set_mixing_gradient(e, mix, mixing_grad);
+      };
+      if (plan_.max) settle_pool(0, edge.max, edge.max_norm);
+      if (plan_.avg) settle_pool(1, edge.avg, edge.avg_norm);
+      if (edge.skip >= 0 && grad_.weights) {
+        total(&skip_dots[i * stride], dots.data());
+        double all = 0;
+        for (double each : dots) all += each;
+        set_mixing_gradient(e, edge.skip, all);
+      }
+    }
+    const PoolShape shape = pool_shape(state);
+    const int64_t pixels = state.height * state.width;
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Scratch& s = scratch_[thread];
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t group = 0; group < plan_.groups; ++group) {
+          float* to = gradient(source, n) + group * pixels * kLanes;
+          const int64_t plane = group * plan_.plane_out();
+          for (int kind = 0; kind < 2; ++kind) {
+            if (!(kind == 0 ? plan_.max : plan_.avg)) continue;
+            const float* pooled = (kind == 0 ? max_ : avg_) + n * plan_.image_out() + plane;
+            for (size_t i = 0; i < leaving.size(); ++i) {
+              const Affine& f = pool_[2 * i + kind];
+              const float* g = gradient(plan_.edges[leaving[i]].target, n) + plane;
+              const Vector a = load(f.a + group * kLanes), b = load(f.b + group * kLanes), d = load(f.d + group * kLanes);
+              for (int64_t p = 0; p < plan_.pixels_out() * kLanes; p += kLanes) {
+                const Vector v = fma(load(g + p), a, fma(load(pooled + p), b, d));
+                store(s.mid_grad + p, i == 0 ? v : load(s.mid_grad + p) + v);
+              }
+            }
+            if (kind == 0)
+              max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
+            else
+              average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
+          }
+          for (int64_t e : leaving) {
+            if (plan_.edges[e].skip < 0) continue;
+            const Vector w = set(mixing(e)[plan_.edges[e].skip]);
+            const float* g = gradient(plan_.edges[e].target, n) + plane;
+            for (int64_t p = 0; p < pixels * kLanes; p += kLanes) store(to + p, fma(load(g + p), w, load(to + p)));
+          }
+        }
+    });
+  }
+
+  void finish_states() {
+    for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
+      const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
+      parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+          store_state<false>(plan_, gradient(state, n), grad_.states[state] + n * pixels * c, c, pixels);
+      });
+    }
+  }
+
+  void finish_weights() {
+    std::vector<const double*> totals;
+    for (const WeightSums& sums : weight_sums_) totals.push_back(sums.total);
+    parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e)
+        for (const Branch& branch : plan_.edges[e].branches)
+          for (const Convolution& conv : branch.stages)
+            unpack(plan_, conv, totals.data(), static_cast<int>(totals.size()), nullptr, grad_.theta);
+    });
+  }
+
+  const Plan& plan_;
+  const MixedInputs& in_;
+  int threads_;
+  Arena arena_;
+  Norms norms_{};
+  Packed packed_{};
+  std::vector<Scratch> scratch_;
+  std::vector<float*> y_;        // a slot per branch of an edge: its output, later the gradient behind its first ReLU
+  std::vector<float*> mid_;      // what enters the second stages, where it is not kept
+  std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
+  float *max_ = nullptr, *avg_ = nullptr;
+  double* pool_sums_ = nullptr;  // (edges that leave a state, 2 pools, images, padded), or the pools' moments
+  Winner* winners_ = nullptr;
+  float *out_ = nullptr, *kept_ = nullptr, *batch_mean_ = nullptr, *batch_variance_ = nullptr;
+  Pending pending_;
+  MixedGradients grad_{};
+  std::vector<float*> grads_;    // of each state, dense
+  std::vector<WeightSums> weight_sums_;
+  std::vector<Affine> first_, last_, pool_;
+  double* grad_sums_ = nullptr;  // (states, padded)
+};
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL

@@ -1,0 +1,328 @@
+#pragma once
+
+// What a cell consists of: edges, their branches, and where each finds its parameters, norms and kept activations.
+
+#include <stdexcept>
+#include <vector>
+
+#include "mixed/convolution.h"
+#include "rnas/mixed_op.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+// Pixels of a chunk: what flows from one loop to the next stays in the first cache.
+constexpr int64_t kChunk = 64;
+// Weight gradients are summed in float32 over at most about this many pixels, then added up in double.
+constexpr int64_t kFlush = 1024;
+// Halo of the tiles around a state and around the mid of a separable convolution.
+constexpr int64_t kHalo = 4;
+constexpr int64_t kMidHalo = 2;
+
+// A matrix (outputs, inputs) inside theta that makes outputs [first, first + count) from the pixels shifted by (dy, dx).
+struct Part {
+  int64_t theta, first, count, output_stride, input_stride;
+  int64_t dy, dx;
+  int64_t packed;
+};
+
+// ReLU, then a depthwise convolution (kernel 0: none), then the parts, then a norm.
+struct Convolution {
+  int64_t kernel = 0, dilation = 1, stride = 1;
+  Depthwise loops{};
+  int64_t theta = 0, packed = 0;  // of the depthwise kernel
+  std::vector<Part> parts;
+  int64_t norm = 0;
+  int64_t packed_begin = 0, packed_end = 0;
+};
+
+// One convolutional primitive of an edge; `mix` is its place among the K.
+struct Branch {
+  int64_t mix;
+  std::vector<Convolution> stages;
+  int64_t kept = -1;  // which kept activation lies between two stages
+  const Convolution& last() const { return stages.back(); }
+};
+
+struct Edge {
+  int64_t source, target, stride;  // states: inputs first, then nodes
+  std::vector<Branch> branches;
+  int64_t skip = -1, max = -1, avg = -1;  // place among the K of an identity and of the pools; -1: none
+  int64_t max_norm = -1, avg_norm = -1;
+};
+
+struct Plan {
+  MixedShape shape;
+  std::vector<Edge> edges;
+  int64_t groups, padded;              // of channels: groups * kLanes = padded >= C
+  int64_t height_out, width_out;
+  int64_t norms = 0, theta = 0, packed = 0, kept = 0;
+  bool max = false, avg = false;
+  int64_t states() const { return shape.inputs + shape.nodes; }
+  int64_t height(int64_t state) const { return state < shape.inputs ? shape.height : height_out; }
+  int64_t width(int64_t state) const { return state < shape.inputs ? shape.width : width_out; }
+  int64_t pixels_out() const { return height_out * width_out; }
+  int64_t plane_out() const { return pixels_out() * kLanes; }
+  int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state
+};
+
+struct Builder {
+  Plan& plan;
+  int64_t c;
+
+  Part part(int64_t first, int64_t count, int64_t output_stride, int64_t input_stride, int64_t theta, int64_t dy,
+            int64_t dx) {
+    const Part made{theta, first, count, output_stride, input_stride, dy, dx, plan.packed};
+    plan.packed += plan.padded * plan.padded;
+    return made;
+  }
+
+  Convolution begin(int64_t kernel, int64_t dilation, int64_t stride) {
+    Convolution conv;
+    conv.kernel = kernel;
+    conv.dilation = dilation;
+    conv.stride = stride;
+    conv.packed = conv.packed_begin = plan.packed;
+    conv.theta = plan.theta;
+    if (kernel > 0) {
+      conv.loops = depthwise_loops(static_cast<int>(kernel), static_cast<int>(dilation), static_cast<int>(stride));
+      plan.theta += c * kernel * kernel;
+      plan.packed += plan.padded * kernel * kernel;
+    }
+    return conv;
+  }
+
+  Convolution end(Convolution conv) {
+    conv.packed_end = plan.packed;
+    conv.norm = plan.norms++;
+    return conv;
+  }
+
+  Convolution separable(int64_t kernel, int64_t dilation, int64_t stride) {
+    Convolution conv = begin(kernel, dilation, stride);
+    conv.parts.push_back(part(0, c, c, 1, plan.theta, 0, 0));
+    plan.theta += c * c;
+    return end(conv);
+  }
+
+  Convolution dense(int64_t kernel, int64_t stride) {
+    Convolution conv = begin(0, 1, stride);
+    const int64_t taps = kernel * kernel;
+    for (int64_t tap = 0; tap < taps; ++tap)
+      conv.parts.push_back(
+          part(0, c, c * taps, taps, plan.theta + tap, tap / kernel - kernel / 2, tap % kernel - kernel / 2));
+    plan.theta += c * c * taps;
+    return end(conv);
+  }
+
+  Convolution factorized_reduce() {
+    Convolution conv = begin(0, 1, 2);
+    const int64_t even = c - c / 2, odd = c / 2;
+    conv.parts.push_back(part(0, even, c, 1, plan.theta, 0, 0));
+    plan.theta += even * c;
+    if (odd > 0) conv.parts.push_back(part(even, odd, c, 1, plan.theta, 1, 1));
+    plan.theta += odd * c;
+    return end(conv);
+  }
+
+  void add(Edge& edge, int64_t mix, Primitive primitive) {
+    const int64_t stride = edge.stride;
+    Branch branch{mix, {}};
+    switch (primitive) {
+      case Primitive::none:
+        return;
+      case Primitive::max_pool_3x3:
+        edge.max = mix;
+        plan.max = true;
+        if (plan.shape.pool_norm) edge.max_norm = plan.norms++;
+        return;
+      case Primitive::avg_pool_3x3:
+        edge.avg = mix;
+        plan.avg = true;
+        if (plan.shape.pool_norm) edge.avg_norm = plan.norms++;
+        return;
+      case Primitive::skip_connect:
+        if (stride == 1) {
+          edge.skip = mix;
+          return;
+        }
+        branch.stages.push_back(factorized_reduce());
+        break;
+      case Primitive::sep_conv_3x3:
+      case Primitive::sep_conv_5x5: {
+        const int64_t kernel = primitive == Primitive::sep_conv_3x3 ? 3 : 5;
+        branch.stages.push_back(separable(kernel, 1, stride));
+        branch.stages.push_back(separable(kernel, 1, 1));
+        branch.kept = plan.kept++;
+        break;
+      }
+      case Primitive::dil_conv_3x3:
+        branch.stages.push_back(separable(3, 2, stride));
+        break;
+      case Primitive::dil_conv_5x5:
+        branch.stages.push_back(separable(5, 2, stride));
+        break;
+      case Primitive::conv_1x1:
+        branch.stages.push_back(dense(1, stride));
+        break;
+      case Primitive::conv_3x3:
+        branch.stages.push_back(dense(3, stride));
+        break;
+    }
+    edge.branches.push_back(branch);
+  }
+};
+
+inline Plan make_plan(const MixedShape& shape) {
+  if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||
+      shape.nodes < 1 || shape.stride < 1 || shape.stride > 2 || shape.candidates < 1)
+    throw std::invalid_argument("mixed_op: sizes must be positive and the stride 1 or 2");
+  Plan plan{};
+  plan.shape = shape;
+  plan.groups = (shape.channels + kLanes - 1) / kLanes;
+  plan.padded = plan.groups * kLanes;
+  plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
+  plan.width_out = (shape.width + shape.stride - 1) / shape.stride;
+  Builder builder{plan, shape.channels};
+  for (int64_t node = 0; node < shape.nodes; ++node)
+    for (int64_t source = 0; source < shape.inputs + node; ++source) {
+      Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};
+      for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, shape.primitives[mix]);
+      plan.edges.push_back(edge);
+    }
+  return plan;
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+
+// Hands out a workspace piece by piece. On a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T> T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    // A further line keeps pieces of a power of two from falling on the same cache sets.
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Tile {
+  float* data;  // pixel (0, 0) of the first group
+  int64_t row, plane, halo;
+};
+
+inline Tile take_tile(Arena& arena, int64_t groups, int64_t height, int64_t width, int64_t halo) {
+  const int64_t row = (width + 2 * halo) * kLanes, plane = (height + 2 * halo) * row;
+  float* memory = arena.take<float>(groups * plane);
+  return {memory ? memory + halo * row + halo * kLanes : nullptr, row, plane, halo};
+}
+
+inline void clear(const Tile& tile, int64_t groups) {
+  std::memset(tile.data - tile.halo * (tile.row + kLanes), 0, groups * tile.plane * sizeof(float));
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+
+// work(thread, begin, end) on shares of [0, count) that depend on `count` and the number of threads alone.
+template <typename Work> void parallel(int threads, int64_t count, const Work& work) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    if (count > 0) work(0, int64_t{0}, count);
+    return;
+  }
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = count * thread / team, end = count * (thread + 1) / team;
+    if (begin < end) work(static_cast<int>(thread), begin, end);
+  }
+#else
+  work(0, int64_t{0}, count);
+#endif
+}
+
+// ---- parameters ------------------------------------------------------------------------------------------------------
+
+// All parameters of a cell in the order of the loops. forward: depthwise [group][tap][lane], parts [input][output];
+// backward: depthwise kernels flipped, parts [output][input].
+struct Packed {
+  float *forward, *backward;
+};
+
+inline Packed take_packed(Arena& arena, const Plan& plan) {
+  float* forward = arena.take<float>(plan.packed);
+  return {forward, arena.take<float>(plan.packed)};
+}
+
+// Packs one convolution. scale (C): what each output is multiplied with, or null.
+inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to) {
+  const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
+  std::memset(to.forward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
+  std::memset(to.backward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
+  for (int64_t channel = 0; channel < c; ++channel)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t base = conv.packed + channel / kLanes * taps * kLanes + channel % kLanes;
+      const float value = theta[conv.theta + channel * taps + tap];
+      to.forward[base + tap * kLanes] = value;
+      to.backward[base + (taps - 1 - tap) * kLanes] = value;
+    }
+  for (const Part& part : conv.parts)
+    for (int64_t row = 0; row < part.count; ++row) {
+      const int64_t output = part.first + row;
+      const float factor = scale ? scale[output] : 1.0f;
+      for (int64_t input = 0; input < c; ++input) {
+        const float value =
+            factor * theta[part.theta + row * part.output_stride + input * part.input_stride];
+        to.forward[part.packed + input * padded + output] = value;
+        to.backward[part.packed + output * padded + input] = value;
+      }
+    }
+}
+
+// The reverse for gradients summed in the packed order: theta_grad = scale * sum of `count` arrays.
+inline void unpack(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const float* scale,
+                   float* grad_theta) {
+  const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
+  const auto total = [&](int64_t at) {
+    double sum = 0;
+    for (int each = 0; each < count; ++each) sum += sums[each][at];
+    return sum;
+  };
+  for (int64_t channel = 0; channel < c; ++channel)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      grad_theta[conv.theta + channel * taps + tap] = static_cast<float>(
+          total(conv.packed + channel / kLanes * taps * kLanes + tap * kLanes + channel % kLanes));
+  for (const Part& part : conv.parts)
+    for (int64_t row = 0; row < part.count; ++row) {
+      const int64_t output = part.first + row;
+      for (int64_t input = 0; input < c; ++input)
+        grad_theta[part.theta + row * part.output_stride + input * part.input_stride] = static_cast<float>(
+            (scale ? scale[output] : 1.0f) * total(part.packed + input * padded + output));
+    }
+}
+
+// A thread's sums of weight gradients, float32 for a while and double in the end, in the packed order.
+struct WeightSums {
+  float* now;
+  double* total;
+  void add_up(int64_t begin, int64_t end) const {
+    for (int64_t at = begin; at < end; ++at) {
+      total[at] += now[at];
+      now[at] = 0;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL

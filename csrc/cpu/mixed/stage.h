@@ -1,0 +1,335 @@
+#pragma once
+
+// One convolution of a branch on one image: tiles in, tiles or dense images out. Dense images are [group][pixel][lane].
+
+#include <new>
+
+#include "mixed/plan.h"
+#include "mixed/pool.h"
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+// A state as the caller stores it: channels last, perhaps a slice of more channels.
+struct State {
+  const float* data;
+  int64_t image, pixel;  // distances in floats
+  int64_t height, width;
+};
+
+// Calls use(group, pixel's y, pixel's x, values) for every pixel and group of image n.
+template <typename Use> RNAS_INLINE void visit(const State& state, int64_t n, int64_t channels, const Use& use) {
+  const float* at = state.data + n * state.image;
+  const int64_t whole = channels / kLanes, rest = channels % kLanes;
+  for (int64_t y = 0; y < state.height; ++y)
+    for (int64_t x = 0; x < state.width; ++x, at += state.pixel) {
+      for (int64_t group = 0; group < whole; ++group) use(group, y, x, load(at + group * kLanes));
+      if (rest) use(whole, y, x, load_part(at + whole * kLanes, rest));
+    }
+}
+
+// What a thread needs while it works on one convolution of one image.
+struct Scratch {
+  Tile state, mid;             // inputs of the first and of the second stage
+  Tile grad;                   // gradient of a depthwise output
+  float *d, *chunk, *shifted;  // (groups, kChunk or one row) each
+  float* state_grad;           // (groups, height * width) gradient behind the first ReLU
+  float* mid_grad;             // (groups, height_out * width_out) likewise of the second
+  float* pool_rows;            // (height, width_out)
+  float* sums;                 // (4, padded) running sums
+  Ahead* ahead;                // what the next image will read
+};
+
+inline int64_t chunk_rows(int64_t width) { return width >= kChunk ? 1 : kChunk / width; }
+
+inline Scratch take_scratch(Arena& arena, const Plan& plan) {
+  const MixedShape& s = plan.shape;
+  Scratch scratch{};
+  const int64_t chunk = plan.padded * chunk_rows(plan.width_out) * plan.width_out;
+  scratch.state = take_tile(arena, plan.groups, s.height, s.width, kHalo);
+  scratch.mid = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kMidHalo);
+  scratch.grad = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kHalo);
+  scratch.d = arena.take<float>(chunk);
+  scratch.chunk = arena.take<float>(chunk);
+  scratch.shifted = arena.take<float>(chunk);
+  scratch.state_grad = arena.take<float>(plan.padded * s.height * s.width);
+  scratch.mid_grad = arena.take<float>(plan.image_out());
+  scratch.pool_rows = arena.take<float>(s.height * plan.width_out * kLanes);
+  scratch.sums = arena.take<float>(4 * plan.padded);
+  scratch.ahead = arena.take<Ahead>(1);
+  if (scratch.ahead) new (scratch.ahead) Ahead();
+  return scratch;
+}
+
+// Image n of a state will be read soon.
+inline void announce(const Scratch& s, const Plan& plan, const State& state, int64_t n) {
+  const float* data = state.data + n * state.image;
+  const int64_t pixels = state.height * state.width, c = plan.shape.channels;
+  if (state.pixel == c) return s.ahead->add(data, pixels * c / 16 + 1);
+  for (int64_t at = 0; at < c; at += 16) s.ahead->add(data + at, pixels, state.pixel * sizeof(float));
+}
+
+// A dense image of `pixels` pixels will be read or written soon.
+inline void announce(const Scratch& s, const Plan& plan, const float* image, int64_t pixels) {
+  s.ahead->add(image, pixels * plan.padded / 16);
+}
+
+// A tile whose planes have the size of state `source`: inputs and nodes share one piece of memory.
+inline Tile sized(const Tile& tile, int64_t height, int64_t width) {
+  const float* memory = tile.data - tile.halo * (tile.row + kLanes);
+  const int64_t row = (width + 2 * tile.halo) * kLanes;
+  return {const_cast<float*>(memory) + tile.halo * (row + kLanes), row, (height + 2 * tile.halo) * row, tile.halo};
+}
+
+// relu(state) into a tile. signs (groups, height * width), where wanted, receive where it lets gradients through.
+inline void load_relu(const Plan& plan, const State& state, int64_t n, const Tile& tile, Bits* signs) {
+  const int64_t pixels = state.height * state.width;
+  visit(state, n, plan.shape.channels, [&](int64_t group, int64_t y, int64_t x, Vector v) {
+    store(tile.data + group * tile.plane + y * tile.row + x * kLanes, relu(v));
+    if (signs) signs[group * pixels + y * state.width + x] = positive(v);
+  });
+}
+
+// `direction` where relu(state) lets it through: the derivative of relu along it.
+inline void load_relu_linear(const Plan& plan, const State& state, const State& direction, int64_t n, const Tile& tile) {
+  const int64_t rest = plan.shape.channels % kLanes;
+  visit(state, n, plan.shape.channels, [&](int64_t group, int64_t y, int64_t x, Vector v) {
+    const float* at = direction.data + n * direction.image + (y * state.width + x) * direction.pixel + group * kLanes;
+    const Vector along = rest && group == plan.groups - 1 ? load_part(at, rest) : load(at);
+    store(tile.data + group * tile.plane + y * tile.row + x * kLanes, keep(positive(v), along));
+  });
+}
+
+// A state as it is, dense.
+inline void load_dense(const Plan& plan, const State& state, int64_t n, float* to) {
+  const int64_t pixels = state.height * state.width;
+  visit(state, n, plan.shape.channels, [&](int64_t group, int64_t y, int64_t x, Vector v) {
+    store(to + (group * pixels + y * state.width + x) * kLanes, v);
+  });
+}
+
+// Writes (or adds to) `state` from a dense image.
+template <bool Add> void store_state(const Plan& plan, const float* from, float* to, int64_t pixel, int64_t pixels) {
+  const int64_t whole = plan.shape.channels / kLanes, rest = plan.shape.channels % kLanes;
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t group = 0; group < whole; ++group) {
+      float* at = to + p * pixel + group * kLanes;
+      const Vector v = load(from + (group * pixels + p) * kLanes);
+      store(at, Add ? load(at) + v : v);
+    }
+    if (rest) {
+      float* at = to + p * pixel + whole * kLanes;
+      const Vector v = load(from + (whole * pixels + p) * kLanes);
+      store_part(at, Add ? load_part(at, rest) + v : v, rest);
+    }
+  }
+}
+
+// relu(y * scale + shift) into the tile of the second stage. y dense, scale and shift (padded).
+inline void load_mid(const Plan& plan, const float* y, const float* scale, const float* shift, const Tile& tile,
+                     Bits* signs) {
+  const int64_t height = plan.height_out, width = plan.width_out;
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const Vector a = load(scale + group * kLanes), b = load(shift + group * kLanes);
+    for (int64_t row = 0; row < height; ++row) {
+      const float* from = y + (group * height + row) * width * kLanes;
+      float* to = tile.data + group * tile.plane + row * tile.row;
+      for (int64_t x = 0; x < width; ++x) {
+        const Vector v = fma(load(from + x * kLanes), a, b);
+        store(to + x * kLanes, relu(v));
+        if (signs) signs[(group * height + row) * width + x] = positive(v);
+      }
+    }
+  }
+}
+
+// The derivative of load_mid (scale 1) along `direction`, dense.
+inline void load_mid_linear(const Plan& plan, const float* y, const float* shift, const float* direction,
+                            const Tile& tile) {
+  const int64_t height = plan.height_out, width = plan.width_out;
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const Vector b = load(shift + group * kLanes);
+    for (int64_t row = 0; row < height; ++row) {
+      const int64_t from = (group * height + row) * width * kLanes;
+      float* to = tile.data + group * tile.plane + row * tile.row;
+      for (int64_t x = 0; x < width; ++x)
+        store(to + x * kLanes, keep(positive(load(y + from + x * kLanes) + b), load(direction + from + x * kLanes)));
+    }
+  }
+}
+
+// What a part multiplies, for output rows [first, first + rows): d (groups, rows * width_out).
+inline void gather(const Plan& plan, const Convolution& conv, const Part& part, const float* packed, const Tile& in,
+                   int64_t first, int64_t rows, float* d) {
+  const int64_t width = plan.width_out, half = half_width(static_cast<int>(conv.kernel), static_cast<int>(conv.dilation));
+  for (int64_t group = 0; group < plan.groups; ++group)
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = d + (group * rows + r) * width * kLanes;
+      const float* plane = in.data + group * in.plane;
+      if (conv.kernel > 0) {
+        const float* at = plane + ((first + r) * conv.stride - half) * in.row - half * kLanes;
+        conv.loops.forward(at, in.row, packed + conv.packed + group * conv.kernel * conv.kernel * kLanes, to, width);
+      } else {
+        const float* at = plane + ((first + r) * conv.stride + part.dy) * in.row + part.dx * kLanes;
+        for (int64_t x = 0; x < width; ++x) store(to + x * kLanes, load(at + x * conv.stride * kLanes));
+      }
+    }
+}
+
+// Calls use(first row, rows) for the chunks of an output image.
+template <typename Use> RNAS_INLINE void chunks(const Plan& plan, const Use& use) {
+  const int64_t step = chunk_rows(plan.width_out);
+  for (int64_t first = 0; first < plan.height_out; first += step)
+    use(first, step < plan.height_out - first ? step : plan.height_out - first);
+}
+
+// y (+)= conv(tile), dense. after(first, rows) is called when these rows of y are there.
+template <bool Add, typename After>
+RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float* packed, const Tile& in,
+                          const Scratch& scratch, float* y, const After& after) {
+  chunks(plan, [&](int64_t first, int64_t rows) {
+    const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
+    bool add = Add;
+    for (const Part& part : conv.parts) {
+      gather(plan, conv, part, packed, in, first, rows, scratch.d);
+      float* to = y + first * plan.width_out * kLanes;
+      if (add)
+        pointwise<true>(scratch.d, plane, plan.groups, packed + part.packed, plan.groups, to, plan.plane_out(), pixels,
+                        *scratch.ahead);
+      else
+        pointwise<false>(scratch.d, plane, plan.groups, packed + part.packed, plan.groups, to, plan.plane_out(), pixels,
+                        *scratch.ahead);
+      add = true;
+    }
+    after(first, rows);
+  });
+}
+
+// The transpose of convolve, and its weight gradients. gradient(first, rows, plane) gives the gradient of these rows of
+// the output, [group at `plane`][pixel][lane]. in_grad (groups, height * width of the input) is set or added to; null:
+// not wanted. now: a thread's weight sums in the packed order; null: not wanted.
+template <bool Add, typename Gradient>
+RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, const Packed& packed, const Tile& in,
+                                   int64_t height, int64_t width, const Scratch& scratch, const Gradient& gradient,
+                                   float* in_grad, float* now) {
+  const int64_t groups = plan.groups, out_width = plan.width_out, taps = conv.kernel * conv.kernel;
+  const bool depthwise = conv.kernel > 0;
+  if (!depthwise && in_grad && !Add) std::memset(in_grad, 0, groups * height * width * kLanes * sizeof(float));
+  chunks(plan, [&](int64_t first, int64_t rows) {
+    const int64_t pixels = rows * out_width, plane = pixels * kLanes;
+    int64_t g_plane = 0;
+    const float* g = gradient(first, rows, g_plane);
+    for (const Part& part : conv.parts) {
+      if (now) {
+        gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
+        pointwise_weight(scratch.d, plane, groups, g, g_plane, groups, pixels, now + part.packed);
+      }
+      const float* transposed = packed.backward + part.packed;
+      if (depthwise) {
+        for (int64_t r = 0; r < rows; ++r)
+          pointwise<false>(g + r * out_width * kLanes, g_plane, groups, transposed, groups,
+                           scratch.grad.data + (first + r) * scratch.grad.row, scratch.grad.plane, out_width,
+                           *scratch.ahead);
+      } else if (in_grad) {
+        pointwise<false>(g, g_plane, groups, transposed, groups, scratch.shifted, plane, pixels,
+                         *scratch.ahead);
+        for (int64_t group = 0; group < groups; ++group)
+          for (int64_t p = 0; p < pixels; ++p) {
+            const int64_t y = (first + p / out_width) * conv.stride + part.dy, x = p % out_width * conv.stride + part.dx;
+            if (y < 0 || y >= height || x < 0 || x >= width) continue;
+            add_to(in_grad + (group * height * width + y * width + x) * kLanes,
+                   load(scratch.shifted + group * plane + p * kLanes));
+          }
+      }
+    }
+  });
+  if (!depthwise) return;
+  const int64_t half = half_width(static_cast<int>(conv.kernel), static_cast<int>(conv.dilation));
+  const Tile& grad = scratch.grad;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t weights = conv.packed + group * taps * kLanes;
+    const float* plane = grad.data + group * grad.plane;
+    if (now)
+      conv.loops.weight(in.data + group * in.plane - half * (in.row + kLanes), in.row, plane, grad.row, plan.height_out,
+                        out_width, now + weights);
+    if (!in_grad) continue;
+    float* to = in_grad + group * height * width * kLanes;
+    if (conv.stride == 1) {
+      const auto row = Add ? conv.loops.backward_add : conv.loops.backward_set;
+      for (int64_t y = 0; y < height; ++y)
+        row(plane + (y - half) * grad.row - half * kLanes, grad.row, packed.backward + weights, to + y * width * kLanes,
+            width);
+    } else {
+      if (!Add) std::memset(to, 0, height * width * kLanes * sizeof(float));
+      for (int64_t y = 0; y < height; ++y)
+        conv.loops.transposed(plane, grad.row, packed.forward + weights, to + y * width * kLanes, y, width);
+    }
+  }
+}
+
+// ---- sums over pixels ------------------------------------------------------------------------------------------------
+
+// first[c] += sum of (y - pivot), second[c] += sum of (y - pivot)^2 over a run of pixels.
+inline void add_moments(const Plan& plan, const float* y, int64_t y_plane, int64_t pixels, const float* pivot,
+                        float* first, float* second) {
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const Vector k = load(pivot + group * kLanes);
+    const float* at = y + group * y_plane;
+    Vector a[4] = {load(first + group * kLanes)}, b[4] = {load(second + group * kLanes)};
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vector v = load(at + (p + i) * kLanes) - k;
+        a[i] += v;
+        b[i] = fma(v, v, b[i]);
+      }
+    for (; p < pixels; ++p) {
+      const Vector v = load(at + p * kLanes) - k;
+      a[0] += v;
+      b[0] = fma(v, v, b[0]);
+    }
+    store(first + group * kLanes, (a[0] + a[1]) + (a[2] + a[3]));
+    store(second + group * kLanes, (b[0] + b[1]) + (b[2] + b[3]));
+  }
+}
+
+// sum[c] += sum of g * (y - pivot) over a run of pixels. A null y stands for ones: the sum of g.
+inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const float* y, int64_t y_plane, int64_t pixels,
+                    const float* pivot, float* sum) {
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const Vector k = pivot ? load(pivot + group * kLanes) : zero();
+    const float *gs = g + group * g_plane, *ys = y ? y + group * y_plane : nullptr;
+    Vector a[4] = {load(sum + group * kLanes)};
+    int64_t p = 0;
+    for (; p + 4 <= pixels; p += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vector v = load(gs + (p + i) * kLanes);
+        a[i] = ys ? fma(v, load(ys + (p + i) * kLanes) - k, a[i]) : a[i] + v;
+      }
+    for (; p < pixels; ++p) {
+      const Vector v = load(gs + p * kLanes);
+      a[0] = ys ? fma(v, load(ys + p * kLanes) - k, a[0]) : a[0] + v;
+    }
+    store(sum + group * kLanes, (a[0] + a[1]) + (a[2] + a[3]));
+  }
+}
+
+// The mean of a run of values and their squared distances from it, for every channel of one image.
+struct Moments {
+  double *mean, *squares;  // (padded)
+};
+
+// Turns sums around a pivot into moments.
+inline void finish_moments(const Plan& plan, int64_t pixels, const float* pivot, const float* first, const float* second,
+                           const Moments& to) {
+  for (int64_t c = 0; c < plan.padded; ++c) {
+    const double mean = first[c] / static_cast<double>(pixels);
+    to.mean[c] = pivot[c] + mean;
+    to.squares[c] = second[c] - mean * first[c];
+  }
+}
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL

@@ -1,0 +1,149 @@
+#pragma once
+
+// Vectors of float32 as wide as the instruction set of this copy has them, for the kernels of the mixed operation.
+//
+// Everything here has internal linkage: the file is compiled once per instruction set.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(RNAS_X86)
+#include <immintrin.h>
+#endif
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+#if defined(RNAS_LEVEL_avx512)
+constexpr int64_t kLanes = 16;
+#elif defined(RNAS_LEVEL_avx2)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+// Pixels that one block of a convolution keeps in registers.
+#if defined(RNAS_LEVEL_avx512)
+constexpr int kBlock = 8;
+#else
+constexpr int kBlock = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Mask __attribute__((vector_size(kLanes * 4)));  // lanes of all ones or all zeros
+typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+// One bit per lane.
+using Bits = uint16_t;
+constexpr Bits kAllBits = static_cast<Bits>((1u << kLanes) - 1);
+
+#define RNAS_INLINE inline __attribute__((always_inline))
+
+RNAS_INLINE Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+RNAS_INLINE void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+RNAS_INLINE Vector zero() { return Vector{}; }
+
+RNAS_INLINE Vector set(float a) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_set1_ps(a);
+#elif defined(RNAS_LEVEL_avx2)
+  return _mm256_set1_ps(a);
+#else
+  return Vector{a, a, a, a};
+#endif
+}
+
+// a * b + c; rounded once where the instruction set can.
+RNAS_INLINE Vector fma(Vector a, Vector b, Vector c) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(RNAS_LEVEL_avx2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The first `count` floats, zeros in the other lanes.
+RNAS_INLINE Vector load_part(const float* p, int64_t count) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  Vector v{};
+  std::memcpy(&v, p, count * 4);
+  return v;
+#endif
+}
+
+RNAS_INLINE void store_part(float* p, Vector v, int64_t count) {
+#if defined(RNAS_LEVEL_avx512)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#else
+  std::memcpy(p, &v, count * 4);
+#endif
+}
+
+RNAS_INLINE Bits bits(Mask mask) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(RNAS_LEVEL_avx2)
+  return static_cast<Bits>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(RNAS_X86)
+  return static_cast<Bits>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+  Bits all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= static_cast<Bits>((mask[lane] & 1) << lane);
+  return all;
+#endif
+}
+
+RNAS_INLINE Vector select(Mask mask, Vector a, Vector b) { return mask ? a : b; }
+
+// v where the lane's bit is set, 0 elsewhere.
+RNAS_INLINE Vector keep(Bits set_lanes, Vector v) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_maskz_mov_ps(set_lanes, v);
+#else
+  Mask lane_bits{}, all{};
+  for (int lane = 0; lane < kLanes; ++lane) lane_bits[lane] = 1 << lane;
+  all += static_cast<int32_t>(set_lanes);
+  return (all & lane_bits) != 0 ? v : Vector{};
+#endif
+}
+
+// max(x, 0) with NaN kept, as torch.relu.
+RNAS_INLINE Vector relu(Vector x) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_maskz_max_ps(kAllBits, _mm512_setzero_ps(), x);  // the plain form warns in GCC 12
+#elif defined(RNAS_LEVEL_avx2)
+  return _mm256_max_ps(_mm256_setzero_ps(), x);
+#else
+  return Vector{} > x ? Vector{} : x;
+#endif
+}
+
+// Where relu lets a gradient through: not (x <= 0), so NaN too.
+RNAS_INLINE Bits positive(Vector x) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#else
+  return bits(~(x <= Vector{}));
+#endif
+}
+
+// Whether `candidate` takes over from the maximum so far, as in torch.max_pool2d: greater, or NaN.
+RNAS_INLINE Bits beats(Vector candidate, Vector best) { return bits((candidate > best) | (candidate != candidate)); }
+
+RNAS_INLINE Vector blend(Bits chosen, Vector a, Vector b) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_mask_mov_ps(b, chosen, a);
+#else
+  Mask lane_bits{}, all{};
+  for (int lane = 0; lane < kLanes; ++lane) lane_bits[lane] = 1 << lane;
+  all += static_cast<int32_t>(chosen);
+  return (all & lane_bits) != 0 ? a : b;
+#endif
+}
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL

@@ -1,0 +1,94 @@
+#include "rnas/mixed_op.h"
+
+#include <algorithm>
+
+#include "mixed/batch.h"
+#include "mixed/fixed.h"
+#include "simd/simd.h"
+
+RNAS_DECLARE_LEVELS(mixed_sizes)
+RNAS_DECLARE_LEVELS(mixed_forward)
+RNAS_DECLARE_LEVELS(mixed_backward)
+RNAS_DECLARE_LEVELS(mixed_double_backward)
+
+namespace rnas::cpu::RNAS_LEVEL {
+
+MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
+  const Plan plan = make_plan(shape);
+  const MixedInputs none{};
+  MixedSizes sizes{};
+  sizes.edges = plan.edges.size();
+  sizes.norms = plan.norms;
+  sizes.theta = plan.theta;
+  sizes.height_out = plan.height_out;
+  sizes.width_out = plan.width_out;
+  sizes.kept_masks = shape.batch * MaskLayout(plan).size * sizeof(Bits);
+  sizes.kept_activations = shape.batch * plan.kept * plan.image_out() * sizeof(float);
+  sizes.workspace = std::max(Batch(plan, none, nullptr, threads, true).workspace(),
+                             Fixed(plan, none, nullptr, threads).workspace());
+  return sizes;
+}
+
+void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
+                   void* kept, void* workspace, int threads) {
+  const Plan plan = make_plan(shape);
+  if (in.batch_statistics)
+    Batch(plan, in, workspace, threads, false)
+        .forward(out, mean, variance, keep == Keep::activations ? static_cast<float*>(kept) : nullptr);
+  else
+    Fixed(plan, in, workspace, threads).forward(keep, out, kept);
+}
+
+void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
+                    const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
+  const Plan plan = make_plan(shape);
+  if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
+  if (in.batch_statistics)
+    Batch(plan, in, workspace, threads, true).backward(out, static_cast<const float*>(kept), grad_out, grad);
+  else
+    Fixed(plan, in, workspace, threads).backward(keep, out, kept, grad_out, grad);
+}
+
+void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
+                           const void* kept, const float* grad_out, const float* const* direction,
+                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
+                           int threads) {
+  const Plan plan = make_plan(shape);
+  if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
+  Fixed(plan, in, workspace, threads)
+      .double_backward(keep, out, kept, grad_out, direction, grad_grad_out, direction_kept, grad);
+}
+
+}  // namespace rnas::cpu::RNAS_LEVEL
+
+#if defined(RNAS_LEVEL_baseline)
+namespace rnas::cpu {
+
+MixedSizes mixed_sizes(const MixedShape& shape, int threads) { return RNAS_SELECT(mixed_sizes)(shape, threads); }
+
+void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
+                   void* kept, void* workspace, int threads) {
+  RNAS_SELECT(mixed_forward)(shape, in, keep, out, mean, variance, kept, workspace, threads);
+}
+
+void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
+                    const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
+  if (in.batch_statistics && keep != Keep::activations)
+    throw std::invalid_argument("mixed_backward on batch statistics needs the kept activations");
+  if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma || grad.beta)))
+    throw std::invalid_argument("mixed_backward: the forward pass has not kept what these gradients need");
+  RNAS_SELECT(mixed_backward)(shape, in, keep, out, kept, grad_out, grad, workspace, threads);
+}
+
+void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
+                           const void* kept, const float* grad_out, const float* const* direction,
+                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
+                           int threads) {
+  if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
+    throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
+  RNAS_SELECT(mixed_double_backward)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,
+                                     grad, workspace, threads);
+}
+
+}  // namespace rnas::cpu
+#endif

@@ -1,0 +1,103 @@
+#pragma once
+
+#include "rnas/types.h"
+
+// A cell of mixed edges, fused. A mixed edge computes sum_k weights[e, k] * primitive_k(x); node j is the sum of the
+// edges from all input states and all nodes before it. One input and one node make a single mixed edge.
+//
+// Legend: N images, C channels, H W pixels of the input states, H' W' = ceil(H / stride), ceil(W / stride), S input
+// states, J nodes, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
+// B batch norms of all edges. Edges from an input state have `stride`, edges from a node have stride 1.
+//
+// Images are float32, channels last. Parameters come as one array `theta`, edge by edge and primitive by primitive, each
+// as PyTorch stores it:
+//
+//   sep_conv_k    depthwise (C, 1, k, k), pointwise (C, C), depthwise, pointwise; two norms
+//   dil_conv_k    depthwise (C, 1, k, k), pointwise (C, C); one norm
+//   conv_1x1      (C, C); one norm
+//   conv_3x3      (C, C, 3, 3); one norm
+//   skip_connect  at stride 2: (C - C/2, C) on the even pixels, (C/2, C) on those one further; one norm. Else nothing.
+//   pools         one norm where pool_norm
+//
+// Functions throw std::invalid_argument for sizes that cannot be. They allocate nothing but small tables; `workspace` is
+// memory of mixed_sizes(...).workspace bytes, aligned to 64, whose contents do not matter. `threads` is the most to use.
+
+namespace rnas {
+
+enum class Primitive {
+  none,
+  skip_connect,
+  max_pool_3x3,
+  avg_pool_3x3,
+  sep_conv_3x3,
+  sep_conv_5x5,
+  dil_conv_3x3,
+  dil_conv_5x5,
+  conv_1x1,
+  conv_3x3
+};
+
+struct MixedShape {
+  int64_t batch, channels, height, width;  // N, C, H, W
+  int64_t inputs, nodes, stride;           // S, J, 1 or 2
+  const Primitive* primitives;             // (K)
+  int64_t candidates;                      // K
+  bool pool_norm;
+};
+
+// What a forward pass keeps for its backward pass.
+//   masks        signs of what enters each ReLU and winners of the max pools: enough for gradients to the states where
+//                the statistics are fixed
+//   activations  what enters the second ReLU of each separable convolution; everything else is computed again
+enum class Keep { nothing, masks, activations };
+
+struct MixedSizes {
+  int64_t edges, norms, theta, height_out, width_out;  // E, B, elements of theta, H', W'
+  int64_t kept_masks, kept_activations, workspace;     // bytes; the last two depend on the instruction set in use
+};
+
+// The arguments common to all passes. mean and variance (B, C): of the batch in a backward pass on batch statistics, of
+// the norms where statistics are fixed. gamma and beta (B, C) or null.
+struct MixedInputs {
+  const float* const* states;  // (S) arrays (N, H, W, C)
+  const float* weights;        // (E, K)
+  const float* theta;
+  const float *gamma, *beta, *mean, *variance;
+  double eps;
+  bool batch_statistics;
+};
+
+// Where gradients go; null for those not wanted.
+struct MixedGradients {
+  float* const* states;  // (S) arrays (N, H, W, C)
+  float* weights;        // (E, K)
+  float* theta;
+  float *gamma, *beta;   // (B, C)
+};
+
+namespace cpu {
+
+MixedSizes mixed_sizes(const MixedShape& shape, int threads);
+
+// out (N, H', W', J * C): the nodes side by side. On batch statistics, mean and variance (B, C) receive the batch's mean
+// and biased variance and in.mean and in.variance are not read. kept: mixed_sizes bytes for `keep`.
+void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
+                   void* kept, void* workspace, int threads);
+
+// Gradients of sum(grad_out * out). `out` and `kept` are the forward pass's. With Keep::masks statistics must be fixed
+// and only grad.states may be wanted.
+void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
+                    const float* grad_out, const MixedGradients& grad, void* workspace, int threads);
+
+// Fixed statistics only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
+// (N, H', W', J * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
+// theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
+// Keep::masks all must be). direction (S) arrays (N, H, W, C). direction_kept: memory of kept_activations bytes, or null
+// with Keep::masks. With Keep::masks neither in.states nor out are read, here and in mixed_backward.
+void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
+                           const void* kept, const float* grad_out, const float* const* direction,
+                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
+                           int threads);
+
+}  // namespace cpu
+}  // namespace rnas

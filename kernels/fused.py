@@ -1,0 +1,287 @@
+"""What the fused ops on images share: memory for a call, layouts, batch norms, second derivatives by plain PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NOTHING, MASKS, ACTIVATIONS = 0, 1, 2
+"""What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+_memory = threading.local()
+
+
+def workspace(size: int) -> Tensor:
+    """Memory for one call, kept for the next one of this thread: fresh pages cost more than many kernels."""
+    found = getattr(_memory, "buffer", None)
+    if found is None or found.numel() < size:
+        _memory.buffer = None  # the old one first
+        _memory.buffer = found = empty_bytes(size)
+    return found
+
+
+class Pool:
+    """Memory that forward passes keep for their backward passes, handed on from one step of a search to the next.
+
+    Such memory is taken by the hundred megabytes and given back all at once, so that the C library would return it to
+    the system after every step: touching the fresh pages then costs a tenth of the next step.
+    """
+
+    SMALLEST = 2**20  # bytes; below, the C library does well
+    MOST = 64  # free pieces
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """An empty uint8 tensor of `size` bytes; its memory comes back when its last holder lets go of it."""
+        if size < self.SMALLEST:
+            return empty_bytes(size)
+        piece = next((piece for piece in self._free if size <= piece.numel() <= 1.1 * size), None)
+        if piece is None:
+            piece = empty_bytes(size)
+        else:
+            self._free = [other for other in self._free if other is not piece]
+        memory = (ctypes.c_char * size).from_address(piece.data_ptr())
+        weakref.finalize(memory, self._give_back, piece).atexit = False
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def _give_back(self, piece: Tensor) -> None:
+        self._free = [*self._free, piece][-self.MOST :]
+
+    def empty(self) -> None:
+        """Gives free memory back to the C library."""
+        self._free = []
+
+
+POOL = Pool()
+
+
+def empty_bytes(size: int) -> Tensor:
+    """An empty uint8 tensor of `size` bytes."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def empty_cache() -> None:
+    """Gives back the memory that the CPU kernels hold for their next calls and no tensor is using."""
+    POOL.empty()
+    _memory.buffer = None
+
+
+def pixels_first(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) as a dense (N, H, W, C); no copy where it is channels_last."""
+    return tensor.permute(0, 2, 3, 1).contiguous()
+
+
+def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty (N, channels, height, width), channels_last."""
+    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
+
+
+def addresses(tensors) -> list[int]:
+    """Where the tensors begin, 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, contiguous."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of this shape without memory of its own, for where only the shape counts."""
+    return tensor.new_empty(()).expand(tensor.shape)
+
+
+class Link(torch.autograd.Function):
+    """An empty tensor that hangs on `x` in the graph and holds none of its memory.
+
+    A backward pass on masks does not read x, and its derivative by x is zero almost everywhere; the link says so to
+    autograd, which would else call x unused.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None if gradient is None else gradient.new_zeros(ctx.shape)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last where the images are dense in that order and not in the usual one, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def what_to_keep(x: Sequence[Tensor], others: Sequence[Tensor | None], on_batch: bool) -> int:
+    """What the backward pass will need: masks are enough for the gradient to images on fixed statistics."""
+    if not torch.is_grad_enabled():
+        return NOTHING
+    if any([tensor is not None and tensor.requires_grad for tensor in others]):
+        return ACTIVATIONS
+    if any([tensor.requires_grad for tensor in x]):
+        return ACTIVATIONS if on_batch else MASKS
+    return NOTHING
+
+
+# ---- batch norms -----------------------------------------------------------------------------------------------------
+
+
+class Norms(NamedTuple):
+    """BN modules, and what they hold, read once."""
+
+    modules: list[nn.BatchNorm2d]
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    means: list[Tensor | None]  # running ones
+    variances: list[Tensor | None]
+    on_batch: bool  # whether any of them takes the statistics of the batch
+    differ: bool  # in eps, or in where they take the statistics from
+
+
+def read_norms(modules: list[nn.BatchNorm2d]) -> Norms:
+    """What the modules hold."""
+    means, variances = _held(modules, "_buffers", "running_mean"), _held(modules, "_buffers", "running_var")
+    on_batch = [norm.training or (m is None and v is None) for norm, m, v in zip(modules, means, variances)]
+    differ = any(on_batch) != all(on_batch) if modules else False
+    return Norms(
+        modules,
+        _held(modules, "_parameters", "weight"),
+        _held(modules, "_parameters", "bias"),
+        means,
+        variances,
+        any(on_batch),
+        differ or any([norm.eps != modules[0].eps for norm in modules]),
+    )
+
+
+def _held(norms: list[nn.BatchNorm2d], store: str, name: str) -> list[Tensor | None]:
+    """The attribute `name` of each, read where nn.Module keeps it: `getattr` would take most of a small call's time."""
+    try:
+        if store == "_buffers":
+            return [norm._buffers[name] for norm in norms]
+        return [norm._parameters[name] for norm in norms]
+    except KeyError:  # parametrized, or replaced by a plain attribute
+        return [getattr(norm, name) for norm in norms]
+
+
+def obstacle(x: Tensor, norms: Norms) -> str | None:
+    """Why a fused kernel does not cover a call on these images and norms, or None."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if 0 in x.shape:
+        return "the batch is empty"
+    if norms.differ:
+        return "the norms differ in eps or in mode"
+    if any([kind.forward is not nn.BatchNorm2d.forward for kind in {type(norm) for norm in norms.modules}]):
+        return "a norm has a forward of its own"
+    if any([(m is None) != (v is None) for m, v in zip(norms.means, norms.variances)]):
+        return "a norm has one running average without the other"
+    dtype, device = x.dtype, x.device
+    for tensors in (norms.weights, norms.biases, norms.means, norms.variances):
+        if not all([t is None or (t.dtype == dtype and t.device == device) for t in tensors]):
+            return f"a norm's tensors are not {dtype} on {device}"
+    return None
+
+
+def table(rows: list[Tensor | None], x: Tensor, default: float) -> Tensor | None:
+    """The rows (C,) as a table (B, C), `default` where there is none; None where there are none at all."""
+    if all([row is None for row in rows]):
+        return None
+    if None not in rows:
+        return torch.stack(rows)
+    length = next(row for row in rows if row is not None).shape[0]
+    filler = x.new_full((length,), default)
+    return torch.stack([filler if row is None else row for row in rows])
+
+
+@torch.no_grad()
+def update_averages(norms: Norms, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves the running averages towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
+
+    variance: the biased one, of `count` values per channel.
+    """
+    moving = [
+        row
+        for row, norm in enumerate(norms.modules)
+        if norm.training and norm.track_running_stats and norms.means[row] is not None
+    ]
+    if not moving:
+        return
+    means, variances = mean.unbind(), (variance * (count / (count - 1))).unbind()
+    held = _held(norms.modules, "_buffers", "num_batches_tracked")
+    groups: dict[float, list[int]] = {}
+    counters = []
+    for row in moving:
+        counter, momentum = held[row], norms.modules[row].momentum
+        if momentum is not None:
+            groups.setdefault(momentum, []).append(row)
+            if counter is not None:
+                counters.append(counter)
+        elif counter is not None:  # the average of all batches
+            counter.add_(1)
+            share = counter.to(mean.dtype).reciprocal()
+            norms.means[row].lerp_(means[row], share)
+            norms.variances[row].lerp_(variances[row], share)
+    if counters:
+        torch._foreach_add_(counters, [counters[0].new_ones(())] * len(counters))
+    for momentum, rows in groups.items():
+        averages = [norms.means[row] for row in rows] + [norms.variances[row] for row in rows]
+        batch = [means[row] for row in rows] + [variances[row] for row in rows]
+        torch._foreach_lerp_(averages, batch, momentum)
+
+
+# ---- second derivatives ----------------------------------------------------------------------------------------------
+
+
+def differentiate_twice(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad_out: Tensor,
+    wanted: Sequence[bool],
+    directions: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The derivative of `sum(direction * gradient)` over the gradients of `sum(grad_out * function(*inputs))`.
+
+    By plain PyTorch: the gradients once more as a graph of usual operations, and that differentiated.
+
+    wanted          which inputs the gradients are for; directions has one entry for each of them
+    needs           which of (grad_out, *inputs) to differentiate by
+    Returns one gradient for each of (grad_out, *inputs), None where not needed.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor that came in twice is told apart from itself.
+        leaves = [None if t is None else t.view_as(t) for t in inputs]
+        leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in leaves]
+        grad_out = grad_out.view_as(grad_out) if grad_out.requires_grad else grad_out.detach().requires_grad_()
+        targets = [leaf for leaf, want in zip(leaves, wanted) if want]
+        options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        first = torch.autograd.grad(function(*leaves), targets, grad_out, **options)
+        pairs = [(f, along) for f, along in zip(first, directions) if along is not None and f.requires_grad]
+        sources = [grad_out, *leaves]
+        asked = [source for source, need in zip(sources, needs) if need]
+        found = [None] * len(asked)
+        if pairs and asked:
+            found = torch.autograd.grad(
+                [f for f, _ in pairs],
+                asked,
+                [along for _, along in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+    found = iter(torch.zeros_like(s) if f is None else f for s, f in zip(asked, found))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,710 @@
+"""The mixed operation of differentiable architecture search: all candidates of an edge, weighted and summed, fused.
+
+`mixed_op` is one edge, `mixed_cell` a cell of them, which computes what its edges share once. Both take parameters and
+BN modules as they lie in a supernet, and are differentiable, twice too, in the images, the mixing weights, the
+convolution weights and the affine parameters of the norms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rnas.kernels import backend, fused
+from rnas.kernels.reference import mixed_op as reference
+from rnas.kernels.registration import define_constant_op, define_differentiable_op
+
+PRIMITIVES = reference.PRIMITIVES
+
+
+def mixed_op(
+    x: Tensor,
+    weights: Tensor,
+    parameters: Sequence[Tensor],
+    norms: Sequence[nn.BatchNorm2d],
+    *,
+    primitives: tuple[str, ...],
+    stride: int = 1,
+    pool_norm: bool = True,
+) -> Tensor:
+    """One mixed edge: `sum_k weights[k] * primitive_k(x)`.
+
+    Args:
+        x: (N, C, H, W) the source state, float32 or float64, contiguous or channels_last.
+        weights: (K,) mixing weights: a softmax, log-normal samples, one-hot, anything.
+        parameters: the convolution weights as PyTorch stores them, in the order and shapes of
+            `parameter_shapes(primitives, C, stride)`.
+        norms: the BN modules in the order in which the primitives meet them, as many as
+            `norm_count(primitives, stride, pool_norm)` says. Each is used as if it were called: its training flag
+            decides between batch and running statistics, and in training mode its running averages move.
+        primitives: the names of the K candidates, each at most once: none, skip_connect (at stride 2 FactorizedReduce),
+            max_pool_3x3, avg_pool_3x3, sep_conv_3x3, sep_conv_5x5, dil_conv_3x3, dil_conv_5x5, conv_1x1, conv_3x3.
+        stride: 1 or 2.
+        pool_norm: whether each pool is followed by a BN, as in DARTS.
+
+    Returns:
+        (N, C, ceil(H / stride), ceil(W / stride)), channels_last where `x` is and else contiguous.
+
+    Only the gradients that are asked for are computed, and only what they need is kept: signs and winners (a few bits
+    per element) where statistics are fixed and nothing but `x` requires a gradient; else one activation per separable
+    convolution. Bit for bit the same for the same inputs and number of threads. The fused kernel serves float32 on a
+    CPU; calls that it does not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch, and
+    so does a second derivative on batch statistics.
+
+    Equivalent to::
+
+        sum(weight * candidate(x) for weight, candidate in zip(weights, candidates))
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; the message says what was expected.
+        RuntimeError: an input carries a forward-mode tangent on the fused path, or `RNAS_BACKEND` forces a backend that
+            cannot serve the call.
+
+    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2.
+    """
+    _check_state("x", x)
+    names = _names(primitives)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape ({len(names)},), got {type(weights).__name__}")
+    if weights.dim() != 1:
+        raise ValueError(
+            f"weights must have shape ({len(names)},), one number per primitive; got {tuple(weights.shape)}"
+        )
+    return mixed_cell(
+        (x,),
+        weights[None],
+        (parameters,),
+        (norms,),
+        primitives=names,
+        nodes=1,
+        stride=stride,
+        pool_norm=pool_norm,
+    )
+
+
+def mixed_cell(
+    states: Sequence[Tensor],
+    weights: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    norms: Sequence[Sequence[nn.BatchNorm2d]],
+    *,
+    primitives: tuple[str, ...],
+    nodes: int,
+    stride: int = 1,
+    pool_norm: bool = True,
+) -> Tensor:
+    """A cell of mixed edges: node j is the sum of the edges from all S input states and all nodes before it.
+
+    Args:
+        states: the S input states, (N, C, H, W) each.
+        weights: (E, K) mixing weights, edges node by node and source by source: E = sum over j of (S + j).
+        parameters, norms: those of `mixed_op` for each of the E edges.
+        primitives, pool_norm: as in `mixed_op`, common to all edges.
+        nodes: J.
+        stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
+
+    Returns:
+        (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels; channels_last where
+        the first state is and else contiguous.
+
+    What depends on a state alone (its ReLU, its pools) is computed once for all edges that leave it. All else, errors
+    included, is as in `mixed_op`.
+    """
+    names = _names(primitives)
+    states = _check_states(states)
+    _check_options(nodes, stride)
+    x = states[0]
+    edges = _edges(names, len(states), nodes, stride, bool(pool_norm), int(x.shape[1]))
+    _check_edges(x, weights, parameters, norms, names, edges)
+    read = fused.read_norms([norm for edge in norms for norm in edge])
+    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), read)
+    if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
+        raise ValueError(
+            f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "
+            f"{stride}; pass more images or call .eval() on the norms"
+        )
+    run = OP.choose(x.device, x.dtype, fused.obstacle(x, call.norms_read))
+    return run(call).contiguous(memory_format=fused.layout(x))
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) in the memory format in which the mixed operation will take them without a copy.
+
+    Equivalent to: x.contiguous(memory_format=torch.channels_last) where a CPU kernel serves x, else x itself.
+    """
+    serving, _ = OP.decide(x.device, x.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if serving == "cpu" else x
+
+
+# ---- what the fused op takes -----------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A checked call of mixed_cell."""
+
+    states: tuple[Tensor, ...]
+    weights: Tensor
+    parameters: Sequence[Sequence[Tensor]]
+    norms: Sequence[Sequence[nn.BatchNorm2d]]
+    primitives: tuple[str, ...]
+    nodes: int
+    stride: int
+    pool_norm: bool
+    norms_read: fused.Norms
+
+
+class _Settings(NamedTuple):
+    """The arguments of the registered ops that are not tensors. keep: as in rnas.kernels.fused."""
+
+    primitives: str
+    nodes: int
+    stride: int
+    pool_norm: bool
+    eps: float
+    keep: int
+
+
+def _fused(call: _Call) -> Tensor:
+    states, weights, norms, x = call.states, call.weights, call.norms_read, call.states[0]
+    theta = _flat([parameter for edge in call.parameters for parameter in edge], x)
+    gamma, beta = fused.table(norms.weights, x, 1.0), fused.table(norms.biases, x, 0.0)
+    mean = variance = None
+    if not norms.on_batch:
+        mean = torch.stack(norms.means) if norms.means else x.new_empty(0, x.shape[1])
+        variance = torch.stack(norms.variances) if norms.variances else x.new_empty(0, x.shape[1])
+    keep = fused.what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
+    eps = norms.modules[0].eps if norms.modules else 0.0
+    settings = _Settings(",".join(call.primitives), call.nodes, call.stride, call.pool_norm, eps, keep)
+    out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
+    if norms.on_batch:
+        fused.update_averages(norms, mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
+    return out
+
+
+def _reference(call: _Call) -> Tensor:
+    return reference.mixed_cell(
+        call.states,
+        call.weights,
+        call.parameters,
+        call.norms,
+        primitives=call.primitives,
+        nodes=call.nodes,
+        stride=call.stride,
+        pool_norm=call.pool_norm,
+    )
+
+
+def _flat(tensors: list[Tensor], x: Tensor) -> Tensor:
+    """All of them behind one another, as a tensor of one dimension."""
+    if not tensors:
+        return x.new_empty(0)
+    if len(tensors) == 1 or torch.compiler.is_compiling():
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return _Flat.apply(*tensors)
+    return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+class _Flat(torch.autograd.Function):
+    """`_flat` as one node of the graph, where concatenating reshaped tensors would make two per tensor."""
+
+    @staticmethod
+    def forward(*tensors):
+        return torch._C._nn.flatten_dense_tensors(tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.like = inputs  # for their shapes
+
+    @staticmethod
+    def backward(ctx, gradient):
+        found = torch._C._nn.unflatten_dense_tensors(gradient, ctx.like)
+        return tuple([each if need else None for each, need in zip(found, ctx.needs_input_grad)])
+
+
+# ---- the registered ops ----------------------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """What `mixed_sizes` in csrc/include/rnas/mixed_op.h returns."""
+
+    edges: int
+    norms: int
+    theta: int
+    height_out: int
+    width_out: int
+    kept_masks: int
+    kept_activations: int
+    workspace: int
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(shape: tuple[int, ...], primitives: str, threads: int, level: str) -> _Sizes:
+    """level: the instruction set in use, on which the memory layout depends."""
+    return _Sizes(*backend.module("cpu").mixed_sizes(shape, primitives.split(","), threads))
+
+
+def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...], _Sizes]:
+    """The shape as the compiled functions take it, and the sizes that follow from it."""
+    n, c, h, w = (int(size) for size in states[0].shape)
+    shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm))
+    return shape, _sizes(shape, settings.primitives, torch.get_num_threads(), backend.module("cpu").simd_level())
+
+
+def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors for what the forward op returns: the nodes, the batch's mean and variance, what is kept.
+
+    take: gives memory of so many bytes.
+    """
+    x = states[0]
+    _, sizes = _call(states, settings)
+    out = fused.empty_image(x, settings.nodes * x.shape[1], sizes.height_out, sizes.width_out)
+    table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
+    kept = (0, sizes.kept_masks, sizes.kept_activations)[settings.keep]
+    return out, x.new_empty(table), x.new_empty(table), take(kept)
+
+
+def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
+    settings = _Settings(*settings)
+    shape, sizes = _call(states, settings)
+    if theta.numel() != sizes.theta or weights.numel() != sizes.edges * len(settings.primitives.split(",")):
+        raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
+    out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, fused.POOL.take)
+    images = [fused.pixels_first(state) for state in states]
+    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
+    backend.module("cpu").mixed_forward(
+        shape,
+        settings.primitives.split(","),
+        fused.addresses([*images, *tables]),
+        settings.eps,
+        mean is None,
+        settings.keep,
+        *fused.addresses([out, batch_mean, batch_variance, kept, fused.workspace(sizes.workspace)]),
+        torch.get_num_threads(),
+    )
+    return out, batch_mean, batch_variance, kept
+
+
+def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
+    return _outputs(states, mean is None, _Settings(*settings), fused.empty_bytes)
+
+
+def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
+    """Empty tensors for the gradients that are wanted: of the states together, weights, theta, gamma and beta."""
+    n, c, h, w = states[0].shape
+    images = states[0].new_empty(len(states), n, h, w, c).permute(0, 1, 4, 2, 3) if wanted[0] else None
+    tables = (weights, theta, gamma, beta)
+    return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[1:]))]
+
+
+def _backward(
+    grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
+):
+    settings = _Settings(*settings)
+    shape, sizes = _call(states, settings)
+    gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    masks = settings.keep == fused.MASKS
+    images = [None if masks else fused.pixels_first(state) for state in states]
+    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
+    grad_out = fused.pixels_first(grad_out)
+    backend.module("cpu").mixed_backward(
+        shape,
+        settings.primitives.split(","),
+        fused.addresses([*images, *tables]),
+        settings.eps,
+        batch_statistics,
+        settings.keep,
+        *fused.addresses([None if masks else out, kept, grad_out]),
+        fused.addresses(gradients[1:]),
+        fused.addresses(gradients[0].unbind() if wanted[0] else []),
+        fused.workspace(sizes.workspace).data_ptr(),
+        torch.get_num_threads(),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _backward_fake(
+    grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
+):
+    gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _double_backward(
+    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
+):
+    settings = _Settings(*settings)
+    shape, sizes = _call(states, settings)
+    masks = settings.keep == fused.MASKS
+    _, *gradients = _gradients(states, weights, theta, gamma, beta, [False, *wanted, False])
+    images = [None if masks else fused.pixels_first(state) for state in states]
+    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
+    grad_out = fused.pixels_first(grad_out)
+    grad_grad_out = fused.empty_image(grad_out, grad_out.shape[3], sizes.height_out, sizes.width_out)
+    along = [fused.pixels_first(each) for each in direction.unbind()]
+    along_kept = None if masks else fused.POOL.take(sizes.kept_activations)
+    backend.module("cpu").mixed_double_backward(
+        shape,
+        settings.primitives.split(","),
+        fused.addresses([*images, *tables]),
+        settings.eps,
+        settings.keep,
+        *fused.addresses([None if masks else out, kept, grad_out]),
+        fused.addresses(along),
+        *fused.addresses([grad_grad_out, along_kept]),
+        fused.addresses(gradients),
+        fused.workspace(sizes.workspace).data_ptr(),
+        torch.get_num_threads(),
+    )
+    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def _double_backward_fake(
+    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
+):
+    _, *gradients = _gradients(states, weights, theta, gamma, beta, [False, *wanted, False])
+    n, channels, height, width = grad_out.shape
+    grad_grad_out = fused.empty_image(grad_out, channels, height, width)
+    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
+
+
+class _Forward(torch.autograd.Function):
+    """`images` are the states and, where only masks are kept, a link to each of them."""
+
+    @staticmethod
+    def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, *images):
+        states, links = images[:count], images[count:]
+        with torch._C._AutoDispatchBelowAutograd():
+            out, batch_mean, batch_variance, kept = _forward_op(
+                list(states), weights, theta, gamma, beta, mean, variance, *settings
+            )
+        ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
+        statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
+        saved = [out, kept, weights, theta, gamma, beta, *statistics, *states]
+        if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
+            saved = [fused.shape_of(out), *saved[1:8], *map(fused.shape_of, states)]
+        ctx.save_for_backward(*saved, *links)
+        ctx.mark_non_differentiable(batch_mean, batch_variance, kept)
+        ctx.set_materialize_grads(False)  # else zeros as large as `kept` would be made for it
+        return out, batch_mean, batch_variance, kept
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        needs = ctx.needs_input_grad
+        if grad_out is None:
+            return (None,) * len(needs)
+        of_states = needs[8 : 8 + ctx.count]
+        wanted = [any(of_states), *needs[2:6]]
+        out, kept, *tables = ctx.saved_tensors[:8]
+        states, links = ctx.saved_tensors[8 : 8 + ctx.count], ctx.saved_tensors[8 + ctx.count :]
+        if links and torch.is_grad_enabled():
+            tensors = (grad_out, out, kept, *tables, *states, *links)
+            found = _Backward.apply(ctx.count, ctx.batch_statistics, wanted, ctx.settings, *tensors)
+        else:
+            options = (ctx.batch_statistics, wanted, *ctx.settings)
+            found = _backward_op(grad_out, list(states), out, kept, *tables, *options)
+        found = iter(found)
+        images = next(found).unbind() if wanted[0] else [None] * ctx.count
+        gradients = [next(found) if want else None for want in wanted[1:]]
+        images = [image if need else None for image, need in zip(images, of_states)]
+        return None, None, *gradients, None, None, *images, *(None for _ in links)
+
+
+class _Backward(torch.autograd.Function):
+    """`tensors` are those of the op, the states and perhaps links behind them."""
+
+    @staticmethod
+    def forward(ctx, count, batch_statistics, wanted, settings, *tensors):
+        grad_out, *rest = tensors[:9]
+        states = list(tensors[9 : 9 + count])
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _backward_op(grad_out, states, *rest, batch_statistics, wanted, *settings)
+        ctx.count, ctx.batch_statistics, ctx.wanted, ctx.settings = count, batch_statistics, wanted, settings
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *directions):
+        if all(direction is None for direction in directions):
+            return (None,) * len(ctx.needs_input_grad)
+        only_states = ctx.wanted[0] and all(direction is None for direction in directions[1:])
+        if only_states and not ctx.batch_statistics and not torch.is_grad_enabled():
+            return None, None, None, None, *_second_linear(ctx, directions)
+        if ctx.settings.keep == fused.MASKS:
+            raise RuntimeError(
+                "mixed_op: only masks were kept, as nothing but the states required a gradient; they do not give third "
+                "derivatives. Let the mixing weights require a gradient, or set RNAS_BACKEND=reference"
+            )
+        return None, None, None, None, *_second_composed(ctx, directions)
+
+
+# Positions of the tensors that _Backward takes and can be differentiated by; the states come behind.
+_GRAD_OUT, _WEIGHTS, _THETA, _GAMMA, _BETA, _STATES = 0, 3, 4, 5, 6, 9
+
+
+def _second_linear(ctx, directions):
+    """On fixed statistics a cell is linear between its kinks: one pass along the direction gives everything."""
+    grad_out, *rest = ctx.saved_tensors[:9]
+    states = list(ctx.saved_tensors[9 : 9 + ctx.count])
+    needs = ctx.needs_input_grad[4:]
+    wanted = [needs[_WEIGHTS], needs[_THETA], needs[_GAMMA]]
+    found = iter(_double_backward_op(directions[0], grad_out, states, *rest, wanted, *ctx.settings))
+    gradients = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needs)]
+    gradients[_GRAD_OUT] = next(found)
+    for position, want in zip((_WEIGHTS, _THETA, _GAMMA), wanted):
+        gradients[position] = next(found) if want else None
+    return gradients
+
+
+def _second_composed(ctx, directions):
+    """By plain PyTorch."""
+    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
+    positions = [*range(_STATES, _STATES + ctx.count), _WEIGHTS, _THETA, _GAMMA, _BETA]
+    directions = list(directions)
+    if ctx.wanted[0]:
+        directions[:1] = [None] * ctx.count if directions[0] is None else directions[0].unbind()
+    statistics = (None, None) if ctx.batch_statistics else tensors[7:9]
+
+    def cell(*inputs):
+        return _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, ctx.settings)
+
+    found = fused.differentiate_twice(
+        cell,
+        [tensors[position] for position in positions],
+        tensors[_GRAD_OUT],
+        [ctx.wanted[0]] * ctx.count + list(ctx.wanted[1:]),
+        directions,
+        [needs[position] for position in (_GRAD_OUT, *positions)],
+    )
+    gradients = [None] * len(needs)
+    for position, gradient in zip((_GRAD_OUT, *positions), found):
+        gradients[position] = gradient
+    return gradients
+
+
+def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Settings) -> Tensor:
+    """The cell by the plain-PyTorch definition, from the packed parameters. mean None: batch statistics."""
+    primitives, channels = tuple(settings.primitives.split(",")), int(states[0].shape[1])
+    parameters, norms, at, row = [], [], 0, 0
+    for node in range(settings.nodes):
+        for source in range(len(states) + node):
+            stride = settings.stride if source < len(states) else 1
+            edge = []
+            for shape in reference.parameter_shapes(primitives, channels, stride):
+                size = torch.Size(shape).numel()
+                edge.append(theta[at : at + size].view(shape))
+                at += size
+            parameters.append(edge)
+            count = reference.norm_count(primitives, stride, settings.pool_norm)
+            tables = (mean, variance, gamma, beta)
+            norms.append(
+                [
+                    functools.partial(_norm, *(None if t is None else t[each] for t in tables), settings.eps)
+                    for each in range(row, row + count)
+                ]
+            )
+            row += count
+    return reference.mixed_cell(
+        states,
+        weights,
+        parameters,
+        norms,
+        primitives=primitives,
+        nodes=settings.nodes,
+        stride=settings.stride,
+        pool_norm=settings.pool_norm,
+    )
+
+
+def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance, gamma, beta, training=mean is None, eps=eps)
+
+
+_TABLES = "Tensor weights, Tensor theta, Tensor? gamma, Tensor? beta"
+_SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep"
+_SAVED = f"Tensor grad_out, Tensor[] states, Tensor out, Tensor kept, {_TABLES}, Tensor mean, Tensor variance"
+
+
+def _forward_autograd(states, weights, theta, gamma, beta, mean, variance, *settings):
+    settings = _Settings(*settings)
+    links = [fused.Link.apply(state) for state in states] if settings.keep == fused.MASKS else []
+    return _Forward.apply(len(states), settings, weights, theta, gamma, beta, mean, variance, *states, *links)
+
+
+def _backward_autograd(grad_out, states, *rest):
+    *tensors, batch_statistics, wanted = rest[:10]
+    settings = _Settings(*rest[10:])
+    return list(_Backward.apply(len(states), batch_statistics, wanted, settings, grad_out, *tensors, *states))
+
+
+_forward_op = define_differentiable_op(
+    f"mixed_cell_forward(Tensor[] states, {_TABLES}, Tensor? mean, Tensor? variance, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _forward_autograd,
+)
+_backward_op = define_differentiable_op(
+    f"mixed_cell_backward({_SAVED}, bool batch_statistics, bool[] wanted, {_SETTINGS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    _backward_autograd,
+)
+_double_backward_op = define_constant_op(
+    f"mixed_cell_double_backward(Tensor direction, {_SAVED}, bool[] wanted, {_SETTINGS}) -> Tensor[]",
+    _double_backward,
+    _double_backward_fake,
+)
+
+OP = backend.Op(
+    "mixed_op",
+    {
+        "reference": backend.Implementation(_reference),
+        "cpu": backend.Implementation(_fused, (torch.float32,)),
+    },
+)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_state(name: str, state: Tensor) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (N, C, H, W), got {type(state).__name__}")
+    if not state.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {state.dtype}; convert with .float()")
+    if state.dim() != 4 or 0 in state.shape[1:]:
+        raise ValueError(f"{name} must have shape (N, C, H, W) with C, H, W of at least 1; got {tuple(state.shape)}")
+
+
+def _check_states(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if isinstance(states, Tensor) or not isinstance(states, Sequence):
+        raise TypeError(f"states must be a sequence of tensors of shape (N, C, H, W), got {type(states).__name__}")
+    if not states:
+        raise ValueError("states must hold at least one tensor of shape (N, C, H, W), got none")
+    first = states[0]
+    for index, state in enumerate(states):
+        _check_state(f"states[{index}]", state)
+        if state.shape != first.shape:
+            raise ValueError(f"states must have one shape, {tuple(first.shape)}; states[{index}]: {tuple(state.shape)}")
+        if state.dtype != first.dtype:
+            raise TypeError(f"states must have one dtype, {first.dtype}; states[{index}] has {state.dtype}")
+        if state.device != first.device:
+            raise ValueError(f"states must be on one device, {first.device}; states[{index}] is on {state.device}")
+    return tuple(states)
+
+
+def _names(primitives: Sequence[str]) -> tuple[str, ...]:
+    """The primitives, checked, as a tuple."""
+    is_names = isinstance(primitives, (list, tuple)) and all([isinstance(name, str) for name in primitives])
+    if not is_names:
+        raise TypeError(f"primitives must be a tuple of str, got {primitives!r:.80}")
+    if any([name not in PRIMITIVES for name in primitives]):
+        unknown = ", ".join(repr(name) for name in primitives if name not in PRIMITIVES)
+        raise ValueError(f"primitives must be among {', '.join(PRIMITIVES)}; got {unknown}")
+    if not primitives or len(set(primitives)) != len(primitives):
+        raise ValueError(f"primitives must name at least one operation and each once; got {primitives}")
+    return tuple(primitives)
+
+
+def _check_options(nodes: int, stride: int) -> None:
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise ValueError(f"nodes must be an integer of at least 1, got {nodes!r}")
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+
+
+class _Edges(NamedTuple):
+    """What the edges of a cell have to come with."""
+
+    shapes: list[list[tuple[int, ...]]]  # of the parameters of each edge
+    norms: list[int]  # how many each edge has
+    flat_shapes: list[tuple[int, ...]]
+
+
+@backend.constant_when_traced
+def _edges(names: tuple[str, ...], inputs: int, nodes: int, stride: int, pool_norm: bool, channels: int) -> _Edges:
+    return _edges_cached(names, inputs, nodes, stride, pool_norm, channels)
+
+
+@functools.lru_cache(maxsize=256)
+def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
+    strides = [stride if source < inputs else 1 for node in range(nodes) for source in range(inputs + node)]
+    shapes = [reference.parameter_shapes(names, channels, each) for each in strides]
+    norms = [reference.norm_count(names, each, pool_norm) for each in strides]
+    return _Edges(shapes, norms, [shape for edge in shapes for shape in edge])
+
+
+def _check_edges(x, weights, parameters, norms, names, expected: _Edges) -> None:
+    edges = len(expected.shapes)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor of shape ({edges}, {len(names)}), got {type(weights).__name__}")
+    if tuple(weights.shape) != (edges, len(names)):
+        # An edge alone was given a vector.
+        cut = 1 if edges == 1 and weights.dim() == 2 else 0
+        found, wanted = tuple(weights.shape)[cut:], (edges, len(names))[cut:]
+        raise ValueError(f"weights must have shape {wanted}, one number per edge and primitive; got {found}")
+    if weights.dtype != x.dtype:
+        raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")
+    if weights.device != x.device:
+        raise ValueError(f"weights must be on the device of the states, {x.device}; got {weights.device}")
+    for name, given, unit in (("parameters", parameters, "tensors"), ("norms", norms, "BN modules")):
+        if not hasattr(given, "__len__"):
+            raise TypeError(f"{name} must be a sequence of {unit} for each edge, got {type(given).__name__}")
+        if len(given) != edges:
+            raise ValueError(f"{name} must hold one sequence for each of the {edges} edges, got {len(given)}")
+        for edge, members in enumerate(given):
+            if not hasattr(members, "__len__"):
+                where = _of_edge(edge, edges)
+                raise TypeError(f"{name}{where} must be a sequence of {unit}, got {type(members).__name__}")
+    # Lists are compared as a whole: one by one, only to say what is wrong.
+    flat, dtype, device = [tensor for edge in parameters for tensor in edge], x.dtype, x.device
+    good = [len(edge) for edge in parameters] == [len(shapes) for shapes in expected.shapes]
+    good = good and all([isinstance(tensor, Tensor) for tensor in flat])
+    good = good and [tensor.shape for tensor in flat] == expected.flat_shapes
+    if not good or not all([tensor.dtype == dtype and tensor.device == device for tensor in flat]):
+        for edge, (members, shapes) in enumerate(zip(parameters, expected.shapes)):
+            _check_parameters(x, members, shapes, _of_edge(edge, edges))
+    channels = x.shape[1]
+    good = [len(edge) for edge in norms] == expected.norms
+    if not good or not all(
+        [isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels for edge in norms for norm in edge]
+    ):
+        for edge, (members, count) in enumerate(zip(norms, expected.norms)):
+            _check_norms(channels, members, count, _of_edge(edge, edges))
+
+
+def _of_edge(edge: int, edges: int) -> str:
+    return f" of edge {edge}" if edges > 1 else ""
+
+
+def _check_parameters(x: Tensor, parameters: Sequence[Tensor], shapes: list[tuple[int, ...]], where: str) -> None:
+    if len(parameters) != len(shapes):
+        raise ValueError(f"parameters{where} must be {len(shapes)} tensors, got {len(parameters)}")
+    for index, (tensor, shape) in enumerate(zip(parameters, shapes)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"parameters[{index}]{where} must be a tensor, got {type(tensor).__name__}")
+        if tensor.shape != shape:
+            raise ValueError(f"parameters[{index}]{where} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(
+                f"parameters[{index}]{where} must have the dtype of the states, {x.dtype}; got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"parameters[{index}]{where} must be on {x.device}, got {tensor.device}")
+
+
+def _check_norms(channels: int, norms: Sequence[nn.BatchNorm2d], count: int, where: str) -> None:
+    if len(norms) != count:
+        raise ValueError(f"norms{where} must be {count} BN modules, got {len(norms)}")
+    for index, norm in enumerate(norms):
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise TypeError(f"norms[{index}]{where} must be an nn.BatchNorm2d, got {type(norm).__name__}")
+        if norm.num_features != channels:
+            raise ValueError(f"norms[{index}]{where} must have {channels} features, got {norm.num_features}")

@@ -1,0 +1,133 @@
+"""The mixed edge and the cell of mixed edges in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SEPARABLE = {  # name: kernel size, dilation, how many times (ReLU, depthwise, pointwise, BN)
+    "sep_conv_3x3": (3, 1, 2),
+    "sep_conv_5x5": (5, 1, 2),
+    "dil_conv_3x3": (3, 2, 1),
+    "dil_conv_5x5": (5, 2, 1),
+}
+DENSE = {"conv_1x1": 1, "conv_3x3": 3}  # name: kernel size of (ReLU, convolution, BN)
+POOLS = ("max_pool_3x3", "avg_pool_3x3")
+PRIMITIVES = ("none", "skip_connect", *POOLS, *SEPARABLE, *DENSE)
+
+
+def mixed_cell(
+    states: Sequence[Tensor],
+    weights: Tensor,
+    parameters: Sequence[Sequence[Tensor]],
+    norms: Sequence[Sequence[nn.BatchNorm2d]],
+    *,
+    primitives: tuple[str, ...],
+    nodes: int,
+    stride: int = 1,
+    pool_norm: bool = True,
+) -> Tensor:
+    """All nodes of a cell, (N, nodes * C, H', W'); what `rnas.kernels.mixed_cell` computes. No argument checks.
+
+    Node j is the sum of the edges from the S input states (of the given stride) and the nodes before it (of stride 1).
+    The rows of `weights` (E, K), `parameters` and `norms` are the edges, node by node and source by source.
+    """
+    inputs = len(states)
+    states, edges = list(states), iter(zip(weights.unbind(), parameters, norms))
+    for _ in range(nodes):
+        total = 0
+        for source, state in enumerate(states):
+            edge_stride = stride if source < inputs else 1
+            total = total + mixed_op(
+                state, *next(edges), primitives=primitives, stride=edge_stride, pool_norm=pool_norm
+            )
+        states.append(total)
+    return torch.cat(states[inputs:], dim=1)
+
+
+def mixed_op(
+    x: Tensor,
+    weights: Tensor,
+    parameters: Sequence[Tensor],
+    norms: Sequence[nn.BatchNorm2d],
+    *,
+    primitives: tuple[str, ...],
+    stride: int = 1,
+    pool_norm: bool = True,
+) -> Tensor:
+    """One mixed edge, `sum_k weights[k] * primitive_k(x)`: x (N, C, H, W), weights (K,) -> (N, C, H', W').
+
+    H' is ceil(H / stride). Parameters and BN modules are taken in the order in which the primitives meet them.
+    """
+    parameters, norms, total = iter(parameters), iter(norms), 0
+    for weight, name in zip(weights.unbind(), primitives):
+        total = total + weight * _primitive(name, x, parameters, norms, stride, pool_norm)
+    return total
+
+
+def parameter_shapes(primitives: tuple[str, ...], channels: int, stride: int) -> list[tuple[int, ...]]:
+    """The shapes of one edge's convolution weights, in the order in which `mixed_op` takes them."""
+    shapes: list[tuple[int, ...]] = []
+    for name in primitives:
+        if name == "skip_connect" and stride == 2:
+            shapes.append((channels - channels // 2, channels, 1, 1))
+            if channels > 1:
+                shapes.append((channels // 2, channels, 1, 1))
+        elif name in SEPARABLE:
+            size, _, depth = SEPARABLE[name]
+            shapes += [(channels, 1, size, size), (channels, channels, 1, 1)] * depth
+        elif name in DENSE:
+            shapes.append((channels, channels, DENSE[name], DENSE[name]))
+    return shapes
+
+
+def norm_count(primitives: tuple[str, ...], stride: int, pool_norm: bool) -> int:
+    """How many BN modules one edge has."""
+    return sum(_norms_of(name, stride, pool_norm) for name in primitives)
+
+
+def _norms_of(name: str, stride: int, pool_norm: bool) -> int:
+    if name in SEPARABLE:
+        return SEPARABLE[name][2]
+    return int(name in DENSE or (name == "skip_connect" and stride == 2) or (name in POOLS and pool_norm))
+
+
+def _primitive(
+    name: str, x: Tensor, parameters: Iterator[Tensor], norms: Iterator[nn.BatchNorm2d], stride: int, pool_norm: bool
+) -> Tensor:
+    """One candidate; it takes what it needs from `parameters` and `norms`."""
+    if name == "none":
+        return torch.zeros_like(x[:, :, ::stride, ::stride])
+    if name == "skip_connect":
+        return x if stride == 1 else next(norms)(_factorized_reduce(F.relu(x), parameters))
+    if name in POOLS:
+        if name == "max_pool_3x3":
+            x = F.max_pool2d(x, 3, stride, padding=1)
+        else:
+            x = F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+        return next(norms)(x) if pool_norm else x
+    if name in DENSE:
+        return next(norms)(F.conv2d(F.relu(x), next(parameters), stride=stride, padding=DENSE[name] // 2))
+    size, dilation, depth = SEPARABLE[name]
+    for step in range(depth):
+        depthwise = {
+            "stride": stride if step == 0 else 1,
+            "padding": dilation * (size // 2),
+            "dilation": dilation,
+            "groups": x.shape[1],
+        }
+        x = F.conv2d(F.relu(x), next(parameters), **depthwise)
+        x = next(norms)(F.conv2d(x, next(parameters)))
+    return x
+
+
+def _factorized_reduce(x: Tensor, parameters: Iterator[Tensor]) -> Tensor:
+    """Half of the channels from the even pixels, half from the odd ones, with zeros for those beyond an odd border."""
+    even = F.conv2d(x, next(parameters), stride=2)
+    if x.shape[1] == 1:
+        return even
+    odd = F.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    return torch.cat([even, F.conv2d(odd, next(parameters), stride=2)], dim=1)

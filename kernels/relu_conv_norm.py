@@ -1,0 +1,328 @@
+"""ReLU, 1x1 convolution and batch norm in one op: what a cell does to each of its inputs first."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rnas.kernels import backend, fused
+from rnas.kernels.reference import relu_conv_norm as reference
+from rnas.kernels.registration import define_constant_op, define_differentiable_op
+
+
+def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """A batch norm of a 1x1 convolution of a ReLU.
+
+    Args:
+        x: (N, C, H, W), float32 or float64, contiguous or channels_last.
+        weight: (K, C, 1, 1) of the convolution, as PyTorch stores it.
+        norm: the BN module, used as if it were called: its training flag decides between batch and running statistics,
+            and in training mode its running averages move.
+
+    Returns:
+        (N, K, H, W), channels_last where `x` is and else contiguous.
+
+    Differentiable, twice too, in x, weight and the norm's affine parameters. Neither relu(x) nor what enters the norm
+    is kept for backward: `x` and the result are, and where statistics are fixed and nothing but `x` requires a gradient
+    only its signs. The fused kernel serves float32 on a CPU; other calls, and a second derivative on batch statistics,
+    go to plain PyTorch.
+
+    Equivalent to: norm(conv2d(relu(x), weight))
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; the message says what was expected.
+        RuntimeError: an input carries a forward-mode tangent on the fused path, or `RNAS_BACKEND` forces a backend that
+            cannot serve the call.
+    """
+    _check(x, weight, norm)
+    norms = fused.read_norms([norm])
+    n, _, h, w = x.shape
+    if norms.on_batch and n * h * w == 1:
+        raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
+    run = OP.choose(x.device, x.dtype, fused.obstacle(x, norms))
+    return run(x, weight, norms).contiguous(memory_format=fused.layout(x))
+
+
+def _reference(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
+    return reference.relu_conv_norm(x, weight, norms.modules[0])
+
+
+def _fused(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
+    (gamma,), (beta,), eps = norms.weights, norms.biases, norms.modules[0].eps
+    mean, variance = (None, None) if norms.on_batch else (norms.means[0], norms.variances[0])
+    settings = _Settings(eps, fused.what_to_keep([x], (weight, gamma, beta), norms.on_batch))
+    out, mean, variance, _ = _forward_op(x, weight, gamma, beta, mean, variance, *settings)
+    if norms.on_batch:
+        fused.update_averages(norms, mean[None], variance[None], out.shape[0] * out.shape[2] * out.shape[3])
+    return out
+
+
+class _Settings(NamedTuple):
+    """The arguments of the registered ops that are not tensors. keep: as in rnas.kernels.fused."""
+
+    eps: float
+    keep: int
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], int, int]:
+    """(pixels, C, K), bytes of the masks, bytes of the workspace."""
+    n, c, h, w = (int(size) for size in x.shape)
+    shape = (n * h * w, c, int(weight.shape[0]))
+    return shape, *_sizes_cached(shape, torch.get_num_threads(), backend.module("cpu").simd_level())
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes_cached(shape: tuple[int, int, int], threads: int, level: str) -> tuple[int, int]:
+    """level: the instruction set in use, on which the memory layout depends."""
+    return backend.module("cpu").relu_conv_norm_sizes(*shape, threads)
+
+
+def _outputs(x, weight, batch_statistics, keep, take):
+    _, masks, _ = _sizes(x, weight)
+    k, (_, _, h, w) = weight.shape[0], x.shape
+    statistics = (k,) if batch_statistics else (0,)
+    kept = take(masks if keep == fused.MASKS else 0)
+    return fused.empty_image(x, k, h, w), x.new_empty(statistics), x.new_empty(statistics), kept
+
+
+def _forward(x, weight, gamma, beta, mean, variance, eps, keep):
+    shape, _, size = _sizes(x, weight)
+    outputs = _outputs(x, weight, mean is None, keep, fused.POOL.take)
+    tensors = fused.dense(fused.pixels_first(x), weight, gamma, beta, mean, variance)
+    backend.module("cpu").relu_conv_norm_forward(
+        *shape,
+        fused.addresses(tensors),
+        eps,
+        mean is None,
+        keep,
+        *fused.addresses([*outputs, fused.workspace(size)]),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def _forward_fake(x, weight, gamma, beta, mean, variance, eps, keep):
+    return _outputs(x, weight, mean is None, keep, fused.empty_bytes)
+
+
+def _gradients(x, weight, gamma, beta, wanted) -> list[Tensor | None]:
+    """Empty tensors for the gradients that are wanted."""
+    _, c, h, w = x.shape
+    tables = [t.new_empty(t.shape) if want else None for t, want in zip((weight, gamma, beta), wanted[1:])]
+    return [fused.empty_image(x, c, h, w) if wanted[0] else None, *tables]
+
+
+def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, keep):
+    shape, _, size = _sizes(x, weight)
+    gradients = _gradients(x, weight, gamma, beta, wanted)
+    masks = keep == fused.MASKS
+    images = [None if masks else fused.pixels_first(image) for image in (x, out)]
+    tables = fused.dense(weight, gamma, beta, mean, variance)
+    grad_out = fused.pixels_first(grad_out)
+    backend.module("cpu").relu_conv_norm_backward(
+        *shape,
+        fused.addresses([images[0], *tables]),
+        eps,
+        batch_statistics,
+        keep,
+        *fused.addresses([images[1], kept, grad_out, *gradients, fused.workspace(size)]),
+        torch.get_num_threads(),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _backward_fake(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, keep):
+    return [gradient for gradient in _gradients(x, weight, gamma, beta, wanted) if gradient is not None]
+
+
+def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, keep):
+    shape, _, size = _sizes(x, weight)
+    _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
+    _, k, h, w = grad_out.shape
+    grad_grad_out = fused.empty_image(grad_out, k, h, w)
+    image = None if keep == fused.MASKS else fused.pixels_first(x)
+    tables = fused.dense(weight, gamma, beta, mean, variance)
+    grad_out, direction = fused.pixels_first(grad_out), fused.pixels_first(direction)
+    outputs = [grad_grad_out, grad_weight, grad_gamma]
+    backend.module("cpu").relu_conv_norm_double_backward(
+        *shape,
+        fused.addresses([image, *tables]),
+        eps,
+        keep,
+        *fused.addresses([kept, grad_out, direction, *outputs, fused.workspace(size)]),
+        torch.get_num_threads(),
+    )
+    return [output for output in outputs if output is not None]
+
+
+def _double_backward_fake(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, keep):
+    _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
+    _, k, h, w = grad_out.shape
+    outputs = [fused.empty_image(grad_out, k, h, w), grad_weight, grad_gamma]
+    return [output for output in outputs if output is not None]
+
+
+class _Forward(torch.autograd.Function):
+    """link: to x where only masks are kept, else None."""
+
+    @staticmethod
+    def forward(ctx, settings, weight, gamma, beta, mean, variance, x, link):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, batch_mean, batch_variance, kept = _forward_op(x, weight, gamma, beta, mean, variance, *settings)
+        ctx.settings, ctx.batch_statistics = settings, mean is None
+        statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
+        images = (x, out) if link is None else (fused.shape_of(x), fused.shape_of(out))
+        ctx.save_for_backward(*images, kept, weight, gamma, beta, *statistics, link)
+        ctx.mark_non_differentiable(batch_mean, batch_variance, kept)
+        ctx.set_materialize_grads(False)
+        return out, batch_mean, batch_variance, kept
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        needs = ctx.needs_input_grad
+        if grad_out is None:
+            return (None,) * len(needs)
+        *tensors, link = ctx.saved_tensors
+        wanted = [needs[6], *needs[1:4]]
+        if link is not None and torch.is_grad_enabled():
+            found = _Backward.apply(ctx.batch_statistics, wanted, ctx.settings, grad_out, *tensors, link)
+        else:
+            found = _backward_op(grad_out, *tensors, ctx.batch_statistics, wanted, *ctx.settings)
+        found = iter(found)
+        grad_x, *gradients = [next(found) if want else None for want in wanted]
+        return None, *gradients, None, None, grad_x, None
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, batch_statistics, wanted, settings, *tensors):
+        *of_op, _ = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _backward_op(*of_op, batch_statistics, wanted, *settings)
+        ctx.batch_statistics, ctx.wanted, ctx.settings = batch_statistics, wanted, settings
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *directions):
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if all(direction is None for direction in directions):
+            return (None,) * len(ctx.needs_input_grad)
+        only_x = ctx.wanted[0] and all(direction is None for direction in directions[1:])
+        if only_x and not ctx.batch_statistics and not torch.is_grad_enabled():
+            return None, None, None, *_second_linear(ctx, directions[0])
+        if ctx.settings.keep == fused.MASKS:
+            raise RuntimeError(
+                "relu_conv_norm: only masks were kept, as nothing but x required a gradient; they do not give third "
+                "derivatives. Let the weight require a gradient, or set RNAS_BACKEND=reference"
+            )
+        statistics = (None, None) if ctx.batch_statistics else tensors[7:9]
+
+        def layer(x, weight, gamma, beta):
+            norm = functools.partial(_norm, *statistics, gamma, beta, ctx.settings.eps)
+            return reference.relu_conv_norm(x, weight, norm)
+
+        positions = (_X, _WEIGHT, _GAMMA, _BETA)
+        found = fused.differentiate_twice(
+            layer,
+            [tensors[position] for position in positions],
+            tensors[_GRAD_OUT],
+            ctx.wanted,
+            directions,
+            [needs[position] for position in (_GRAD_OUT, *positions)],
+        )
+        gradients = [None] * len(needs)
+        for position, gradient in zip((_GRAD_OUT, *positions), found):
+            gradients[position] = gradient
+        return None, None, None, *gradients
+
+
+# Positions of the tensors that _Backward takes and can be differentiated by.
+_GRAD_OUT, _X, _WEIGHT, _GAMMA, _BETA = 0, 1, 4, 5, 6
+
+
+def _second_linear(ctx, direction):
+    """On fixed statistics the layer is linear between the kinks of its ReLU."""
+    grad_out, x, _, kept, *tables, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3:]
+    wanted = [needs[_WEIGHT], needs[_GAMMA]]
+    found = iter(_double_backward_op(direction, grad_out, x, kept, *tables, wanted, *ctx.settings))
+    gradients = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needs)]
+    gradients[_GRAD_OUT] = next(found)
+    for position, want in zip((_WEIGHT, _GAMMA), wanted):
+        gradients[position] = next(found) if want else None
+    return gradients
+
+
+def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance, gamma, beta, training=mean is None, eps=eps)
+
+
+def _forward_autograd(x, weight, gamma, beta, mean, variance, *settings):
+    settings = _Settings(*settings)
+    link = fused.Link.apply(x) if settings.keep == fused.MASKS else None
+    return _Forward.apply(settings, weight, gamma, beta, mean, variance, x, link)
+
+
+def _backward_autograd(*arguments):
+    *tensors, batch_statistics, wanted, eps, keep = arguments
+    return list(_Backward.apply(batch_statistics, wanted, _Settings(eps, keep), *tensors, None))
+
+
+_TABLES = "Tensor weight, Tensor? gamma, Tensor? beta"
+_SETTINGS = "float eps, int keep"
+
+_forward_op = define_differentiable_op(
+    f"relu_conv_norm_forward(Tensor x, {_TABLES}, Tensor? mean, Tensor? variance, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _forward_autograd,
+)
+_backward_op = define_differentiable_op(
+    f"relu_conv_norm_backward(Tensor grad_out, Tensor x, Tensor out, Tensor kept, {_TABLES}, Tensor mean, "
+    f"Tensor variance, bool batch_statistics, bool[] wanted, {_SETTINGS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    _backward_autograd,
+)
+_double_backward_op = define_constant_op(
+    f"relu_conv_norm_double_backward(Tensor direction, Tensor grad_out, Tensor x, Tensor kept, {_TABLES}, Tensor mean, "
+    f"Tensor variance, bool[] wanted, {_SETTINGS}) -> Tensor[]",
+    _double_backward,
+    _double_backward_fake,
+)
+
+OP = backend.Op(
+    "relu_conv_norm",
+    {
+        "reference": backend.Implementation(_reference),
+        "cpu": backend.Implementation(_fused, (torch.float32,)),
+    },
+)
+
+
+def _check(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> None:
+    for name, tensor, shape in (("x", x, "(N, C, H, W)"), ("weight", weight, "(K, C, 1, 1)")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} must have shape {shape} without zeros, got {tuple(tensor.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert with .float()")
+    channels, outputs = x.shape[1], weight.shape[0]
+    if weight.shape[0] == 0 or weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(f"weight must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}; got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x, {x.device}; got {weight.device}")
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise TypeError(f"norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
+    if norm.num_features != outputs:
+        raise ValueError(f"norm must have {outputs} features, as weight has outputs; got {norm.num_features}")

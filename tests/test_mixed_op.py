@@ -1,0 +1,992 @@
+"""mixed_op and mixed_cell against their float64 definition, and as citizens of PyTorch.
+
+Where the compiled kernels are built, they are forced, so that the reference cannot stand in for them unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rnas import kernels
+from rnas.kernels import backend, mixed_cell, mixed_op
+from rnas.kernels.reference import mixed_op as reference
+
+DARTS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
+DARTS += ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+NAS_BENCH_201 = ("none", "skip_connect", "conv_1x1", "conv_3x3", "avg_pool_3x3")
+SPACES = {  # name: primitives, pool_norm
+    "darts": (DARTS, True),
+    "nas-bench-201": (NAS_BENCH_201, False),
+    "skip and sep": (("skip_connect", "sep_conv_3x3"), True),
+    "no parameters": (("avg_pool_3x3", "skip_connect", "max_pool_3x3"), True),
+    "another order": (("dil_conv_5x5", "conv_3x3", "max_pool_3x3", "dil_conv_3x3", "sep_conv_5x5"), False),
+}
+CELLS = {  # name: input states, nodes, stride
+    "normal": (2, 4, 1),
+    "reduction": (2, 4, 2),
+    "two nodes": (2, 2, 1),
+    "one input": (1, 3, 1),
+    "small reduction": (1, 2, 2),
+}
+MODES = {  # how the BN modules are set up: training, affine, track_running_stats, momentum, eps
+    "train": (True, False, True, 0.1, 1e-5),
+    "train affine": (True, True, True, 0.1, 1e-5),
+    "train, other numbers": (True, True, True, 0.3, 1e-2),
+    "train, cumulative": (True, False, True, None, 1e-5),
+    "train, no buffers": (True, True, False, 0.1, 1e-5),
+    "eval": (False, False, True, 0.1, 1e-5),
+    "eval affine": (False, True, True, 0.1, 1e-3),
+    "eval, no buffers": (False, False, False, 0.1, 1e-5),
+}
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda t: nn.functional.pad(t, (1, 2, 2, 1, 1, 1), value=math.nan)[:, 1:-1, 2:-1, 1:-2],
+    "every other pixel": lambda t: torch.stack([t, torch.full_like(t, math.nan)], dim=-1)[..., 0],
+}
+KINDS = ("inputs", "weights", "parameters", "affine")  # what a gradient can be asked for
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+DRAWS = 20
+
+
+def levels() -> list:
+    """The SIMD levels of the compiled kernels that this processor runs; a skipped one where they are not built."""
+    loaded = backend.load("cpu")
+    if isinstance(loaded, str):
+        return [pytest.param("", id="cpu", marks=pytest.mark.skip(reason=loaded))]
+    return loaded.simd_levels()
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """Forces the compiled kernels where they are built, and says whether they are."""
+    built = not isinstance(backend.load("cpu"), str)
+    monkeypatch.setenv("RNAS_BACKEND", "cpu" if built else "reference")
+    return built
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """Memory that PyTorch allocates without a value holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=levels())
+def level(request):
+    """One SIMD level, forced."""
+    before = backend.module("cpu").simd_level()
+    backend.module("cpu").set_simd_level(request.param)
+    yield request.param
+    backend.module("cpu").set_simd_level(before)
+
+
+@dataclass
+class Problem:
+    """The arguments of one call: of mixed_cell, or of mixed_op where `nodes` is 0 (then with one state and one edge)."""
+
+    states: list[Tensor]
+    weights: Tensor
+    parameters: list[list[Tensor]]
+    norms: list[list[nn.BatchNorm2d]]
+    primitives: tuple[str, ...]
+    nodes: int
+    stride: int
+    pool_norm: bool
+
+    def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Problem:
+        """Fresh leaves of that dtype and layout, and copies of the BN modules."""
+        arrange = LAYOUTS[layout]
+        return Problem(
+            [arrange(state.detach().to(dtype, copy=True)) for state in self.states],
+            self.weights.detach().to(dtype, copy=True),
+            [[arrange(tensor.detach().to(dtype, copy=True)) for tensor in edge] for edge in self.parameters],
+            [[copy.deepcopy(norm).to(dtype) for norm in edge] for edge in self.norms],
+            self.primitives,
+            self.nodes,
+            self.stride,
+            self.pool_norm,
+        )
+
+    def arguments(self) -> tuple:
+        """The positional arguments of the public function."""
+        if self.nodes:
+            return self.states, self.weights, self.parameters, self.norms
+        return self.states[0], self.weights, self.parameters[0], self.norms[0]
+
+    def options(self) -> dict:
+        """The keyword arguments of the public function."""
+        options = {"primitives": self.primitives, "stride": self.stride, "pool_norm": self.pool_norm}
+        return options | {"nodes": self.nodes} if self.nodes else options
+
+    def run(self, implementation=kernels) -> Tensor:
+        """The result of `implementation.mixed_cell` or `implementation.mixed_op`."""
+        function = implementation.mixed_cell if self.nodes else implementation.mixed_op
+        return function(*self.arguments(), **self.options())
+
+    def modules(self) -> list[nn.BatchNorm2d]:
+        """All BN modules, edge by edge."""
+        return [norm for edge in self.norms for norm in edge]
+
+    def leaves(self, kind: str) -> list[Tensor]:
+        """The tensors of one of `KINDS`."""
+        if kind == "inputs":
+            return self.states
+        if kind == "weights":
+            return [self.weights]
+        if kind == "parameters":
+            return [tensor for edge in self.parameters for tensor in edge]
+        return [tensor for norm in self.modules() for tensor in (norm.weight, norm.bias) if tensor is not None]
+
+    def require(self, kinds) -> Problem:
+        """Asks for the gradients of these kinds and of no other."""
+        for kind in KINDS:
+            for leaf in self.leaves(kind):
+                leaf.requires_grad_(kind in kinds)
+        return self
+
+
+def draw_input(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Values of both signs, away from zero, no two of one size: no ReLU and no maximum hangs on a rounding."""
+    count = math.prod(shape)
+    values = torch.linspace(0.1, 1, count)[torch.randperm(count, generator=generator)]
+    signs = 2.0 * torch.randint(2, (count,), generator=generator) - 1
+    return (values * signs).reshape(shape)
+
+
+def draw_norm(channels: int, mode: str, generator: torch.Generator) -> nn.BatchNorm2d:
+    """A BN module of one of `MODES` with random buffers and, where it has them, random weights of both signs."""
+    training, affine, tracked, momentum, eps = MODES[mode]
+    norm = nn.BatchNorm2d(channels, eps, momentum, affine, tracked).train(training)
+    with torch.no_grad():
+        for tensor in (norm.running_mean, norm.bias):
+            if tensor is not None:
+                tensor.copy_(0.3 * torch.randn(channels, generator=generator))
+        for tensor in (norm.running_var, norm.weight):
+            if tensor is not None:
+                tensor.copy_(0.5 + torch.rand(channels, generator=generator))
+        if affine:
+            norm.weight[::3] *= -1
+        if tracked:
+            norm.num_batches_tracked.fill_(3)
+    return norm
+
+
+MIXING = {  # name: (E, K) normal numbers -> mixing weights
+    "softmax": lambda z: z.softmax(-1),
+    "one-hot": lambda z: nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype),
+    "zero": torch.zeros_like,
+    "negative": lambda z: -z.abs(),
+    "large": lambda z: (1.5 * z).exp() * z.sign(),
+}
+
+
+def draw(
+    seed: int = 0,
+    space: str | tuple = "darts",
+    cell: str | None = None,
+    shape: tuple[int, ...] = (2, 3, 8, 8),
+    stride: int = 1,
+    mode: str = "train",
+    mixing: str = "softmax",
+) -> Problem:
+    """A random problem.
+
+    Args:
+        space: a name of `SPACES`, or (primitives, pool_norm).
+        cell: a name of `CELLS`, whose stride then counts; None for a single edge.
+        shape: (N, C, H, W) of the states.
+        mode: a name of `MODES`, or "mixed" for BN modules that differ.
+        mixing: a name of `MIXING`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
+    inputs, nodes, stride = CELLS[cell] if cell else (1, 0, stride)
+    sources = [source for node in range(nodes) for source in range(inputs + node)] if cell else [0]
+    parameters, norms = [], []
+    for source in sources:
+        edge_stride = stride if source < inputs else 1
+        shapes = reference.parameter_shapes(primitives, shape[1], edge_stride)
+        parameters.append([torch.randn(s, generator=generator) / math.prod(s[1:]) ** 0.5 for s in shapes])
+        edge = []
+        for _ in range(reference.norm_count(primitives, edge_stride, pool_norm)):
+            index = int(torch.randint(len(MODES), (), generator=generator))
+            edge.append(draw_norm(shape[1], list(MODES)[index] if mode == "mixed" else mode, generator))
+        norms.append(edge)
+    normal = torch.randn((len(sources), len(primitives)), generator=generator)
+    weights = MIXING[mixing](normal if cell else normal[0])
+    states = [draw_input(shape, generator) for _ in range(inputs)]
+    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm)
+
+
+def noise(like: Tensor, seed: int) -> Tensor:
+    """Random numbers that depend on the shape and the seed alone."""
+    values = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(like.dtype)
+
+
+def evaluate(implementation, problem: Problem, wanted=(), first=()) -> dict[str, list[Tensor]]:
+    """Everything that a call yields: output, BN buffers, and the gradients of the kinds in `wanted`.
+
+    With `first`, those are the gradients of (gradients of the kinds in `first`) . noise instead, with the gradient of
+    the incoming gradient ("cotangent") among them: second derivatives.
+    """
+    problem.require({*wanted, *first})
+    output = problem.run(implementation)
+    results = {"output": [output.detach()]}
+    for name in BUFFERS:
+        found = [getattr(norm, name) for norm in problem.modules()]
+        results[name] = [buffer.clone() for buffer in found if buffer is not None]
+    if not wanted:
+        return results
+    kinds = {kind: problem.leaves(kind) for kind in wanted}
+    cotangent = noise(output, 1).requires_grad_(bool(first))
+    if first:
+        of = [leaf for kind in first for leaf in problem.leaves(kind)]
+        gradients = torch.autograd.grad(output, of, cotangent, create_graph=True, allow_unused=True)
+        terms = [(g * noise(g, 2 + i)).sum() for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        output, incoming, kinds = sum(terms), None, kinds | {"cotangent": [cotangent]}
+    else:
+        incoming = cotangent
+    flat = [leaf for leaves in kinds.values() for leaf in leaves]
+    if flat and output.requires_grad:
+        found = iter(torch.autograd.grad(output, flat, incoming, materialize_grads=True))
+    else:  # "none" alone has no gradient
+        found = iter([torch.zeros_like(leaf) for leaf in flat])
+    return results | {f"gradient of {kind}": [next(found) for _ in leaves] for kind, leaves in kinds.items()}
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """|a - b| / |b| over all tensors of a kind."""
+    size = math.sqrt(sum(t.double().square().sum().item() for t in b))
+    error = math.sqrt(sum((s.double() - t.double()).square().sum().item() for s, t in zip(a, b)))
+    return error / size if size else error
+
+
+def assert_close(result: dict, exact: dict, plain: list[dict]) -> None:
+    """The gate: no tensor further from the float64 reference than 3 times plain float32 PyTorch, plus 1e-6.
+
+    The 1e-6 is relative to the size of the tensor, or to that of a typical one of its kind where that is larger (the
+    gradient of a convolution before BN can vanish but for rounding), or absolute where all of the kind are zero.
+    """
+    assert result.keys() == exact.keys()
+    for kind, expected in exact.items():
+        if kind == "num_batches_tracked":
+            assert result[kind] == expected
+            continue
+        assert len(result[kind]) == len(expected)
+        total = math.sqrt(sum(t.square().sum().item() for t in expected))
+        count = sum(t.numel() for t in expected)
+        for index, tensor in enumerate(expected):
+            found = result[kind][index]
+            assert found.shape == tensor.shape and found.dtype == torch.float32
+            if not tensor.numel():
+                continue
+            size = max(tensor.norm().item(), total * math.sqrt(tensor.numel() / count)) or 1.0
+            usual = max((p[kind][index].double() - tensor).norm().item() for p in plain)
+            error = (found.double() - tensor).norm().item()
+            assert error <= 3 * usual + 1e-6 * size, f"{kind} {index}: {error / size:.2e}, usual {usual / size:.2e}"
+
+
+def check(implementation=kernels, layout: str = "contiguous", wanted=KINDS, first=(), change=None, **how) -> None:
+    """Compares an implementation with the float64 reference on a random problem, see `draw` for `how`.
+
+    A draw where plain float32 PyTorch is far from float64 lies on a kink (a ReLU or a maximum inside that rounding
+    turns around) and is replaced by the next. `change` edits the problem in place. What the kernels do not cover, an
+    empty batch and norms that differ, is left to the usual choice of a backend; all else is forced, see `compiled`.
+    """
+    uncovered = how.get("mode") == "mixed" or how.get("shape", (1,))[0] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        if uncovered:
+            patch.setenv("RNAS_BACKEND", "auto")
+        _check(implementation, layout, wanted, first, change, how)
+
+
+def _check(implementation, layout, wanted, first, change, how) -> None:
+    for seed in range(DRAWS):
+        problem = draw(seed, **how)
+        if change:
+            change(problem)
+        exact = evaluate(reference, problem.copy(torch.float64), wanted, first)
+        plain = [
+            evaluate(reference, problem.copy(layout=name), wanted, first) for name in ("contiguous", "channels_last")
+        ]
+        if all(distance(p[kind], exact[kind]) <= 1e-5 for p in plain for kind in exact):
+            break
+    else:
+        pytest.fail(f"none of {DRAWS} draws is away from the kinks")
+    assert_close(evaluate(implementation, problem.copy(layout=layout), wanted, first), exact, plain)
+
+
+# Values and gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("primitive", "pool_norm"),
+    [*((name, True) for name in reference.PRIMITIVES), *((p, False) for p in reference.POOLS)],
+)
+def test_every_primitive_alone(primitive, pool_norm, stride, mode):
+    check(space=((primitive,), pool_norm), shape=(2, 5, 9, 7), stride=stride, mode=mode)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "mixed"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("space", SPACES)
+def test_edge(space, stride, mode):
+    check(
+        space=space,
+        stride=stride,
+        mode=mode,
+        shape=(3, 4, 7, 9),
+        layout="channels_last" if stride == 2 else "contiguous",
+    )
+
+
+@pytest.mark.parametrize("mode", ["train", "train affine", "eval", "mixed"])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell(cell, space, mode):
+    check(space=space, cell=cell, mode=mode, shape=(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval affine"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3, 16, 17, 24, 36])
+def test_every_simd_level_and_number_of_channels(level, channels, stride, mode):
+    check(shape=(2, channels, 9, 7), stride=stride, mode=mode, layout="channels_last" if channels % 2 else "contiguous")
+
+
+@pytest.mark.parametrize("cell", ["normal", "reduction"])
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+def test_every_simd_level_in_a_cell(level, cell, mode):
+    check(shape=(1, 16, 8, 8), cell=cell, mode=mode)
+    check(space="nas-bench-201", shape=(1, 17, 8, 8), cell=cell, mode=mode, layout="channels_last")
+
+
+@pytest.mark.parametrize("first", ["inputs", "parameters"])
+def test_every_simd_level_twice_differentiated(level, first):
+    check(shape=(1, 17, 8, 8), mode="train affine", first=(first,))
+    check(shape=(1, 16, 8, 8), mode="eval affine", first=(first,), stride=2)
+
+
+SIZES = [(1, 1, 1), (3, 1, 1), (1, 5, 4), (2, 1, 6), (2, 6, 1), (1, 2, 2), (1, 3, 3), (0, 5, 4), (3, 9, 7)]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_small_images(size, stride):
+    shape = (size[0], 3, *size[1:])
+    for mode in ("eval", "eval affine"):
+        check(shape=shape, stride=stride, mode=mode)
+        check(space="nas-bench-201", shape=shape, stride=stride, mode=mode)
+    if math.prod(size) >= 20 or size[0] == 0:
+        check(shape=shape, stride=stride, mode="train affine")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_large_images(mode):
+    check(shape=(2, 16, 28, 28), mode=mode)
+    check(shape=(1, 8, 28, 31), mode=mode, stride=2)
+
+
+@pytest.mark.parametrize("cell", [None, "two nodes"])
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+@pytest.mark.parametrize("mixing", MIXING)
+def test_mixing_weights(mixing, mode, cell):
+    check(mixing=mixing, mode=mode, cell=cell, shape=(2, 4, 8, 8))
+    check(mixing=mixing, mode=mode, cell=cell, shape=(2, 4, 8, 8), space="nas-bench-201")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("cell", [None, "reduction"])
+def test_layouts(cell, mode, layout):
+    check(layout=layout, mode=mode, cell=cell, shape=(2, 5, 8, 6))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_edge_or_cell(data):
+    chosen = data.draw(st.lists(st.sampled_from(reference.PRIMITIVES), min_size=1, max_size=5, unique=True))
+    cell = data.draw(st.sampled_from([None, None, *CELLS]))
+    shape = tuple(data.draw(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))))
+    many = shape[0] * math.ceil(shape[2] / 2) * math.ceil(shape[3] / 2) >= 12  # values a channel, for its variance
+    check(
+        space=(tuple(chosen), data.draw(st.booleans())),
+        cell=cell,
+        shape=shape,
+        stride=data.draw(st.sampled_from([1, 2])),
+        mode=data.draw(st.sampled_from([*MODES, "mixed"] if many else ["eval", "eval affine"])),
+        mixing=data.draw(st.sampled_from(["softmax", "large", "one-hot"])),
+        layout=data.draw(st.sampled_from(list(LAYOUTS))),
+        wanted=data.draw(st.sampled_from([KINDS, *((kind,) for kind in KINDS)])),
+    )
+
+
+def wrong(change):
+    """An implementation of one edge with one error in it."""
+
+    def edge(x, weights, parameters, norms, **options):
+        if change == "weights of other primitives":
+            weights = weights.roll(1)
+        if change == "another eps":
+            norms = [nn.BatchNorm2d(n.num_features, 2 * n.eps, affine=False) for n in norms]
+        if change == "no running statistics":
+            norms = copy.deepcopy(norms)
+        if change == "a gradient lost":
+            parameters = [parameters[0].detach(), *parameters[1:]]
+        if change == "statistics held constant":
+            norms = [lambda y: y - y.mean((0, 2, 3)).detach().view(1, -1, 1, 1) for _ in norms]
+        output = reference.mixed_op(x, weights, parameters, norms, **options)
+        if change == "last pixel forgotten":
+            output = torch.cat([output[..., :-1], output[..., -1:] * math.nan], dim=-1)
+        return output
+
+    return SimpleNamespace(mixed_op=edge)
+
+
+WRONG = ["weights of other primitives", "another eps", "no running statistics", "a gradient lost"]
+WRONG += ["statistics held constant", "last pixel forgotten"]
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_the_gate_turns_red_for_a_wrong_edge(change):
+    check(wrong(None))
+    with pytest.raises(AssertionError):
+        check(wrong(change))
+
+
+# Which gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("cell", [None, "reduction"])
+@pytest.mark.parametrize("wanted", [(), *((kind,) for kind in KINDS), KINDS[:2], KINDS[1:]], ids="+".join)
+def test_only_the_gradients_asked_for(wanted, cell, mode):
+    check(wanted=wanted, cell=cell, mode=mode, shape=(2, 4, 8, 8))
+    problem = draw(cell=cell, mode=mode).require(wanted)
+    output = problem.run()
+    assert output.requires_grad == bool(wanted)
+    if wanted:
+        output.sum().backward()
+    for kind in KINDS:
+        assert all((leaf.grad is not None) == (kind in wanted) for leaf in problem.leaves(kind))
+
+
+@pytest.mark.parametrize("kind", ["inputs", "parameters", "affine"])
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+def test_one_tensor_of_many(kind, mode):
+    for index in range(0, len(draw(cell="two nodes", mode=mode).leaves(kind)), 7 if kind != "inputs" else 1):
+        results = []
+        for implementation in (reference, kernels):
+            problem = draw(cell="two nodes", mode=mode).copy(torch.float32)
+            leaf = problem.leaves(kind)[index].requires_grad_()
+            for other in (t for name in KINDS for t in problem.leaves(name) if t is not leaf):
+                other.requires_grad_(False)
+            output = problem.run(implementation)
+            output.backward(noise(output, 1))
+            others = [t for name in KINDS for t in problem.leaves(name) if t is not leaf]
+            assert all(other.grad is None for other in others)
+            results.append(leaf.grad)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4 * results[0].abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+@pytest.mark.parametrize("cell", [None, "reduction"])
+def test_two_gradients_through_one_graph_agree(cell, mode):
+    problem = draw(cell=cell, mode=mode).require(KINDS)
+    leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+    output = problem.run()
+    incoming = noise(output, 1)
+    before, kept = output.detach().clone(), incoming.clone()
+    runs = [torch.autograd.grad(output, leaves, incoming, retain_graph=True, materialize_grads=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    part = torch.autograd.grad(output, problem.states, incoming, retain_graph=True)
+    assert distance(list(part), list(runs[0][: len(part)])) <= 1e-6
+    assert torch.equal(output, before) and torch.equal(incoming, kept)
+
+
+@pytest.mark.parametrize("incoming", ["channels_last", "transposed", "every other pixel", "expanded"])
+def test_any_layout_of_the_incoming_gradient(incoming):
+    problem = draw(cell="two nodes", mode="train affine").require(KINDS)
+    leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+    output = problem.run()
+    gradient = torch.ones(()).expand(output.shape) if incoming == "expanded" else LAYOUTS[incoming](noise(output, 1))
+    plain = torch.autograd.grad(output, leaves, gradient.contiguous(), retain_graph=True, materialize_grads=True)
+    other = torch.autograd.grad(output, leaves, gradient, materialize_grads=True)
+    assert distance(list(other), list(plain)) <= 1e-6
+
+
+def test_a_graph_survives_another_call_with_the_same_norms():
+    expected = None
+    for implementation in (reference, kernels):
+        problem = draw(mode="train affine").require(KINDS)
+        leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+        outputs = [problem.run(implementation) for _ in range(2)]
+        total = (outputs[0] * noise(outputs[0], 1)).sum() - (outputs[1] * noise(outputs[1], 2)).sum()
+        found = list(torch.autograd.grad(total, leaves)) + [norm.running_var for norm in problem.modules()]
+        expected = expected or found
+    assert distance(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["inputs", "weights"])
+def test_a_graph_notices_that_a_saved_tensor_was_overwritten(kind):
+    problem = draw(cell="two nodes").require(KINDS)
+    output = problem.run()
+    with torch.no_grad():
+        problem.leaves(kind)[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["parameters", "affine"])
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+def test_a_graph_keeps_the_parameters_of_its_forward_pass(mode, kind, compiled):
+    if not compiled:
+        pytest.skip("plain PyTorch raises where a parameter was overwritten")
+    for first in (False, True):  # the gradients, and those of the gradients
+        results = []
+        for overwrite in (False, True):
+            problem = draw(cell="two nodes", mode=mode).copy().require(KINDS)
+            leaves = [leaf for name in KINDS for leaf in problem.leaves(name)]
+            output = problem.run()
+            if overwrite:
+                with torch.no_grad():
+                    for leaf in problem.leaves(kind):
+                        leaf.mul_(2)
+            incoming = noise(output, 1)
+            if first:
+                gradients = torch.autograd.grad(output, problem.states, incoming, create_graph=True)
+                output, incoming = sum((g * noise(g, 2)).sum() for g in gradients), None
+            results.append(torch.autograd.grad(output, leaves, incoming, materialize_grads=True))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_arguments_are_left_as_they_were():
+    problem = draw(cell="reduction", mode="eval affine").require(KINDS)
+    tensors = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+    tensors += [norm.running_mean for norm in problem.modules()] + [norm.running_var for norm in problem.modules()]
+    before = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
+    problem.run().sum().backward()
+    assert all(torch.equal(t, value) and t._version == version for t, (value, version) in zip(tensors, before))
+
+
+@pytest.mark.parametrize("cell", [None, "two nodes"])
+def test_without_grad_mode(cell):
+    problem = draw(cell=cell, mode="train affine")
+    expected = problem.copy().require(KINDS).run()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            output = problem.copy().require(KINDS).run()
+        assert not output.requires_grad
+        torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+# Second derivatives --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine", "mixed"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+@pytest.mark.parametrize("first", [*((kind,) for kind in KINDS), KINDS], ids="+".join)
+def test_second_derivatives_of_an_edge(first, space, stride, mode):
+    check(first=first, space=space, stride=stride, mode=mode, shape=(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("cell", ["reduction", "two nodes"])
+@pytest.mark.parametrize("first", ["inputs", "weights", "parameters"])
+def test_second_derivatives_of_a_cell(first, cell, mode):
+    check(first=(first,), wanted=KINDS[:3], cell=cell, mode=mode, shape=(2, 3, 8, 8), layout="channels_last")
+
+
+@pytest.mark.parametrize("mixing", ["one-hot", "zero", "large"])
+def test_second_derivatives_at_special_mixing_weights(mixing):
+    for mode in ("train affine", "eval"):
+        check(first=("inputs",), mixing=mixing, mode=mode)
+        check(first=("parameters",), mixing=mixing, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("kind", ["inputs", "weights", "parameters", "affine"])
+def test_one_second_derivative_alone(kind, mode):
+    check(first=("inputs",), wanted=(kind,), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("cell", [None, "one input"])
+def test_derivatives_in_float64(cell, mode, monkeypatch):
+    monkeypatch.setenv("RNAS_BACKEND", "auto")
+    problem = draw(cell=cell, mode=mode, shape=(2, 2, 3, 3)).copy(torch.float64)
+    parameters = [tensor for tensor in problem.leaves("parameters")[:6]]
+
+    def call(states, weights, *some):
+        problem.states, problem.weights = [states], weights
+        problem.parameters[0] = [*some, *problem.parameters[0][len(some) :]]
+        return problem.run()
+
+    inputs = [t.requires_grad_() for t in (problem.states[0], problem.weights, *parameters)]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("what", ["inputs", "weights", "parameters"])
+@pytest.mark.parametrize("cell", [None, "two nodes"])
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_forward_mode_is_refused(what, cell, grad_mode, compiled):
+    if not compiled:
+        pytest.skip("the reference has forward-mode derivatives")
+    problem = draw(cell=cell, mode="eval")
+
+    def call(value):
+        changed = problem.copy()
+        if what == "weights":
+            changed.weights = value
+        else:
+            (changed.states if what == "inputs" else changed.parameters[0])[0] = value
+        return changed.run()
+
+    value = problem.leaves(what)[0]
+    with torch.set_grad_enabled(grad_mode):
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(call, (value,), (torch.ones_like(value),))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError):
+            call(forward_ad.make_dual(value, torch.ones_like(value)))
+
+
+# Ties, NaN, layout, repeatability ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("values", ["constants", "integers", "zeros"])
+def test_ties_go_where_pytorch_sends_them(values, layout, stride):
+    def tie(problem):
+        x = problem.states[0]
+        if values == "integers":
+            x.copy_(torch.randint(-2, 3, x.shape, generator=torch.Generator().manual_seed(0)))
+        else:
+            x.fill_(0.5 if values == "constants" else 0.0)
+
+    for shape in ((2, 17, 9, 7), (1, 3, 8, 8)):
+        check(space=(("max_pool_3x3",), False), change=tie, layout=layout, stride=stride, shape=shape)
+        check(
+            space=(("max_pool_3x3", "skip_connect"), True),
+            mode="eval",
+            change=tie,
+            layout=layout,
+            stride=stride,
+            shape=shape,
+        )
+        check(mode="eval affine", change=tie, layout=layout, stride=stride, shape=shape)
+        if values == "integers":
+            check(mode="train affine", change=tie, layout=layout, stride=stride, shape=shape)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("primitive", reference.PRIMITIVES)
+def test_nan_propagates(primitive, mode, stride):
+    for shape, place in (((2, 3, 9, 7), (1, 2, 4, 4)), ((2, 17, 8, 8), (0, 16, 7, 7)), ((2, 1, 5, 4), (0, 0, 0, 0))):
+        problem = draw(space=((primitive,), True), mode=mode, shape=shape, stride=stride)
+        problem.states[0][place] = math.nan
+        # The kernel of FactorizedReduce multiplies what belongs to the other half of the channels by zero.
+        spreads = primitive == "skip_connect" and stride == 2
+        expected = evaluate(reference, problem.copy(), wanted=("weights",))
+        for layout in ("contiguous", "channels_last"):
+            result = evaluate(kernels, problem.copy(layout=layout), wanted=("weights",))
+            for kind in ("output", "running_mean", "running_var", "gradient of weights"):
+                for found, wanted in zip(result[kind], expected[kind]):
+                    if spreads and kind != "gradient of weights":
+                        assert found.isnan()[wanted.isnan()].all(), kind
+                    else:
+                        assert torch.equal(found.isnan(), wanted.isnan()), kind
+            if spreads and mode == "eval":  # to the other channels of the pixel, and not beyond it
+                found, wanted = (each["output"][0].isnan().any(dim=1) for each in (result, expected))
+                assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("cell", [None, "normal", "reduction"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_the_output(layout, cell):
+    problem = draw(cell=cell, mode="eval", shape=(2, 4, 8, 6))
+    for index, state in enumerate(problem.states):  # the first decides
+        problem.states[index] = LAYOUTS["contiguous" if index else layout](state)
+    for wanted in ((), KINDS):
+        output = problem.require(wanted).run()
+        assert output.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        assert output.is_contiguous() == (layout != "channels_last")
+
+
+def test_a_state_in_both_layouts_gives_a_contiguous_output():
+    assert draw(shape=(2, 1, 8, 8)).copy(layout="channels_last").run().is_contiguous()
+    assert draw(shape=(2, 3, 1, 1), mode="eval").copy(layout="channels_last").run().is_contiguous()
+
+
+@pytest.mark.parametrize("others", ["channels_last", "slice"])
+def test_states_may_differ_in_layout(others):
+    problem = draw(cell="two nodes", shape=(2, 4, 8, 8))
+    expected = problem.copy().run()
+    mixed = problem.copy()
+    mixed.states[1] = LAYOUTS[others](mixed.states[1])
+    assert distance([mixed.run()], [expected]) <= 1e-5
+
+
+def test_weights_may_be_views():
+    problem = draw(cell="two nodes", shape=(2, 4, 8, 8))
+    expected = problem.copy().run()
+    view = problem.copy()
+    view.weights = view.weights.t().contiguous().t()
+    assert torch.equal(view.run(), expected)
+    one = draw(shape=(2, 4, 8, 8))
+    expected, view = one.copy().run(), one.copy()
+    view.weights = torch.stack([view.weights, view.weights], dim=1)[:, 0]
+    assert torch.equal(view.run(), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cell", [None, "reduction"])
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+def test_threads_and_same_bits_every_time(mode, cell, threads):
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((5, 17, 9, 7), (1, 4, 28, 28)):
+            check(cell=cell, mode=mode, shape=shape, layout="channels_last")
+            problem = draw(cell=cell, mode=mode, shape=shape)
+            for first in ((), ("inputs",)):
+                runs = [evaluate(kernels, problem.copy(), KINDS, first) for _ in range(2)]
+                for kind in runs[0]:
+                    assert all(torch.equal(a, b) for a, b in zip(runs[0][kind], runs[1][kind])), kind
+    finally:
+        torch.set_num_threads(1)
+
+
+# Compilers, backends and refusals ------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the calls of registered ops called rnas::mixed_..., with copies of their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.name().startswith("rnas::mixed_"):
+            arguments = torch.utils._pytree.tree_map_only(Tensor, _leaf, arguments)
+            options = torch.utils._pytree.tree_map_only(Tensor, _leaf, options or {})
+            self.calls.append((function, arguments, options))
+        return function(*arguments, **(options or {}))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """A copy, in the same layout, that is a leaf and asks for a gradient where the original does."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def registered_calls(problem: Problem) -> list:
+    """OPCHECK: every registered op that a call, its backward and its second backward go through, with arguments.
+
+    The ops are found by their names, see `Recorder`.
+    """
+    with Recorder() as recorder:
+        evaluate(kernels, problem.copy(), KINDS)
+        evaluate(kernels, problem.copy(), KINDS, first=("inputs", "parameters"))
+    seen = {}
+    for function, arguments, options in recorder.calls:
+        seen.setdefault(function, (function, arguments, options))
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+@pytest.mark.parametrize("cell", [None, "small reduction"])
+def test_opcheck(cell, mode):
+    calls = registered_calls(draw(cell=cell, mode=mode, shape=(2, 3, 5, 4)))
+    if not calls:
+        pytest.skip("no op called rnas::mixed_... is registered")
+    for function, arguments, options in calls:
+        torch.library.opcheck(function, arguments, options)
+
+
+class Edge(nn.Module):
+    """A module around mixed_op."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.options = problem.options()
+        self.parameters_of_edge = nn.ParameterList(problem.parameters[0])
+        self.norms = nn.ModuleList(problem.norms[0])
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return mixed_op(x, weights, list(self.parameters_of_edge), list(self.norms), **self.options).relu()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", ["train affine", "train, cumulative", "eval"])
+def test_compiles_whole_and_once(mode, stride):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    problem = draw(mode=mode, stride=stride, shape=(2, 3, 8, 8))
+    eager, module = Edge(problem.copy()), Edge(problem.copy())
+    compiled_module = torch.compile(module, fullgraph=True, backend=counter)
+    for seed in range(2):
+        fresh = draw(seed, mode=mode, stride=stride, shape=(2, 3, 8, 8))
+        results = []
+        for call, owner in ((eager, eager), (compiled_module, module)):
+            x, weights = fresh.states[0].clone().requires_grad_(), fresh.weights.clone().requires_grad_()
+            owner.zero_grad()
+            output = call(x, weights)
+            output.backward(noise(output, 1))
+            tensors = [output.detach(), x.grad, weights.grad, *(p.grad for p in owner.parameters()), *owner.buffers()]
+            results.append([tensor.clone() for tensor in tensors])
+        assert distance(results[1], results[0]) <= 1e-6
+        assert all(a.stride() == b.stride() for a, b in zip(*results))
+    assert counter.frame_count == 1
+
+
+def test_the_reference_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("RNAS_BACKEND", "reference")
+    for cell in (None, "reduction"):
+        problem = draw(cell=cell, mode="train affine")
+        results = [evaluate(implementation, problem.copy(), KINDS) for implementation in (kernels, reference)]
+        assert all(torch.equal(a, b) for kind in results[0] for a, b in zip(results[0][kind], results[1][kind]))
+
+
+def test_the_kernel_refuses_other_dtypes_where_it_is_forced(compiled, monkeypatch):
+    if not compiled:
+        pytest.skip("rnas._cpu is not built")
+    problem = draw(cell="two nodes")
+    with pytest.raises(backend.BackendError, match="float64"):
+        problem.copy(torch.float64).run()
+    monkeypatch.setenv("RNAS_BACKEND", "auto")
+    results = [problem.copy(torch.float64).run(implementation) for implementation in (kernels, reference)]
+    assert distance(*([result] for result in results)) <= 1e-10
+
+
+UNCOVERED = [("darts", 1, "mixed", 2, "differ"), ("darts", 2, "eval", 0, "empty"), ("darts", 1, "train", 0, "empty")]
+
+
+@pytest.mark.parametrize(("space", "stride", "mode", "batch", "reason"), UNCOVERED)
+def test_the_kernel_says_what_it_does_not_cover(space, stride, mode, batch, reason, compiled):
+    if not compiled:
+        pytest.skip("rnas._cpu is not built")
+    with pytest.raises(backend.BackendError, match=f"RNAS_BACKEND=cpu cannot serve mixed_op .*{reason}"):
+        draw(space=space, stride=stride, mode=mode, shape=(batch, 3, 8, 8)).run()
+
+
+def test_a_norm_with_a_forward_of_its_own_is_called(compiled, monkeypatch):
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    problem = draw(space="skip and sep")
+    problem.norms = [[Doubled(3), Doubled(3)]]
+    if compiled:
+        with pytest.raises(backend.BackendError, match="forward of its own"):
+            problem.run()
+    monkeypatch.setenv("RNAS_BACKEND", "auto")
+    expected = problem.copy().run(reference)
+    assert torch.equal(problem.run(), expected)
+
+
+def test_batch_statistics_need_more_than_one_value():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        draw(shape=(1, 3, 1, 1), mode="train").run()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        draw(shape=(1, 3, 2, 2), mode="train", stride=2).run()
+
+
+def edge_call(**changes):
+    """Calls mixed_op with good arguments but for `changes`."""
+    problem = draw(space="skip and sep")
+    names = ("x", "weights", "parameters", "norms")
+    arguments = dict(zip(names, problem.arguments())) | problem.options() | changes
+    return mixed_op(*[arguments.pop(name) for name in names], **arguments)
+
+
+def cell_call(**changes):
+    """Calls mixed_cell with good arguments but for `changes`."""
+    problem = draw(space=(("conv_1x1", "avg_pool_3x3"), True), cell="two nodes")
+    names = ("states", "weights", "parameters", "norms")
+    arguments = dict(zip(names, problem.arguments())) | problem.options() | changes
+    return mixed_cell(*[arguments.pop(name) for name in names], **arguments)
+
+
+X = torch.rand(2, 3, 8, 8)
+SEP = [torch.rand(shape) for shape in ((3, 1, 3, 3), (3, 3, 1, 1), (3, 1, 3, 3), (3, 3, 1, 1))]
+BN = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+CELL_PARAMETERS, CELL_NORMS = [[SEP[1]]] * 5, [BN] * 5
+REFUSED_EDGES = [
+    ({"x": [0.5]}, TypeError, "x"),
+    ({"x": X.byte()}, TypeError, "x .*uint8"),
+    ({"x": X[0]}, ValueError, r"x .*\(N, C, H, W\).*\(3, 8, 8\)"),
+    ({"weights": [0.5, 0.5]}, TypeError, "weights"),
+    ({"weights": torch.rand(3)}, ValueError, r"weights .*\(2,\).*\(3,\)"),
+    ({"weights": torch.rand(1, 2)}, ValueError, r"weights .*\(2,\).*\(1, 2\)"),
+    ({"weights": torch.rand(2).double()}, TypeError, "weights .*float32.*float64"),
+    ({"parameters": SEP[:3]}, ValueError, "parameters.* 4.* 3"),
+    ({"parameters": [*SEP, SEP[0]]}, ValueError, "parameters.* 4.* 5"),
+    ({"parameters": [*SEP[:3], SEP[0]]}, ValueError, r"parameters.*\(3, 3, 1, 1\).*\(3, 1, 3, 3\)"),
+    ({"parameters": [*SEP[:3], SEP[3].double()]}, TypeError, "parameters.*float32.*float64"),
+    ({"parameters": [*SEP[:3], 1.0]}, TypeError, "parameters.*float"),
+    ({"norms": BN[:1]}, ValueError, "norms.* 2.* 1"),
+    ({"norms": [BN[0], nn.BatchNorm2d(4)]}, ValueError, "norms.* 3.* 4"),
+    ({"norms": [BN[0], nn.Identity()]}, TypeError, "norms.*BatchNorm2d.*Identity"),
+    ({"primitives": ("sep_conv_3x3", "conv_7x7")}, ValueError, "conv_7x7"),
+    ({"primitives": ("sep_conv_3x3", "sep_conv_3x3")}, ValueError, "sep_conv_3x3"),
+    ({"primitives": ()}, ValueError, "primitives"),
+    ({"primitives": "skip_connect"}, TypeError, "primitives.*str"),
+    ({"primitives": (0, 1)}, TypeError, "primitives.*str"),
+    ({"parameters": None}, TypeError, "parameters.*NoneType"),
+    ({"norms": iter(BN)}, TypeError, "norms.*iterator"),
+    ({"stride": 3}, ValueError, "stride .*3"),
+    ({"stride": "1"}, (TypeError, ValueError), "stride"),
+]
+REFUSED_CELLS = [
+    ({"states": []}, ValueError, "states"),
+    ({"states": [X, X[:1]]}, ValueError, r"states.*\(2, 3, 8, 8\).*\(1, 3, 8, 8\)"),
+    ({"states": [X, X.double()]}, TypeError, "states.*float32.*float64"),
+    ({"states": [X, None]}, TypeError, "states.*NoneType"),
+    ({"states": [X.long(), X.long()]}, TypeError, "states.*int64"),
+    ({"weights": torch.rand(4, 2)}, ValueError, r"weights .*\(5, 2\).*\(4, 2\)"),
+    ({"weights": torch.rand(10)}, ValueError, r"weights .*\(5, 2\).*\(10,\)"),
+    ({"weights": torch.rand(5, 2).double()}, TypeError, "weights .*float32.*float64"),
+    ({"parameters": CELL_PARAMETERS[:4]}, ValueError, "parameters.* 5.* 4"),
+    ({"parameters": [*CELL_PARAMETERS[:4], []]}, ValueError, "parameters.* 1.* 0"),
+    ({"norms": CELL_NORMS[:4]}, ValueError, "norms.* 5.* 4"),
+    ({"norms": [*CELL_NORMS[:4], BN[:1]]}, ValueError, "norms.* 2.* 1"),
+    ({"nodes": 0}, ValueError, "nodes .*0"),
+    ({"nodes": 3}, ValueError, r"weights .*\(9, 2\).*\(5, 2\)"),
+    ({"stride": 3}, ValueError, "stride .*3"),
+    ({"primitives": ("conv_1x1", "conv_1x1")}, ValueError, "conv_1x1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED_EDGES)
+def test_refuses_bad_arguments_of_an_edge(changes, error, message):
+    edge_call()
+    with pytest.raises(error, match=message):
+        edge_call(**changes)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED_CELLS)
+def test_refuses_bad_arguments_of_a_cell(changes, error, message):
+    cell_call()
+    with pytest.raises(error, match=message):
+        cell_call(**changes)
