@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rnas import kernels
+
 Function = Callable[[], object]
 
 
@@ -74,7 +76,8 @@ def peak_bytes(function: Function, device: str) -> int | None:
 
 
 def _return_freed_memory() -> None:
-    """Memory that an earlier call freed and the allocator kept would hide what this call needs."""
+    """Memory that an earlier call freed and an allocator kept would hide what this call needs."""
+    kernels.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rnas.operations import ReLUConvBN
+from rnas.kernels.reference.relu_conv_norm import factorized_reduce
+from rnas.operations import FactorizedReduce, ReLUConvBN
 from rnas.spaces import NUM_INPUTS
 from rnas.supernet import MixedCell, MixedOperation, Supernet
 
@@ -30,7 +31,13 @@ def use(supernet: Supernet, run: Callable[[MixedOperation], Edge] = lambda mixed
             module.forward = partial(_cell, module, [run(mixed) for mixed in module.mixed])
         elif isinstance(module, ReLUConvBN):
             module.forward = partial(nn.Sequential.forward, module)
+        elif isinstance(module, FactorizedReduce):
+            module.forward = partial(_factorized_reduce, module)
     supernet.forward = partial(_supernet, supernet)
+
+
+def _factorized_reduce(module: FactorizedReduce, x: Tensor) -> Tensor:
+    return factorized_reduce(x, module.conv_1.weight, module.conv_2.weight, module.bn)
 
 
 def _cell(cell: MixedCell, runs: list[Edge], s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import gc
 from functools import partial
 
 import measure
+import module_per_operation
 import pytest
 import torch
 from comparison import MEASURED, Gate, Row, compare
@@ -72,8 +73,9 @@ def measure_job(session: Session, job: Job, batch: int) -> list[Row]:
 
 
 def flops_per_image(job: Job, problem: Problem) -> int:
-    """Floating-point operations of the convolutions in one sample on one image."""
-    single = problem.first_image()
+    """Floating-point operations of the convolutions in one sample on one image, module by module."""
+    single = problem.arranged(torch.contiguous_format).first_image()
+    module_per_operation.use(single.supernet)  # a fused op shows no convolutions
     with measure.ConvolutionCounter() as counter:
         (job.sample or job.run)(single)
     return counter.total

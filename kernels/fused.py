@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-NOTHING, MASKS, ACTIVATIONS = 0, 1, 2
+NOTHING, MASKS, ACTIVATIONS, OUTPUTS = 0, 1, 2, 3
 """What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -39,27 +39,31 @@ class Pool:
     MOST = 64  # free pieces
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        # By address. Changed in single steps only: another thread, or the collector in the middle of a call, may too.
+        self._free: dict[int, Tensor] = {}
 
     def take(self, size: int) -> Tensor:
         """An empty uint8 tensor of `size` bytes; its memory comes back when its last holder lets go of it."""
         if size < self.SMALLEST:
             return empty_bytes(size)
-        piece = next((piece for piece in self._free if size <= piece.numel() <= 1.1 * size), None)
-        if piece is None:
-            piece = empty_bytes(size)
+        for address, free in list(self._free.items()):
+            if size <= free.numel() <= 1.1 * size and self._free.pop(address, None) is not None:
+                piece = free
+                break
         else:
-            self._free = [other for other in self._free if other is not piece]
+            piece = empty_bytes(size)
         memory = (ctypes.c_char * size).from_address(piece.data_ptr())
         weakref.finalize(memory, self._give_back, piece).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def _give_back(self, piece: Tensor) -> None:
-        self._free = [*self._free, piece][-self.MOST :]
+        self._free[piece.data_ptr()] = piece
+        for address in list(self._free)[: -self.MOST]:
+            self._free.pop(address, None)
 
     def empty(self) -> None:
         """Gives free memory back to the C library."""
-        self._free = []
+        self._free.clear()
 
 
 POOL = Pool()

@@ -178,6 +178,8 @@ def _fused(call: _Call) -> Tensor:
         mean = torch.stack(norms.means) if norms.means else x.new_empty(0, x.shape[1])
         variance = torch.stack(norms.variances) if norms.variances else x.new_empty(0, x.shape[1])
     keep = fused.what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
+    if keep == fused.ACTIVATIONS and norms.on_batch and not theta.requires_grad:
+        keep = fused.OUTPUTS  # without gradients to weights, computing them again would be most of the backward pass
     eps = norms.modules[0].eps if norms.modules else 0.0
     settings = _Settings(",".join(call.primitives), call.nodes, call.stride, call.pool_norm, eps, keep)
     out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
@@ -240,6 +242,8 @@ class _Sizes(NamedTuple):
     width_out: int
     kept_masks: int
     kept_activations: int
+    kept_outputs: int
+    kept_linear: int
     workspace: int
 
 
@@ -265,7 +269,8 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
     _, sizes = _call(states, settings)
     out = fused.empty_image(x, settings.nodes * x.shape[1], sizes.height_out, sizes.width_out)
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
-    kept = (0, sizes.kept_masks, sizes.kept_activations)[settings.keep]
+    activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
+    kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
     return out, x.new_empty(table), x.new_empty(table), take(kept)
 
 
@@ -347,7 +352,7 @@ def _double_backward(
     grad_out = fused.pixels_first(grad_out)
     grad_grad_out = fused.empty_image(grad_out, grad_out.shape[3], sizes.height_out, sizes.width_out)
     along = [fused.pixels_first(each) for each in direction.unbind()]
-    along_kept = None if masks else fused.POOL.take(sizes.kept_activations)
+    along_kept = None if masks else fused.POOL.take(sizes.kept_linear)
     backend.module("cpu").mixed_double_backward(
         shape,
         settings.primitives.split(","),

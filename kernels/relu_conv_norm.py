@@ -38,13 +38,92 @@ def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         RuntimeError: an input carries a forward-mode tangent on the fused path, or `RNAS_BACKEND` forces a backend that
             cannot serve the call.
     """
-    _check(x, weight, norm)
+    _check_weight(x, "weight", weight)
+    _check_norm(norm, weight.shape[0])
     norms = fused.read_norms([norm])
     n, _, h, w = x.shape
     if norms.on_batch and n * h * w == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
     run = OP.choose(x.device, x.dtype, fused.obstacle(x, norms))
     return run(x, weight, norms).contiguous(memory_format=fused.layout(x))
+
+
+def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:
+    """Halves the resolution: a ReLU, two 1x1 convolutions of stride 2, the second shifted by one pixel, a batch norm.
+
+    Args:
+        x: (N, C, H, W), float32 or float64, contiguous or channels_last.
+        even: (K', C, 1, 1), for the pixels (2i, 2j).
+        odd: (K'', C, 1, 1), for the pixels (2i + 1, 2j + 1), zeros where they lie beyond an odd border; or None.
+        norm: the BN module of the K' + K'' channels, used as in `relu_conv_norm`.
+
+    Returns:
+        (N, K' + K'', ceil(H / 2), ceil(W / 2)), channels_last where `x` is and else contiguous.
+
+    Derivatives, memory, coverage and errors are those of `relu_conv_norm`.
+
+    Equivalent to: norm(cat([conv2d(relu(x), even, stride=2), conv2d(relu(x)[:, :, 1:, 1:], odd, stride=2)], dim=1))
+
+    Source: Zoph et al., Learning Transferable Architectures (CVPR 2018), as FactorizedReduce in the DARTS code.
+    """
+    channels = x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 0
+    for name, weight in (("even", even), ("odd", odd)):
+        if weight is not None or name == "even":
+            _check_weight(x, name, weight)
+    outputs = even.shape[0] + (0 if odd is None else odd.shape[0])
+    _check_norm(norm, outputs)
+    norms = fused.read_norms([norm])
+    n, _, h, w = x.shape
+    if norms.on_batch and n * -(-h // 2) * -(-w // 2) == 1:
+        raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
+    if OP.choose(x.device, x.dtype, fused.obstacle(x, norms)) is _reference:
+        out = reference.factorized_reduce(x, even, odd, norm)
+    elif odd is None:
+        out = _fused(_Gather.apply(x)[:, :channels], even, norms)
+    else:
+        pixels = _Gather.apply(x)
+        weight = torch.block_diag(even.flatten(1), odd.flatten(1))[:, :, None, None]
+        out = _fused(pixels, weight, norms)
+    return out.contiguous(memory_format=fused.layout(x))
+
+
+class _Gather(torch.autograd.Function):
+    """The even pixels and those one further side by side: (N, C, H, W) -> (N, 2C, H', W'), channels_last."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        n, c, h, w = x.shape
+        out = fused.empty_image(x, 2 * c, -(-h // 2), -(-w // 2))
+        out[:, :c] = x[:, :, ::2, ::2]
+        odd = out[:, c:]
+        odd[:, :, : h // 2, : w // 2] = x[:, :, 1::2, 1::2]
+        if h % 2:
+            odd[:, :, -1] = 0
+        if w % 2:
+            odd[:, :, :, -1] = 0
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Scatter.apply(gradient, ctx.shape)
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose of _Gather."""
+
+    @staticmethod
+    def forward(ctx, pixels, shape):
+        _, c, h, w = shape
+        out = fused.empty_image(pixels, c, h, w)
+        out.zero_()
+        out[:, :, ::2, ::2] = pixels[:, :c]
+        out[:, :, 1::2, 1::2] = pixels[:, c:, : h // 2, : w // 2]
+        return out
+
+    @staticmethod
+    def backward(ctx, direction):
+        return _Gather.apply(direction), None
 
 
 def _reference(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
@@ -307,22 +386,26 @@ OP = backend.Op(
 )
 
 
-def _check(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> None:
-    for name, tensor, shape in (("x", x, "(N, C, H, W)"), ("weight", weight, "(K, C, 1, 1)")):
+def _check_weight(x: Tensor, name: str, weight: Tensor) -> None:
+    """Images and the weight of a 1x1 convolution of them."""
+    for argument, tensor, shape in (("x", x, "(N, C, H, W)"), (name, weight, "(K, C, 1, 1)")):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+            raise TypeError(f"{argument} must be a tensor of shape {shape}, got {type(tensor).__name__}")
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
-            raise ValueError(f"{name} must have shape {shape} without zeros, got {tuple(tensor.shape)}")
+            raise ValueError(f"{argument} must have shape {shape} without zeros, got {tuple(tensor.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert with .float()")
-    channels, outputs = x.shape[1], weight.shape[0]
+    channels = x.shape[1]
     if weight.shape[0] == 0 or weight.shape[1:] != (channels, 1, 1):
-        raise ValueError(f"weight must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
+        raise ValueError(f"{name} must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have the dtype of x, {x.dtype}; got {weight.dtype}")
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {weight.dtype}")
     if weight.device != x.device:
-        raise ValueError(f"weight must be on the device of x, {x.device}; got {weight.device}")
+        raise ValueError(f"{name} must be on the device of x, {x.device}; got {weight.device}")
+
+
+def _check_norm(norm: nn.BatchNorm2d, outputs: int) -> None:
     if not isinstance(norm, nn.BatchNorm2d):
         raise TypeError(f"norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
     if norm.num_features != outputs:
-        raise ValueError(f"norm must have {outputs} features, as weight has outputs; got {norm.num_features}")
+        raise ValueError(f"norm must have {outputs} features, as many as there are outputs; got {norm.num_features}")

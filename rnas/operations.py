@@ -71,14 +71,9 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
-        if self.conv_2 is None:
-            return self.bn(self.conv_1(x))
-        shifted = x[:, :, 1:, 1:]
-        odd_height, odd_width = x.shape[2] % 2, x.shape[3] % 2
-        if odd_height or odd_width:
-            shifted = nn.functional.pad(shifted, (0, odd_width, 0, odd_height))
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        """x (N, channels_in, H, W) -> (N, channels_out, ceil(H / 2), ceil(W / 2))."""
+        odd = None if self.conv_2 is None else self.conv_2.weight
+        return kernels.factorized_reduce(x, self.conv_1.weight, odd, self.bn)
 
 
 class Zero(nn.Module):

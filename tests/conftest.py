@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rnas.config import AttackConfig, DataConfig, SearchConfig, TrainConfig
+from rnas.kernels import backend
 from rnas.methods import options_for
 from rnas.runs import load_tensors
 
@@ -41,6 +42,39 @@ def final_state(run) -> dict[str, torch.Tensor]:
 
     walk(load_tensors(run / "checkpoint.pt")["parts"], "")
     return found
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> bool:
+    """Forces the compiled CPU kernels where they are built, and says whether they are."""
+    built = not isinstance(backend.load("cpu"), str)
+    monkeypatch.setenv("RNAS_BACKEND", "cpu" if built else "reference")
+    return built
+
+
+@pytest.fixture
+def poisoned_allocations():
+    """Memory that PyTorch allocates without a value holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _simd_levels() -> list:
+    """The SIMD levels of the compiled kernels that this processor runs; a skipped one where they are not built."""
+    loaded = backend.load("cpu")
+    if isinstance(loaded, str):
+        return [pytest.param("", id="cpu", marks=pytest.mark.skip(reason=loaded))]
+    return loaded.simd_levels()
+
+
+@pytest.fixture(params=_simd_levels())
+def level(request) -> str:
+    """One SIMD level, forced."""
+    before = backend.module("cpu").simd_level()
+    backend.module("cpu").set_simd_level(request.param)
+    yield request.param
+    backend.module("cpu").set_simd_level(before)
 
 
 @pytest.fixture(scope="session")

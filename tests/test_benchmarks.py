@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnas import kernels
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOBS = ("forward", "training_step", "alpha_gradient", "pgd_7", "jacobian_norm")
-PROVIDERS = ("eager", "channels_last", "compile")
+PROVIDERS = ("eager", "channels_last", "compile", "rnas")
 KERNEL_PROVIDERS = ("eager", "eager_in_place", "compile", "rnas")
 
 
@@ -216,12 +218,32 @@ class TestProviders:
     def test_one_forgotten_operation_is_out_of_tolerance(self, benchmarks, problem, name):
         job = benchmarks["jobs"].JOBS[name]
         expected = self.prepare(benchmarks, "eager", name, problem).sample()
-        again = self.prepare(benchmarks, "channels_last", name, problem).sample()
-        assert job.distance(again, expected) <= job.tolerance
+        for right in ("channels_last", "rnas"):
+            again = self.prepare(benchmarks, right, name, problem).sample()
+            assert job.distance(again, expected) <= job.tolerance, right
         edge = problem.supernet.cells[1].mixed[0]
         edge.candidates[4].register_forward_hook(lambda module, inputs, output: output * 0)
         found = self.prepare(benchmarks, "eager", name, problem).sample()
         assert job.distance(found, expected) > job.tolerance
+
+    @pytest.mark.parametrize("name", JOBS)
+    def test_one_wrong_weight_of_the_fused_supernet_is_out_of_tolerance(self, benchmarks, problem, name):
+        job = benchmarks["jobs"].JOBS[name]
+        expected = self.prepare(benchmarks, "eager", name, problem).sample()
+        with torch.no_grad():
+            problem.supernet.cells[1].mixed[0].convolution_weights[1].zero_()
+        found = self.prepare(benchmarks, "rnas", name, problem).sample()
+        assert job.distance(found, expected) > job.tolerance
+
+    def test_only_one_provider_calls_the_fused_ops(self, benchmarks, problem, monkeypatch):
+        calls = []
+        for name in ("mixed_op", "mixed_cell", "relu_conv_norm"):
+            original = getattr(kernels, name)
+            monkeypatch.setattr(kernels, name, lambda *a, o=original, n=name, **k: calls.append(n) or o(*a, **k))
+        for name in PROVIDERS:
+            calls.clear()
+            self.prepare(benchmarks, name, "forward", problem).run()
+            assert set(calls) == ({"mixed_cell", "relu_conv_norm"} if name == "rnas" else set()), name
 
     def test_jobs_leave_the_problem_to_the_next_provider(self, benchmarks, problem):
         before = {name: each.clone() for name, each in problem.supernet.state_dict().items()}
@@ -298,6 +320,19 @@ class TestInstruments:
 
         assert 0.95 * size < benchmarks["measure"].peak_bytes(hold, "cpu") < 1.2 * size
         assert benchmarks["measure"].peak_bytes(lambda: None, "cpu") < 0.1 * size
+
+    def test_peak_bytes_see_what_the_kernels_keep_for_their_next_call(self, benchmarks):
+        if not Path("/proc/self/statm").exists():
+            pytest.skip("needs Linux")
+        kernels.empty_cache()
+        size = 64 * 2**20
+
+        def call():
+            kernels.fused.POOL.take(size).fill_(1)
+
+        for _ in range(2):
+            assert 0.9 * size < benchmarks["measure"].peak_bytes(call, "cpu") < 1.5 * size
+        kernels.empty_cache()
 
     @pytest.mark.parametrize("groups", [1, 8])
     def test_arithmetic_of_convolutions(self, benchmarks, groups):

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_checks import LAYOUTS, MODES, Call, Recorder, compare, distance, draw_input, draw_norm, evaluate, noise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnas import kernels
 from rnas.kernels import backend, mixed_cell, mixed_op
@@ -40,65 +40,16 @@ CELLS = {  # name: input states, nodes, stride
     "one input": (1, 3, 1),
     "small reduction": (1, 2, 2),
 }
-MODES = {  # how the BN modules are set up: training, affine, track_running_stats, momentum, eps
-    "train": (True, False, True, 0.1, 1e-5),
-    "train affine": (True, True, True, 0.1, 1e-5),
-    "train, other numbers": (True, True, True, 0.3, 1e-2),
-    "train, cumulative": (True, False, True, None, 1e-5),
-    "train, no buffers": (True, True, False, 0.1, 1e-5),
-    "eval": (False, False, True, 0.1, 1e-5),
-    "eval affine": (False, True, True, 0.1, 1e-3),
-    "eval, no buffers": (False, False, False, 0.1, 1e-5),
-}
-LAYOUTS = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "slice": lambda t: nn.functional.pad(t, (1, 2, 2, 1, 1, 1), value=math.nan)[:, 1:-1, 2:-1, 1:-2],
-    "every other pixel": lambda t: torch.stack([t, torch.full_like(t, math.nan)], dim=-1)[..., 0],
-}
-KINDS = ("inputs", "weights", "parameters", "affine")  # what a gradient can be asked for
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-DRAWS = 20
+KINDS = ("inputs", "weights", "parameters", "affine")
 
-
-def levels() -> list:
-    """The SIMD levels of the compiled kernels that this processor runs; a skipped one where they are not built."""
-    loaded = backend.load("cpu")
-    if isinstance(loaded, str):
-        return [pytest.param("", id="cpu", marks=pytest.mark.skip(reason=loaded))]
-    return loaded.simd_levels()
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """Forces the compiled kernels where they are built, and says whether they are."""
-    built = not isinstance(backend.load("cpu"), str)
-    monkeypatch.setenv("RNAS_BACKEND", "cpu" if built else "reference")
-    return built
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """Memory that PyTorch allocates without a value holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=levels())
-def level(request):
-    """One SIMD level, forced."""
-    before = backend.module("cpu").simd_level()
-    backend.module("cpu").set_simd_level(request.param)
-    yield request.param
-    backend.module("cpu").set_simd_level(before)
+pytestmark = pytest.mark.usefixtures("compiled", "poisoned_allocations")
 
 
 @dataclass
-class Problem:
+class Problem(Call):
     """The arguments of one call: of mixed_cell, or of mixed_op where `nodes` is 0 (then with one state and one edge)."""
 
+    KINDS = KINDS
     states: list[Tensor]
     weights: Tensor
     parameters: list[list[Tensor]]
@@ -109,7 +60,6 @@ class Problem:
     pool_norm: bool
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Problem:
-        """Fresh leaves of that dtype and layout, and copies of the BN modules."""
         arrange = LAYOUTS[layout]
         return Problem(
             [arrange(state.detach().to(dtype, copy=True)) for state in self.states],
@@ -139,11 +89,9 @@ class Problem:
         return function(*self.arguments(), **self.options())
 
     def modules(self) -> list[nn.BatchNorm2d]:
-        """All BN modules, edge by edge."""
         return [norm for edge in self.norms for norm in edge]
 
     def leaves(self, kind: str) -> list[Tensor]:
-        """The tensors of one of `KINDS`."""
         if kind == "inputs":
             return self.states
         if kind == "weights":
@@ -151,39 +99,6 @@ class Problem:
         if kind == "parameters":
             return [tensor for edge in self.parameters for tensor in edge]
         return [tensor for norm in self.modules() for tensor in (norm.weight, norm.bias) if tensor is not None]
-
-    def require(self, kinds) -> Problem:
-        """Asks for the gradients of these kinds and of no other."""
-        for kind in KINDS:
-            for leaf in self.leaves(kind):
-                leaf.requires_grad_(kind in kinds)
-        return self
-
-
-def draw_input(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Values of both signs, away from zero, no two of one size: no ReLU and no maximum hangs on a rounding."""
-    count = math.prod(shape)
-    values = torch.linspace(0.1, 1, count)[torch.randperm(count, generator=generator)]
-    signs = 2.0 * torch.randint(2, (count,), generator=generator) - 1
-    return (values * signs).reshape(shape)
-
-
-def draw_norm(channels: int, mode: str, generator: torch.Generator) -> nn.BatchNorm2d:
-    """A BN module of one of `MODES` with random buffers and, where it has them, random weights of both signs."""
-    training, affine, tracked, momentum, eps = MODES[mode]
-    norm = nn.BatchNorm2d(channels, eps, momentum, affine, tracked).train(training)
-    with torch.no_grad():
-        for tensor in (norm.running_mean, norm.bias):
-            if tensor is not None:
-                tensor.copy_(0.3 * torch.randn(channels, generator=generator))
-        for tensor in (norm.running_var, norm.weight):
-            if tensor is not None:
-                tensor.copy_(0.5 + torch.rand(channels, generator=generator))
-        if affine:
-            norm.weight[::3] *= -1
-        if tracked:
-            norm.num_batches_tracked.fill_(3)
-    return norm
 
 
 MIXING = {  # name: (E, K) normal numbers -> mixing weights
@@ -233,103 +148,17 @@ def draw(
     return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm)
 
 
-def noise(like: Tensor, seed: int) -> Tensor:
-    """Random numbers that depend on the shape and the seed alone."""
-    values = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(like.dtype)
+def check(implementation=kernels, wanted=KINDS, **how) -> None:
+    """Compares an implementation with the float64 reference on a random problem, see `compare` and `draw` for `how`.
 
-
-def evaluate(implementation, problem: Problem, wanted=(), first=()) -> dict[str, list[Tensor]]:
-    """Everything that a call yields: output, BN buffers, and the gradients of the kinds in `wanted`.
-
-    With `first`, those are the gradients of (gradients of the kinds in `first`) . noise instead, with the gradient of
-    the incoming gradient ("cotangent") among them: second derivatives.
-    """
-    problem.require({*wanted, *first})
-    output = problem.run(implementation)
-    results = {"output": [output.detach()]}
-    for name in BUFFERS:
-        found = [getattr(norm, name) for norm in problem.modules()]
-        results[name] = [buffer.clone() for buffer in found if buffer is not None]
-    if not wanted:
-        return results
-    kinds = {kind: problem.leaves(kind) for kind in wanted}
-    cotangent = noise(output, 1).requires_grad_(bool(first))
-    if first:
-        of = [leaf for kind in first for leaf in problem.leaves(kind)]
-        gradients = torch.autograd.grad(output, of, cotangent, create_graph=True, allow_unused=True)
-        terms = [(g * noise(g, 2 + i)).sum() for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        output, incoming, kinds = sum(terms), None, kinds | {"cotangent": [cotangent]}
-    else:
-        incoming = cotangent
-    flat = [leaf for leaves in kinds.values() for leaf in leaves]
-    if flat and output.requires_grad:
-        found = iter(torch.autograd.grad(output, flat, incoming, materialize_grads=True))
-    else:  # "none" alone has no gradient
-        found = iter([torch.zeros_like(leaf) for leaf in flat])
-    return results | {f"gradient of {kind}": [next(found) for _ in leaves] for kind, leaves in kinds.items()}
-
-
-def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """|a - b| / |b| over all tensors of a kind."""
-    size = math.sqrt(sum(t.double().square().sum().item() for t in b))
-    error = math.sqrt(sum((s.double() - t.double()).square().sum().item() for s, t in zip(a, b)))
-    return error / size if size else error
-
-
-def assert_close(result: dict, exact: dict, plain: list[dict]) -> None:
-    """The gate: no tensor further from the float64 reference than 3 times plain float32 PyTorch, plus 1e-6.
-
-    The 1e-6 is relative to the size of the tensor, or to that of a typical one of its kind where that is larger (the
-    gradient of a convolution before BN can vanish but for rounding), or absolute where all of the kind are zero.
-    """
-    assert result.keys() == exact.keys()
-    for kind, expected in exact.items():
-        if kind == "num_batches_tracked":
-            assert result[kind] == expected
-            continue
-        assert len(result[kind]) == len(expected)
-        total = math.sqrt(sum(t.square().sum().item() for t in expected))
-        count = sum(t.numel() for t in expected)
-        for index, tensor in enumerate(expected):
-            found = result[kind][index]
-            assert found.shape == tensor.shape and found.dtype == torch.float32
-            if not tensor.numel():
-                continue
-            size = max(tensor.norm().item(), total * math.sqrt(tensor.numel() / count)) or 1.0
-            usual = max((p[kind][index].double() - tensor).norm().item() for p in plain)
-            error = (found.double() - tensor).norm().item()
-            assert error <= 3 * usual + 1e-6 * size, f"{kind} {index}: {error / size:.2e}, usual {usual / size:.2e}"
-
-
-def check(implementation=kernels, layout: str = "contiguous", wanted=KINDS, first=(), change=None, **how) -> None:
-    """Compares an implementation with the float64 reference on a random problem, see `draw` for `how`.
-
-    A draw where plain float32 PyTorch is far from float64 lies on a kink (a ReLU or a maximum inside that rounding
-    turns around) and is replaced by the next. `change` edits the problem in place. What the kernels do not cover, an
-    empty batch and norms that differ, is left to the usual choice of a backend; all else is forced, see `compiled`.
+    What the kernels do not cover, an empty batch and norms that differ, is left to the usual choice of a backend; all
+    else is forced, see `compiled`.
     """
     uncovered = how.get("mode") == "mixed" or how.get("shape", (1,))[0] == 0
     with pytest.MonkeyPatch.context() as patch:
         if uncovered:
             patch.setenv("RNAS_BACKEND", "auto")
-        _check(implementation, layout, wanted, first, change, how)
-
-
-def _check(implementation, layout, wanted, first, change, how) -> None:
-    for seed in range(DRAWS):
-        problem = draw(seed, **how)
-        if change:
-            change(problem)
-        exact = evaluate(reference, problem.copy(torch.float64), wanted, first)
-        plain = [
-            evaluate(reference, problem.copy(layout=name), wanted, first) for name in ("contiguous", "channels_last")
-        ]
-        if all(distance(p[kind], exact[kind]) <= 1e-5 for p in plain for kind in exact):
-            break
-    else:
-        pytest.fail(f"none of {DRAWS} draws is away from the kinks")
-    assert_close(evaluate(implementation, problem.copy(layout=layout), wanted, first), exact, plain)
+        compare(draw, reference, implementation, wanted=wanted, **how)
 
 
 # Values and gradients ------------------------------------------------------------------------------------------------
@@ -629,6 +458,44 @@ def test_one_second_derivative_alone(kind, mode):
     check(first=("inputs",), wanted=(kind,), mode=mode)
 
 
+@pytest.mark.parametrize("pool_norm", [True, False])
+@pytest.mark.parametrize("cell", [None, "two nodes", "small reduction"])
+def test_second_derivatives_on_masks(cell, pool_norm):
+    results = []
+    for implementation in (reference, kernels):
+        problem = draw(space=(DARTS, pool_norm), cell=cell, mode="eval affine").copy(layout="channels_last")
+        states = problem.require(("inputs",)).states
+        output = problem.run(implementation)
+        cotangent = noise(output, 1).requires_grad_()
+        gradients = torch.autograd.grad(output, states, cotangent, create_graph=True)
+        total = sum((gradient * noise(gradient, 2 + i)).sum() for i, gradient in enumerate(gradients))
+        options = {"retain_graph": True, "materialize_grads": True}
+        *by_states, by_cotangent = torch.autograd.grad(total, [*states, cotangent], **options)
+        assert all(each.shape == state.shape and not each.any() for each, state in zip(by_states, states))
+        if implementation is kernels:
+            assert not any(each.any() for each in torch.autograd.grad(total, states, retain_graph=True))  # not "unused"
+            assert torch.equal(torch.autograd.grad(total, cotangent)[0], by_cotangent)
+            for index, state in enumerate(states):  # one state alone
+                problem.require(())
+                state.requires_grad_()
+                (alone,) = torch.autograd.grad(problem.run(), state, cotangent.detach())
+                assert distance([alone], [gradients[index].detach()]) <= 1e-6
+        results.append([*(gradient.detach() for gradient in gradients), by_cotangent])
+    assert distance(results[1], results[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("cell", [None, "two nodes"])
+def test_no_third_derivatives_on_masks(cell, compiled):
+    if not compiled:
+        pytest.skip("the reference has them")
+    problem = draw(cell=cell, mode="eval").require(("inputs",))
+    output = problem.run()
+    cotangent = noise(output, 1).requires_grad_()
+    gradients = torch.autograd.grad(output, problem.states, cotangent, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivatives"):
+        torch.autograd.grad(sum(gradient.sum() for gradient in gradients), cotangent, create_graph=True)
+
+
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])
 @pytest.mark.parametrize("cell", [None, "one input"])
 def test_derivatives_in_float64(cell, mode, monkeypatch):
@@ -780,38 +647,13 @@ def test_threads_and_same_bits_every_time(mode, cell, threads):
 # Compilers, backends and refusals ------------------------------------------------------------------------------------
 
 
-class Recorder(TorchDispatchMode):
-    """Collects the calls of registered ops called rnas::mixed_..., with copies of their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.name().startswith("rnas::mixed_"):
-            arguments = torch.utils._pytree.tree_map_only(Tensor, _leaf, arguments)
-            options = torch.utils._pytree.tree_map_only(Tensor, _leaf, options or {})
-            self.calls.append((function, arguments, options))
-        return function(*arguments, **(options or {}))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """A copy, in the same layout, that is a leaf and asks for a gradient where the original does."""
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
 def registered_calls(problem: Problem) -> list:
-    """OPCHECK: every registered op that a call, its backward and its second backward go through, with arguments.
-
-    The ops are found by their names, see `Recorder`.
-    """
-    with Recorder() as recorder:
+    """Every registered op that a call, its backward and its second backward go through, with arguments."""
+    with Recorder("mixed_") as recorder:
         evaluate(kernels, problem.copy(), KINDS)
         evaluate(kernels, problem.copy(), KINDS, first=("inputs", "parameters"))
-    seen = {}
-    for function, arguments, options in recorder.calls:
-        seen.setdefault(function, (function, arguments, options))
-    return list(seen.values())
+        evaluate(kernels, problem.copy(), ("weights",), first=("inputs",))
+    return recorder.one_each()
 
 
 @pytest.mark.parametrize("mode", ["train affine", "eval"])

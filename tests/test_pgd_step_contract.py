@@ -76,7 +76,7 @@ def test_derivatives_are_refused(name):
     wanted = values[name].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="not differentiable"):
         step(wanted)
-    with pytest.raises(RuntimeError, match="not differentiable"):
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(step, (values[name],), (torch.ones_like(values[name]),))
     with pytest.raises(RuntimeError, match="not differentiable"):
         torch.func.grad(lambda value: step(value).sum())(values[name])

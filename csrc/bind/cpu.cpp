@@ -68,7 +68,7 @@ struct OwnedShape {
 };
 
 static Keep keep(int value) {
-  if (value < 0 || value > 2) throw std::invalid_argument("keep is 0 (nothing), 1 (masks) or 2 (activations)");
+  if (value < 0 || value > 3) throw std::invalid_argument("keep is 0 (nothing), 1 (masks), 2 (activations), 3 (outputs)");
   return static_cast<Keep>(value);
 }
 
@@ -125,7 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Sizes& shape, const Names& primitives, int threads) {
         const MixedSizes s = cpu::mixed_sizes(OwnedShape(shape, primitives).shape, threads);
         return py::make_tuple(s.edges, s.norms, s.theta, s.height_out, s.width_out, s.kept_masks, s.kept_activations,
-                              s.workspace);
+                              s.kept_outputs, s.kept_linear, s.workspace);
       },
       "rnas/mixed_op.h");
   m.def(

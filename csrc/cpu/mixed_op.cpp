@@ -23,7 +23,10 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
   sizes.height_out = plan.height_out;
   sizes.width_out = plan.width_out;
   sizes.kept_masks = shape.batch * MaskLayout(plan).size * sizeof(Bits);
-  sizes.kept_activations = shape.batch * plan.kept * plan.image_out() * sizeof(float);
+  const int64_t activation = shape.batch * plan.image_out() * sizeof(float);
+  sizes.kept_linear = plan.kept * activation;
+  sizes.kept_activations = (plan.kept + plan.costly) * activation;
+  sizes.kept_outputs = (plan.kept + plan.outputs) * activation;
   sizes.workspace = std::max(Batch(plan, none, nullptr, threads, true).workspace(),
                              Fixed(plan, none, nullptr, threads).workspace());
   return sizes;
@@ -33,8 +36,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
                    void* kept, void* workspace, int threads) {
   const Plan plan = make_plan(shape);
   if (in.batch_statistics)
-    Batch(plan, in, workspace, threads, false)
-        .forward(out, mean, variance, keep == Keep::activations ? static_cast<float*>(kept) : nullptr);
+    Batch(plan, in, workspace, threads, false).forward(keep, out, mean, variance, static_cast<float*>(kept));
   else
     Fixed(plan, in, workspace, threads).forward(keep, out, kept);
 }
@@ -44,7 +46,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
   const Plan plan = make_plan(shape);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   if (in.batch_statistics)
-    Batch(plan, in, workspace, threads, true).backward(out, static_cast<const float*>(kept), grad_out, grad);
+    Batch(plan, in, workspace, threads, true).backward(keep, out, static_cast<const float*>(kept), grad_out, grad);
   else
     Fixed(plan, in, workspace, threads).backward(keep, out, kept, grad_out, grad);
 }
@@ -73,7 +75,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
-  if (in.batch_statistics && keep != Keep::activations)
+  if (in.batch_statistics && keep < Keep::activations)
     throw std::invalid_argument("mixed_backward on batch statistics needs the kept activations");
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma || grad.beta)))
     throw std::invalid_argument("mixed_backward: the forward pass has not kept what these gradients need");

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rnas.kernels.reference.relu_conv_norm import factorized_reduce
+
 SEPARABLE = {  # name: kernel size, dilation, how many times (ReLU, depthwise, pointwise, BN)
     "sep_conv_3x3": (3, 1, 2),
     "sep_conv_5x5": (5, 1, 2),
@@ -102,7 +104,9 @@ def _primitive(
     if name == "none":
         return torch.zeros_like(x[:, :, ::stride, ::stride])
     if name == "skip_connect":
-        return x if stride == 1 else next(norms)(_factorized_reduce(F.relu(x), parameters))
+        if stride == 1:
+            return x
+        return factorized_reduce(x, next(parameters), next(parameters) if x.shape[1] > 1 else None, next(norms))
     if name in POOLS:
         if name == "max_pool_3x3":
             x = F.max_pool2d(x, 3, stride, padding=1)
@@ -122,12 +126,3 @@ def _primitive(
         x = F.conv2d(F.relu(x), next(parameters), **depthwise)
         x = next(norms)(F.conv2d(x, next(parameters)))
     return x
-
-
-def _factorized_reduce(x: Tensor, parameters: Iterator[Tensor]) -> Tensor:
-    """Half of the channels from the even pixels, half from the odd ones, with zeros for those beyond an odd border."""
-    even = F.conv2d(x, next(parameters), stride=2)
-    if x.shape[1] == 1:
-        return even
-    odd = F.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-    return torch.cat([even, F.conv2d(odd, next(parameters), stride=2)], dim=1)

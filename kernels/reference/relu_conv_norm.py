@@ -1,7 +1,8 @@
-"""ReLU, 1x1 convolution and batch norm in plain PyTorch."""
+"""ReLU, 1x1 convolution and batch norm in plain PyTorch, and the same at half the resolution."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,3 +10,16 @@ from torch.nn import functional as F
 def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """`norm(conv(relu(x)))`: x (N, C, H, W), weight (K, C, 1, 1) -> (N, K, H, W). No argument checks."""
     return norm(F.conv2d(F.relu(x), weight))
+
+
+def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:
+    """Half of the channels from the even pixels, half from those one further, with zeros beyond an odd border.
+
+    x (N, C, H, W), even (K', C, 1, 1), odd (K'', C, 1, 1) or None -> (N, K' + K'', ceil(H / 2), ceil(W / 2)).
+    """
+    x = F.relu(x)
+    out = F.conv2d(x, even, stride=2)
+    if odd is None:
+        return norm(out)
+    shifted = F.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    return norm(torch.cat([out, F.conv2d(shifted, odd, stride=2)], dim=1))

@@ -23,6 +23,7 @@ class Batch {
       sums_.push_back(arena_.take<double>(2 * n * plan.padded));
     }
     for (int64_t slot = 0; slot < two_stage_branches(); ++slot) mid_.push_back(arena_.take<float>(n * image));
+    for (int64_t node = 0; node < plan.shape.nodes; ++node) nodes_.push_back(arena_.take<float>(n * image));
     max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
     avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
     pool_sums_ = arena_.take<double>(2 * 2 * plan.shape.nodes * n * plan.padded);
@@ -47,28 +48,35 @@ class Batch {
 
   // ---- forward ---------------------------------------------------------------------------------------------------------
 
-  // kept: null where nothing is to be kept.
-  void forward(float* out, float* mean, float* variance, float* kept) {
+  void forward(Keep keep, float* out, float* mean, float* variance, float* kept) {
     clear(plan_, norms_);
-    pack_all();
+    pack_all(false);
+    keep_ = keep;
     out_ = out;
-    kept_ = kept;
+    kept_ = keep >= Keep::activations ? kept : nullptr;
     batch_mean_ = mean;
     batch_variance_ = variance;
     for (int64_t source = 0; source + 1 < plan_.states(); ++source) {
       const State state = state_of(source);
-      pools(source, state, true);
+      begin_source(source, state, true);
       for (size_t e = 0; e < plan_.edges.size(); ++e)
         if (plan_.edges[e].source == source) forward_edge(plan_.edges[e], e, state);
     }
-    settle_pending();
+    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        add_pending(n);
+        store_node(plan_.states() - 1, n);
+      }
+    });
+    pending_.any = false;
   }
 
   // ---- backward --------------------------------------------------------------------------------------------------------
 
-  void backward(const float* out, const float* kept, const float* grad_out, const MixedGradients& grad) {
+  void backward(Keep keep, const float* out, const float* kept, const float* grad_out, const MixedGradients& grad) {
     set_norms(plan_, in_, norms_);
-    pack_all();
+    pack_all(true);
+    keep_ = keep;
     out_ = const_cast<float*>(out);
     kept_ = const_cast<float*>(kept);
     grad_ = grad;
@@ -99,11 +107,16 @@ class Batch {
   State state_of(int64_t state) const {
     const int64_t h = plan_.height(state), w = plan_.width(state), c = plan_.shape.channels;
     if (state < plan_.shape.inputs) return {in_.states[state], h * w * c, c, h, w};
-    const int64_t pixel = plan_.shape.nodes * c;
-    return {out_ + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
+    return dense_state(node(state), plan_, h, w);
   }
 
-  float* node(int64_t target) const { return out_ + (target - plan_.shape.inputs) * plan_.shape.channels; }
+  float* node(int64_t state) const { return nodes_[state - plan_.shape.inputs]; }
+  // A finished node, to where the caller wants it.
+  void store_node(int64_t state, int64_t n) const {
+    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
+    store_state<false>(plan_, node(state) + n * plan_.image_out(),
+                       out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel, pixels);
+  }
   // Separable convolutions of one edge.
   int64_t two_stage_branches() const { return plan_.kept / static_cast<int64_t>(plan_.edges.size()); }
   // Where nothing is kept, the edges take turns in the workspace.
@@ -111,7 +124,17 @@ class Batch {
     float* all = kept_ ? kept_ + index * images() * plan_.image_out() : mid_[index % two_stage_branches()];
     return all + n * plan_.image_out();
   }
-  float* y(size_t slot, int64_t n) const { return y_[slot] + n * plan_.image_out(); }
+  // Which of the kept outputs a branch's is, -1 where it is not kept.
+  int64_t output_of(const Branch& branch) const {
+    return keep_ == Keep::outputs ? branch.output : keep_ == Keep::activations ? branch.costly : -1;
+  }
+  // The output of a branch, kept or in the workspace.
+  float* y(const Edge& edge, size_t b, int64_t n) const {
+    const int64_t output = output_of(edge.branches[b]);
+    return output >= 0 ? kept_ + ((plan_.kept + output) * images() + n) * plan_.image_out() : spare(b, n);
+  }
+  // The branch's part of the workspace.
+  float* spare(size_t b, int64_t n) const { return y_[b] + n * plan_.image_out(); }
   PoolShape pool_shape(const State& s) const {
     const int64_t stride = s.height == plan_.height_out && s.width == plan_.width_out ? 1 : plan_.shape.stride;
     return {s.height, s.width, stride, plan_.height_out, plan_.width_out};
@@ -121,11 +144,11 @@ class Batch {
   }
   Winner* down(int64_t n, int64_t group) const { return across(n, group) + plan_.shape.height * plan_.width_out; }
 
-  void pack_all() {
+  void pack_all(bool backward) {
     parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e)
         for (const Branch& branch : plan_.edges[e].branches)
-          for (const Convolution& conv : branch.stages) pack(plan_, conv, in_.theta, nullptr, packed_);
+          for (const Convolution& conv : branch.stages) pack(plan_, conv, in_.theta, nullptr, packed_, backward);
     });
   }
 
@@ -157,32 +180,39 @@ class Batch {
     }
   }
 
-  // Pools of a state, for all its edges. On a forward pass also their moments.
-  void pools(int64_t source, const State& state, bool settle_norms) {
-    if (!plan_.max && !plan_.avg) return;
+  // Pools of a state, for all its edges. On a forward pass also their moments, and what remains to be done for a node.
+  void begin_source(int64_t source, const State& state, bool forward) {
+    const bool node_done = forward && source >= plan_.shape.inputs;
+    if (!plan_.max && !plan_.avg && !node_done) return;
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
     double *max_sums = pool_sums_, *avg_sums = pool_sums_ + 2 * images() * plan_.padded;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       for (int64_t n = begin; n < end; ++n) {
-        add_pending(n);
-        load_dense(plan_, state, n, s.state_grad);
+        if (forward) add_pending(n);  // before the pools it refers to change
+        if (node_done) store_node(source, n);
+        const float* image_in = state.data + n * state.image;
+        if (!state.dense() && (plan_.max || plan_.avg)) {
+          load_dense(plan_, state, n, s.state_grad);
+          image_in = s.state_grad;
+        }
         for (int64_t group = 0; group < plan_.groups; ++group) {
-          const float* in = s.state_grad + group * pixels * kLanes;
+          const float* in = image_in + group * pixels * kLanes;
           const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
           if (plan_.max)
-            max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, across(n, group), down(n, group));
+            max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, forward ? nullptr : across(n, group),
+                     forward ? nullptr : down(n, group));
           if (plan_.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
         }
-        if (!settle_norms || !plan_.shape.pool_norm) continue;
+        if (!forward || !plan_.shape.pool_norm) continue;
         const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
         if (plan_.max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
         if (plan_.avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
       }
     });
-    pending_.any = false;
-    if (!settle_norms || !plan_.shape.pool_norm) return;
+    if (forward) pending_.any = false;
+    if (!forward || !plan_.shape.pool_norm) return;
     for (const Edge& edge : plan_.edges)
       if (edge.source == source) {
         if (plan_.max) settle(edge.max_norm, max_sums);
@@ -207,12 +237,12 @@ class Batch {
             announce(s, plan_, state, n + 1);
             for (size_t b = 0; b < edge.branches.size(); ++b) {
               const int64_t index = edge.branches[b].kept;
-              announce(s, plan_, index >= 0 ? kept(index, n + 1) : y(b, n + 1), plan_.pixels_out());
+              announce(s, plan_, index >= 0 ? kept(index, n + 1) : y(edge, b, n + 1), plan_.pixels_out());
             }
           }
           for (size_t b = 0; b < edge.branches.size(); ++b) {
             const Branch& branch = edge.branches[b];
-            float* to = branch.kept >= 0 ? kept(branch.kept, n) : y(b, n);
+            float* to = branch.kept >= 0 ? kept(branch.kept, n) : y(edge, b, n);
             convolve<false>(plan_, branch.stages[0], packed_.forward, tile, s, to,
                             moments(s, to, sums_[b] + 2 * n * plan_.padded));
           }
@@ -226,7 +256,7 @@ class Batch {
       }
       if (second) {
         second_stage(edge, [&](const Scratch& s, size_t b, int64_t n) {
-          return moments(s, y(b, n), sums_[b] + 2 * n * plan_.padded);
+          return moments(s, y(edge, b, n), sums_[b] + 2 * n * plan_.padded);
         });
         for (size_t b = 0; b < edge.branches.size(); ++b)
           if (edge.branches[b].stages.size() > 1) settle(edge.branches[b].last().norm, sums_[b]);
@@ -248,9 +278,9 @@ class Batch {
           s.ahead->clear();
           if (n + 1 < end) {
             announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
-            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+            announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(b, n), after(s, b, n));
+          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n), after(s, b, n));
         }
     });
   }
@@ -291,7 +321,7 @@ class Batch {
       left.terms.push_back(term);
     };
     for (size_t b = 0; b < edge.branches.size(); ++b)
-      add(y_[b], edge.branches[b].mix, edge.branches[b].last().norm);
+      add(y(edge, b, 0), edge.branches[b].mix, edge.branches[b].last().norm);
     if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
     if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
     left.state = state;
@@ -313,19 +343,19 @@ class Batch {
 
   void announce_pending(const Scratch& s, int64_t n) const {
     if (!pending_.any) return;
-    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
+    const int64_t pixels = plan_.pixels_out();
     for (const Term& term : pending_.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
     if (pending_.has_skip) announce(s, plan_, pending_.state, n);
-    announce(s, plan_, State{pending_.target, pixels * pixel, pixel, plan_.height_out, plan_.width_out}, n);
+    announce(s, plan_, pending_.target + n * plan_.image_out(), pixels);
   }
 
   void add_pending(int64_t n) const {
     if (!pending_.any) return;
     const Pending& left = pending_;
-    const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels, pixel = plan_.shape.nodes * c;
+    const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels;
     const Vector skip = set(left.skip);
     for (int64_t group = 0; group < plan_.groups; ++group) {
-      const int64_t lanes = std::min(kLanes, c - group * kLanes);
+      const int64_t lanes = left.state.dense() ? kLanes : std::min(kLanes, c - group * kLanes);
       const int64_t base = n * plan_.image_out() + group * plan_.plane_out();
       const Vector constant = load(left.constant.data() + group * kLanes);
       for (int64_t p = 0; p < pixels; p += kBlock) {
@@ -344,16 +374,14 @@ class Batch {
           }
         }
         for (int64_t i = 0; i < size; ++i) {
-          float* to = left.target + (n * pixels + p + i) * pixel + group * kLanes;
+          float* to = left.target + base + (p + i) * kLanes;
           Vector v = sum[i];
           if (left.has_skip) {
-            const float* x = left.state.data + n * left.state.image + (p + i) * left.state.pixel + group * kLanes;
+            const State& state = left.state;
+            const float* x = state.data + n * state.image + (p + i) * state.pixel + group * state.group;
             v = fma(lanes == kLanes ? load(x) : load_part(x, lanes), skip, v);
           }
-          if (lanes == kLanes)
-            store(to, left.set_node ? v : v + load(to));
-          else
-            store_part(to, left.set_node ? v : v + load_part(to, lanes), lanes);
+          store(to, left.set_node ? v : v + load(to));
         }
       }
     }
@@ -373,8 +401,10 @@ class Batch {
           if (state < plan_.shape.inputs) {
             std::memset(gradient(state, n), 0, plan_.height(state) * plan_.width(state) * plan_.padded * sizeof(float));
           } else {
-            const State from{grad_out + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
-            load_dense(plan_, from, n, gradient(state, n));
+            const int64_t at = (state - plan_.shape.inputs) * c;
+            load_dense(plan_, State{grad_out + at, h * w * pixel, pixel, h, w}, n, gradient(state, n));
+            if (state + 1 < plan_.states())  // the last node is no source
+              load_dense(plan_, State{out_ + at, h * w * pixel, pixel, h, w}, n, node(state) + n * plan_.image_out());
           }
         }
     });
@@ -437,39 +467,46 @@ class Batch {
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     const size_t branches = edge.branches.size();
 
-    // The outputs again, for their products with the gradient.
+    // The products of outputs and gradient; the outputs that were not kept are computed again.
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       const Tile tile = sized(s.state, state.height, state.width);
       clear(tile, plan_.groups);
       clear(s.mid, plan_.groups);
       for (int64_t n = begin; n < end; ++n) {
+        const float* g = gradient(edge.target, n);
         bool loaded = false;
         for (size_t b = 0; b < branches; ++b) {
           const Branch& branch = edge.branches[b];
-          if (branch.stages.size() > 1)
+          const float* mean = norms_.row(norms_.mean, branch.last().norm);
+          float *out = y(edge, b, n), *sum = s.sums;
+          double* to = sums_[b] + n * plan_.padded;
+          if (output_of(branch) >= 0) {
+            dot(s, g, out, mean, to);
+            continue;
+          }
+          const bool two = branch.stages.size() > 1;
+          if (two)
             load_mid_of(branch, n, s);
           else if (!loaded)
             load_relu(plan_, state, n, tile, nullptr), loaded = true;
           s.ahead->clear();
           if (n + 1 < end) {
-            if (branch.stages.size() > 1)
+            if (two)
               announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
-            else if (b + 1 == branches || branches == 1)
+            else if (b + 1 == branches)
               announce(s, plan_, state, n + 1);
             if (b == 0) announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
-            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+            announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          const float *g = gradient(edge.target, n), *mean = norms_.row(norms_.mean, branch.last().norm);
-          float *out = y(b, n), *sum = s.sums;
           std::memset(sum, 0, plan_.padded * sizeof(float));
-          convolve<false>(plan_, branch.last(), packed_.forward, branch.stages.size() > 1 ? s.mid : tile, s, out,
+          convolve<false>(plan_, branch.last(), packed_.forward, two ? s.mid : tile, s, out,
                           [&](int64_t row, int64_t rows) {
                             const int64_t at = row * plan_.width_out * kLanes;
                             add_dot(plan_, g + at, plan_.plane_out(), out + at, plan_.plane_out(),
                                     rows * plan_.width_out, mean, sum);
                           });
-          for (int64_t c = 0; c < plan_.padded; ++c) sums_[b][n * plan_.padded + c] = sum[c];
+          for (int64_t c = 0; c < plan_.padded; ++c) to[c] = sum[c];
         }
       }
     });
@@ -485,7 +522,7 @@ class Batch {
       second |= branch.stages.size() > 1;
     }
 
-    // The second stages; y becomes the gradient behind their ReLU.
+    // The second stages; the workspace takes the gradients in front of their ReLU.
     if (second) {
       parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
         const Scratch& s = scratch_[thread];
@@ -497,7 +534,7 @@ class Batch {
             s.ahead->clear();
             if (n + 1 < end) {
               announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
-              announce(s, plan_, y(b, n + 1), plan_.pixels_out());
+              announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
               announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
             }
             backward_second(edge, b, n, thread, s, flush_now(n, end));
@@ -523,8 +560,9 @@ class Batch {
         s.ahead->clear();
         if (n + 1 < end) {
           for (size_t b = 0; b < branches; ++b) {
-            announce(s, plan_, y(b, n + 1), plan_.pixels_out());
-            if (edge.branches[b].kept >= 0) announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
+            const bool two = edge.branches[b].stages.size() > 1;
+            announce(s, plan_, two ? spare(b, n + 1) : y(edge, b, n + 1), plan_.pixels_out());
+            if (two) announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
           }
           announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
           announce(s, plan_, state, n + 1);
@@ -538,7 +576,8 @@ class Batch {
   void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, bool flush_weights) {
     const Branch& branch = edge.branches[b];
     const float* g = gradient(edge.target, n);
-    float* out = y(b, n);
+    const float* out = y(edge, b, n);
+    float* behind = spare(b, n);
     load_mid_of(branch, n, s);
     convolve_backward<false>(
         plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
@@ -555,11 +594,11 @@ class Batch {
         const float* mid = s.mid.data + group * s.mid.plane + row * s.mid.row;
         const int64_t at = (group * plan_.height_out + row) * plan_.width_out * kLanes;
         for (int64_t x = 0; x < plan_.width_out; ++x)
-          store(out + at + x * kLanes, keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes)));
+          store(behind + at + x * kLanes, keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes)));
       }
     const int64_t to = n * plan_.padded;
-    dot(s, out, kept(branch.kept, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
-    dot(s, out, nullptr, nullptr, sums_[b] + images() * plan_.padded + to);
+    dot(s, behind, kept(branch.kept, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
+    dot(s, behind, nullptr, nullptr, sums_[b] + images() * plan_.padded + to);
   }
 
   void backward_state(const Edge& edge, const State& state, int64_t n, int thread, const Scratch& s, const Tile& tile,
@@ -568,7 +607,8 @@ class Batch {
     for (size_t b = 0; b < edge.branches.size(); ++b) {
       const Branch& branch = edge.branches[b];
       const bool two = branch.stages.size() > 1;
-      const float *g = two ? y(b, n) : gradient(edge.target, n), *of = two ? kept(branch.kept, n) : y(b, n);
+      const float* g = two ? spare(b, n) : gradient(edge.target, n);
+      const float* of = two ? kept(branch.kept, n) : y(edge, b, n);
       const Affine& affine = two ? first_[b] : last_[b];
       const auto gradient_of = [&](int64_t row, int64_t rows, int64_t& plane) {
         const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
@@ -606,14 +646,18 @@ class Batch {
         any_skip |= plan_.edges[e].skip >= 0;
       }
     if (!plan_.max && !plan_.avg && !any_skip) return;
-    pools(source, state, false);
+    begin_source(source, state, false);
     const int64_t stride = images() * plan_.padded;
     const auto sums = [&](size_t i, int kind) { return pool_sums_ + (2 * i + kind) * stride; };
     std::vector<double> skip_dots(leaving.size() * (any_skip ? stride : 0));
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       for (int64_t n = begin; n < end; ++n) {
-        if (any_skip) load_dense(plan_, state, n, s.state_grad);
+        const float* x = state.data + n * state.image;
+        if (any_skip && !state.dense()) {
+          load_dense(plan_, state, n, s.state_grad);
+          x = s.state_grad;
+        }
         for (size_t i = 0; i < leaving.size(); ++i) {
           const Edge& edge = plan_.edges[leaving[i]];
           const float* g = gradient(edge.target, n);
@@ -621,7 +665,7 @@ class Batch {
           const auto mean = [&](int64_t norm) { return norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr; };
           if (plan_.max) dot(s, g, max_ + image, mean(edge.max_norm), sums(i, 0) + to);
           if (plan_.avg) dot(s, g, avg_ + image, mean(edge.avg_norm), sums(i, 1) + to);
-          if (any_skip && grad_.weights) dot(s, g, s.state_grad, nullptr, &skip_dots[i * stride + to]);
+          if (any_skip && grad_.weights) dot(s, g, x, nullptr, &skip_dots[i * stride + to]);
         }
       }
     });
@@ -664,31 +708,53 @@ class Batch {
         for (int64_t group = 0; group < plan_.groups; ++group) {
           float* to = gradient(source, n) + group * pixels * kLanes;
           const int64_t plane = group * plan_.plane_out();
+          // What goes back through each pool: a weighted sum of the gradients, the pooled state and a constant.
           for (int kind = 0; kind < 2; ++kind) {
             if (!(kind == 0 ? plan_.max : plan_.avg)) continue;
             const float* pooled = (kind == 0 ? max_ : avg_) + n * plan_.image_out() + plane;
+            Vector slope = zero(), constant = zero();
             for (size_t i = 0; i < leaving.size(); ++i) {
-              const Affine& f = pool_[2 * i + kind];
-              const float* g = gradient(plan_.edges[leaving[i]].target, n) + plane;
-              const Vector a = load(f.a + group * kLanes), b = load(f.b + group * kLanes), d = load(f.d + group * kLanes);
-              for (int64_t p = 0; p < plan_.pixels_out() * kLanes; p += kLanes) {
-                const Vector v = fma(load(g + p), a, fma(load(pooled + p), b, d));
-                store(s.mid_grad + p, i == 0 ? v : load(s.mid_grad + p) + v);
-              }
+              slope += load(pool_[2 * i + kind].b + group * kLanes);
+              constant += load(pool_[2 * i + kind].d + group * kLanes);
             }
+            weighted(leaving, n, plane, plan_.pixels_out(), s.mid_grad, pooled, slope, constant,
+                     [&](size_t i) { return load(pool_[2 * i + kind].a + group * kLanes); });
             if (kind == 0)
               max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
             else
               average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
           }
-          for (int64_t e : leaving) {
-            if (plan_.edges[e].skip < 0) continue;
-            const Vector w = set(mixing(e)[plan_.edges[e].skip]);
-            const float* g = gradient(plan_.edges[e].target, n) + plane;
-            for (int64_t p = 0; p < pixels * kLanes; p += kLanes) store(to + p, fma(load(g + p), w, load(to + p)));
-          }
+          if (any_skip)
+            weighted(leaving, n, plane, pixels, to, to, set(1.0f), zero(),
+                     [&](size_t i) { return set(mixing(leaving[i])[plan_.edges[leaving[i]].skip]); });
         }
     });
+  }
+
+  // to = slope * from + constant + sum over edges of factor(edge) * gradient of its target, on a plane of an image.
+  template <typename Factor>
+  RNAS_INLINE void weighted(const std::vector<int64_t>& leaving, int64_t n, int64_t plane, int64_t pixels, float* to,
+                            const float* from, Vector slope, Vector constant, const Factor& factor) const {
+    for (int64_t p = 0; p < pixels; p += kBlock) {
+      const int64_t size = std::min<int64_t>(kBlock, pixels - p);
+      Vector sum[kBlock];
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < kBlock; ++q) sum[q] = fma(load(from + (p + std::min(q, size - 1)) * kLanes), slope, constant);
+      for (size_t i = 0; i < leaving.size(); ++i) {
+        const float* g = gradient(plan_.edges[leaving[i]].target, n) + plane + p * kLanes;
+        const Vector f = factor(i);
+        if (size == kBlock) {
+#pragma GCC unroll 8
+          for (int q = 0; q < kBlock; ++q) {
+            __builtin_prefetch(g + (q + 32) * kLanes);
+            sum[q] = fma(load(g + q * kLanes), f, sum[q]);
+          }
+        } else {
+          for (int64_t q = 0; q < size; ++q) sum[q] = fma(load(g + q * kLanes), f, sum[q]);
+        }
+      }
+      for (int64_t q = 0; q < size; ++q) store(to + (p + q) * kLanes, sum[q]);
+    }
   }
 
   void finish_states() {
@@ -715,13 +781,15 @@ class Batch {
   const Plan& plan_;
   const MixedInputs& in_;
   int threads_;
+  Keep keep_ = Keep::nothing;
   Arena arena_;
   Norms norms_{};
   Packed packed_{};
   std::vector<Scratch> scratch_;
-  std::vector<float*> y_;        // a slot per branch of an edge: its output, later the gradient behind its first ReLU
+  std::vector<float*> y_;        // per branch of an edge: its output, later the gradient in front of its second ReLU
   std::vector<float*> mid_;      // what enters the second stages, where it is not kept
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
+  std::vector<float*> nodes_;    // the nodes, dense: the caller's lie side by side, far apart for the loops
   float *max_ = nullptr, *avg_ = nullptr;
   double* pool_sums_ = nullptr;  // (edges that leave a state, 2 pools, images, padded), or the pools' moments
   Winner* winners_ = nullptr;

@@ -15,52 +15,93 @@ constexpr int64_t half_width(int kernel, int dilation) { return (kernel - 1) * d
 
 // ---- depthwise -------------------------------------------------------------------------------------------------------
 
-// P pixels of one row: out[p] (+)= sum over taps of in[p * Stride + tap] * w[tap]. `in` points at the first tap.
-template <int Kernel, int Dilation, int Stride, int P, bool Add>
-RNAS_INLINE void depthwise_block(const float* in, int64_t row, const float* w, float* out) {
-  Vector sum[P];
+// P pixels of Rows rows: out[p] (+)= sum over taps of in[p * Stride + tap] * w[tap]. `in` points at the first tap.
+template <int Kernel, int Dilation, int Stride, int P, int Rows, bool Add>
+RNAS_INLINE void depthwise_block(const float* in, int64_t row, const float* w, float* out, int64_t out_row) {
+  Vector sum[Rows][P];
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) sum[p] = Add ? load(out + p * kLanes) : zero();
-#pragma GCC unroll 5
-  for (int ky = 0; ky < Kernel; ++ky) {
-    const float* r = in + ky * Dilation * row;
-    if constexpr (Stride == 1) {
-      constexpr int kColumns = P + (Kernel - 1) * Dilation;
+    for (int p = 0; p < P; ++p) sum[r][p] = Add ? load(out + r * out_row + p * kLanes) : zero();
+  if constexpr (Rows > 1) {
+    static_assert(Stride == 1 && Dilation == 1, "else the rows share nothing");
+    constexpr int kColumns = P + Kernel - 1, kLast = Kernel + Rows - 2;
+#pragma GCC unroll 16
+    for (int y = 0; y <= kLast; ++y) {
       Vector x[kColumns];
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) x[c] = load(r + c * kLanes);
+      for (int c = 0; c < kColumns; ++c) x[c] = load(in + y * row + c * kLanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < Rows; ++r) {
+        if (y < r || y - r >= Kernel) continue;
 #pragma GCC unroll 5
-      for (int kx = 0; kx < Kernel; ++kx) {
-        const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
+        for (int kx = 0; kx < Kernel; ++kx) {
+          const Vector tap = load(w + ((y - r) * Kernel + kx) * kLanes);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[p] = fma(x[p + kx * Dilation], tap, sum[p]);
+          for (int p = 0; p < P; ++p) sum[r][p] = fma(x[p + kx], tap, sum[r][p]);
+        }
       }
-    } else {
+    }
+  } else {
 #pragma GCC unroll 5
-      for (int kx = 0; kx < Kernel; ++kx) {
-        const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
+    for (int ky = 0; ky < Kernel; ++ky) {
+      const float* from = in + ky * Dilation * row;
+      if constexpr (Stride == 1) {
+        constexpr int kColumns = P + (Kernel - 1) * Dilation;
+        Vector x[kColumns];
+#pragma GCC unroll 16
+        for (int c = 0; c < kColumns; ++c) x[c] = load(from + c * kLanes);
+#pragma GCC unroll 5
+        for (int kx = 0; kx < Kernel; ++kx) {
+          const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) sum[p] = fma(load(r + (p * Stride + kx * Dilation) * kLanes), tap, sum[p]);
+          for (int p = 0; p < P; ++p) sum[0][p] = fma(x[p + kx * Dilation], tap, sum[0][p]);
+        }
+      } else {
+#pragma GCC unroll 5
+        for (int kx = 0; kx < Kernel; ++kx) {
+          const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) sum[0][p] = fma(load(from + (p * Stride + kx * Dilation) * kLanes), tap, sum[0][p]);
+        }
       }
     }
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) store(out + p * kLanes, sum[p]);
+    for (int p = 0; p < P; ++p) store(out + r * out_row + p * kLanes, sum[r][p]);
 }
 
-// One output row of one group.
-template <int Kernel, int Dilation, int Stride, bool Add>
-void depthwise_row(const float* in, int64_t row, const float* w, float* out, int64_t width) {
+template <int Kernel, int Dilation, int Stride, int Rows, bool Add>
+RNAS_INLINE void depthwise_row(const float* in, int64_t row, const float* w, float* out, int64_t out_row,
+                               int64_t width) {
   int64_t x = 0;
   for (; x + kBlock <= width; x += kBlock)
-    depthwise_block<Kernel, Dilation, Stride, kBlock, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes);
+    depthwise_block<Kernel, Dilation, Stride, kBlock, Rows, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes,
+                                                                 out_row);
   if constexpr (kBlock == 8)
     if (x + 4 <= width) {
-      depthwise_block<Kernel, Dilation, Stride, 4, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes);
+      depthwise_block<Kernel, Dilation, Stride, 4, Rows, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes,
+                                                              out_row);
       x += 4;
     }
   for (; x < width; ++x)
-    depthwise_block<Kernel, Dilation, Stride, 1, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes);
+    depthwise_block<Kernel, Dilation, Stride, 1, Rows, Add>(in + x * Stride * kLanes, row, w, out + x * kLanes,
+                                                            out_row);
+}
+
+// `rows` output rows of one group, two at a time where a row alone would have too little arithmetic for its loads.
+template <int Kernel, int Dilation, int Stride, bool Add>
+void depthwise_rows(const float* in, int64_t row, const float* w, float* out, int64_t out_row, int64_t width,
+                    int64_t rows) {
+  constexpr bool kPairs = Kernel == 3 && Dilation == 1 && Stride == 1;
+  int64_t r = 0;
+  if constexpr (kPairs)
+    for (; r + 2 <= rows; r += 2)
+      depthwise_row<Kernel, Dilation, Stride, 2, Add>(in + r * row, row, w, out + r * out_row, out_row, width);
+  for (; r < rows; ++r)
+    depthwise_row<Kernel, Dilation, Stride, 1, Add>(in + r * Stride * row, row, w, out + r * out_row, out_row, width);
 }
 
 template <int N> struct Size {
@@ -175,10 +216,11 @@ void depthwise_weight(const float* in, int64_t in_row, const float* g, int64_t g
 
 // The loops of one kernel size, dilation and stride.
 struct Depthwise {
-  void (*forward)(const float* in, int64_t row, const float* w, float* out, int64_t width);
+  using Rows = void (*)(const float* in, int64_t row, const float* w, float* out, int64_t out_row, int64_t width,
+                        int64_t rows);
+  Rows forward;
   // Stride 1: the forward loop on the flipped kernel, writing or adding. Null for stride 2.
-  void (*backward_set)(const float* in, int64_t row, const float* w, float* out, int64_t width);
-  void (*backward_add)(const float* in, int64_t row, const float* w, float* out, int64_t width);
+  Rows backward_set, backward_add;
   // Stride 2, adding.
   void (*transposed)(const float* g, int64_t row, const float* w, float* out, int64_t i, int64_t width);
   void (*weight)(const float* in, int64_t in_row, const float* g, int64_t g_row, int64_t height, int64_t width,
@@ -187,9 +229,9 @@ struct Depthwise {
 
 template <int Kernel, int Dilation> Depthwise depthwise_loops(int stride) {
   if (stride == 1)
-    return {depthwise_row<Kernel, Dilation, 1, false>, depthwise_row<Kernel, Dilation, 1, false>,
-            depthwise_row<Kernel, Dilation, 1, true>, nullptr, depthwise_weight<Kernel, Dilation, 1>};
-  return {depthwise_row<Kernel, Dilation, 2, false>, nullptr, nullptr, depthwise_transposed_row<Kernel, Dilation>,
+    return {depthwise_rows<Kernel, Dilation, 1, false>, depthwise_rows<Kernel, Dilation, 1, false>,
+            depthwise_rows<Kernel, Dilation, 1, true>, nullptr, depthwise_weight<Kernel, Dilation, 1>};
+  return {depthwise_rows<Kernel, Dilation, 2, false>, nullptr, nullptr, depthwise_transposed_row<Kernel, Dilation>,
           depthwise_weight<Kernel, Dilation, 2>};
 }
 

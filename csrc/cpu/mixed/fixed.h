@@ -63,7 +63,7 @@ class Fixed {
   void forward(Keep keep, float* out, void* kept) {
     prepare();
     out_ = out;
-    kept_ = keep == Keep::activations ? static_cast<float*>(kept) : nullptr;
+    kept_ = keep >= Keep::activations ? static_cast<float*>(kept) : nullptr;
     masks_ = keep == Keep::masks ? static_cast<Bits*>(kept) : nullptr;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       begin_thread(locals_[thread]);
@@ -78,7 +78,7 @@ class Fixed {
     out_ = const_cast<float*>(out);
     grad_out_ = grad_out;
     grad_ = grad;
-    kept_ = keep == Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
+    kept_ = keep >= Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
     masks_ = keep == Keep::masks ? static_cast<Bits*>(const_cast<void*>(kept)) : nullptr;
     run_backward(false);
   }
@@ -89,7 +89,7 @@ class Fixed {
     out_ = const_cast<float*>(out);
     grad_out_ = grad_out;
     grad_ = grad;
-    kept_ = keep == Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
+    kept_ = keep >= Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
     masks_ = keep == Keep::masks ? static_cast<Bits*>(const_cast<void*>(kept)) : nullptr;
     direction_ = direction;
     direction_out_ = grad_grad_out;
@@ -157,7 +157,7 @@ class Fixed {
             const bool last = &conv == &branch.last();
             for (int64_t c = 0; c < plan_.padded; ++c)
               scale[c] = norms_.row(norms_.scale, conv.norm)[c] * (last ? mixing(e)[branch.mix] : 1.0f);
-            pack(plan_, conv, in_.theta, scale.data(), packed_);
+            pack(plan_, conv, in_.theta, scale.data(), packed_, true);
           }
     });
   }

@@ -2,6 +2,7 @@
 
 // Batch norms of a cell as tables of channels, and the gradients of what is linear around them.
 
+#include <algorithm>
 #include <cmath>
 
 #include "mixed/stage.h"
@@ -61,19 +62,22 @@ inline void set_norms(const Plan& plan, const MixedInputs& in, const Norms& n) {
 
 // The moments of all images together (Chan, Golub, LeVeque 1979), in the order of the images. each: (images, 2, padded).
 inline void merge_moments(const Plan& plan, const double* each, int64_t pixels, double* mean, double* variance) {
-  const int64_t images = plan.shape.batch;
-  for (int64_t c = 0; c < plan.shape.channels; ++c) {
-    double count = 0, center = 0, squares = 0;
-    for (int64_t n = 0; n < images; ++n) {
-      const double other = each[2 * n * plan.padded + c], delta = other - center;
-      const double total = count + pixels;
-      center += delta * pixels / total;
-      squares += each[(2 * n + 1) * plan.padded + c] + delta * delta * count * pixels / total;
-      count = total;
+  const int64_t images = plan.shape.batch, channels = plan.shape.channels;
+  std::fill_n(mean, channels, 0.0);
+  std::fill_n(variance, channels, 0.0);
+  for (int64_t n = 0; n < images; ++n) {
+    const double* other = each + 2 * n * plan.padded;
+    const double *squares = other + plan.padded, total = static_cast<double>((n + 1) * pixels);
+    const double share = static_cast<double>(pixels) / total, between = static_cast<double>(n * pixels) * share;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = other[c] - mean[c];
+      mean[c] += delta * share;
+      variance[c] += squares[c] + delta * delta * between;
     }
-    mean[c] = center;
-    variance[c] = count > 0 ? squares / count : 0;
   }
+  const double count = static_cast<double>(images * pixels);
+  for (int64_t c = 0; c < channels; ++c) variance[c] /= count;
 }
 
 // g_y = a * g + b * y + d: the gradient behind a norm that is followed by a factor (Ioffe, Szegedy 2015, section 3).

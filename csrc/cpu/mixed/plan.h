@@ -2,6 +2,7 @@
 
 // What a cell consists of: edges, their branches, and where each finds its parameters, norms and kept activations.
 
+#include <algorithm>
 #include <stdexcept>
 #include <vector>
 
@@ -18,7 +19,9 @@ namespace {
 // Pixels of a chunk: what flows from one loop to the next stays in the first cache.
 constexpr int64_t kChunk = 64;
 // Weight gradients are summed in float32 over at most about this many pixels, then added up in double.
-constexpr int64_t kFlush = 1024;
+constexpr int64_t kFlush = 2048;
+// From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again.
+constexpr int64_t kCostly = 32;
 // Halo of the tiles around a state and around the mid of a separable convolution.
 constexpr int64_t kHalo = 4;
 constexpr int64_t kMidHalo = 2;
@@ -44,7 +47,9 @@ struct Convolution {
 struct Branch {
   int64_t mix;
   std::vector<Convolution> stages;
-  int64_t kept = -1;  // which kept activation lies between two stages
+  int64_t kept = -1;         // which kept activation lies between two stages
+  int64_t costly = -1;       // which kept output this is under Keep::activations, -1 where it is computed again
+  int64_t output = -1;       // likewise under Keep::outputs
   const Convolution& last() const { return stages.back(); }
 };
 
@@ -60,7 +65,8 @@ struct Plan {
   std::vector<Edge> edges;
   int64_t groups, padded;              // of channels: groups * kLanes = padded >= C
   int64_t height_out, width_out;
-  int64_t norms = 0, theta = 0, packed = 0, kept = 0;
+  int64_t norms = 0, theta = 0, packed = 0;
+  int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep
   bool max = false, avg = false;
   int64_t states() const { return shape.inputs + shape.nodes; }
   int64_t height(int64_t state) const { return state < shape.inputs ? shape.height : height_out; }
@@ -173,6 +179,8 @@ struct Builder {
         branch.stages.push_back(dense(3, stride));
         break;
     }
+    branch.output = plan.outputs++;
+    if (branch.last().kernel == 5 && c >= kCostly) branch.costly = plan.costly++;
     edge.branches.push_back(branch);
   }
 };
@@ -265,29 +273,32 @@ inline Packed take_packed(Arena& arena, const Plan& plan) {
   return {forward, arena.take<float>(plan.packed)};
 }
 
-// Packs one convolution. scale (C): what each output is multiplied with, or null.
-inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to) {
+// Packs one convolution. scale (C): what each output is multiplied with, or null. backward: also to.backward.
+inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to,
+                 bool backward) {
   const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
   std::memset(to.forward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
-  std::memset(to.backward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
+  if (backward)
+    std::memset(to.backward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
   for (int64_t channel = 0; channel < c; ++channel)
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t base = conv.packed + channel / kLanes * taps * kLanes + channel % kLanes;
       const float value = theta[conv.theta + channel * taps + tap];
       to.forward[base + tap * kLanes] = value;
-      to.backward[base + (taps - 1 - tap) * kLanes] = value;
+      if (backward) to.backward[base + (taps - 1 - tap) * kLanes] = value;
     }
   for (const Part& part : conv.parts)
-    for (int64_t row = 0; row < part.count; ++row) {
-      const int64_t output = part.first + row;
-      const float factor = scale ? scale[output] : 1.0f;
-      for (int64_t input = 0; input < c; ++input) {
-        const float value =
-            factor * theta[part.theta + row * part.output_stride + input * part.input_stride];
-        to.forward[part.packed + input * padded + output] = value;
-        to.backward[part.packed + output * padded + input] = value;
+    for (int64_t group = 0; group < c; group += kLanes)  // inputs in groups: the writes then stay within few lines
+      for (int64_t row = 0; row < part.count; ++row) {
+        const int64_t output = part.first + row, end = std::min(c, group + kLanes);
+        const float factor = scale ? scale[output] : 1.0f;
+        const float* from = theta + part.theta + row * part.output_stride;
+        for (int64_t input = group; input < end; ++input)
+          to.forward[part.packed + input * padded + output] = factor * from[input * part.input_stride];
+        if (!backward) continue;
+        for (int64_t input = group; input < end; ++input)
+          to.backward[part.packed + output * padded + input] = factor * from[input * part.input_stride];
       }
-    }
 }
 
 // The reverse for gradients summed in the packed order: theta_grad = scale * sum of `count` arrays.

@@ -14,6 +14,8 @@ struct Winner {
   Bits second, third;
 };
 
+RNAS_INLINE void add_to(float* at, Vector v) { store(at, load(at) + v); }
+
 RNAS_INLINE Vector of_first(Winner w, Vector v) { return keep(static_cast<Bits>(~(w.second | w.third) & kAllBits), v); }
 RNAS_INLINE Vector of_second(Winner w, Vector v) { return keep(static_cast<Bits>(w.second & ~w.third), v); }
 RNAS_INLINE Vector of_third(Winner w, Vector v) { return keep(w.third, v); }
@@ -25,45 +27,67 @@ struct PoolShape {
   int64_t height, width, stride, height_out, width_out;
 };
 
-// The maximum of up to three values; a null pointer is outside the image.
-RNAS_INLINE Vector largest(const float* a, const float* b, const float* c, Winner& w) {
-  const Vector middle = load(b);
-  Vector best = middle;
-  w.second = kAllBits;
-  if (a) {
-    const Vector first = load(a);
-    w.second = beats(middle, first);
-    best = blend(w.second, middle, first);
+// The maximum of three values of which the first and the last may lie outside the image.
+template <bool First, bool Last> RNAS_INLINE Vector largest(const float* at, int64_t step, Winner* w) {
+  Vector best = load(at);
+  Winner found{kAllBits, 0};
+  if (First) {
+    const Vector first = load(at - step);
+    found.second = beats(best, first);
+    best = blend(found.second, best, first);
   }
-  w.third = 0;
-  if (c) {
-    const Vector last = load(c);
-    w.third = beats(last, best);
-    best = blend(w.third, last, best);
+  if (Last) {
+    const Vector last = load(at + step);
+    found.third = beats(last, best);
+    best = blend(found.third, last, best);
   }
+  if (w) *w = found;
   return best;
 }
 
+// Calls use(pixel out, first, last): whether the neighbour before and the one after the pixel are inside, as constants.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+template <typename Use> RNAS_INLINE void along(int64_t size, int64_t size_out, int64_t stride, const Use& use) {
+  size > 1 ? use(int64_t{0}, No(), Yes()) : use(int64_t{0}, No(), No());
+  const int64_t whole = (size_out - 1) * stride + 1 < size ? size_out : size_out - 1;
+  int64_t x = 1;
+  for (; x < whole; ++x) use(x, Yes(), Yes());
+  for (; x < size_out; ++x) use(x, Yes(), No());
+}
+
 // in: pixel (0, 0), rows `row` apart. out (height_out, width_out) dense, or null when only the winners are wanted.
-// rows: scratch of height * width_out vectors. across (height, width_out), down (height_out, width_out).
+// rows: scratch of height * width_out vectors. across (height, width_out), down (height_out, width_out), or both null.
+template <bool Winners>
+RNAS_INLINE void max_pool_loops(const float* in, int64_t row, const PoolShape& s, float* rows, float* out,
+                                Winner* across, Winner* down) {
+  for (int64_t y = 0; y < s.height; ++y)
+    along(s.width, s.width_out, s.stride, [&](int64_t x, auto first, auto last) {
+      const int64_t to = y * s.width_out + x;
+      store(rows + to * kLanes, largest<first.value, last.value>(in + y * row + x * s.stride * kLanes, kLanes,
+                                                                 Winners ? across + to : nullptr));
+    });
+  const int64_t step = s.width_out * kLanes;
+  along(s.height, s.height_out, s.stride, [&](int64_t y, auto first, auto last) {
+    for (int64_t x = 0; x < s.width_out; ++x) {
+      const int64_t to = y * s.width_out + x;
+      const Vector best = largest<first.value, last.value>(rows + y * s.stride * step + x * kLanes, step,
+                                                           Winners ? down + to : nullptr);
+      if (out) store(out + to * kLanes, best);
+    }
+  });
+}
+
 inline void max_pool(const float* in, int64_t row, const PoolShape& s, float* rows, float* out, Winner* across,
                      Winner* down) {
-  for (int64_t y = 0; y < s.height; ++y)
-    for (int64_t x = 0; x < s.width_out; ++x) {
-      const float* at = in + y * row + x * s.stride * kLanes;
-      const float* before = x > 0 ? at - kLanes : nullptr;
-      const float* after = x * s.stride + 1 < s.width ? at + kLanes : nullptr;
-      store(rows + (y * s.width_out + x) * kLanes, largest(before, at, after, across[y * s.width_out + x]));
-    }
-  const int64_t step = s.width_out * kLanes;
-  for (int64_t y = 0; y < s.height_out; ++y)
-    for (int64_t x = 0; x < s.width_out; ++x) {
-      const float* at = rows + y * s.stride * step + x * kLanes;
-      const float* above = y > 0 ? at - step : nullptr;
-      const float* below = y * s.stride + 1 < s.height ? at + step : nullptr;
-      const Vector best = largest(above, at, below, down[y * s.width_out + x]);
-      if (out) store(out + (y * s.width_out + x) * kLanes, best);
-    }
+  if (across)
+    max_pool_loops<true>(in, row, s, rows, out, across, down);
+  else
+    max_pool_loops<false>(in, row, s, rows, out, nullptr, nullptr);
 }
 
 // The pool with given winners: out[pixel] = in[its winner]. The derivative of the maximum along `in`.
@@ -86,12 +110,36 @@ inline void max_pool_linear(const float* in, int64_t row, const PoolShape& s, fl
     }
 }
 
-RNAS_INLINE void add_to(float* at, Vector v) { store(at, load(at) + v); }
+// The value behind a pixel of a pool of stride 1: what the pixel itself and its two neighbours send to it.
+template <bool First, bool Last> RNAS_INLINE Vector collect(const float* g, const Winner* w, int64_t step) {
+  const Winner own = w[0];
+  Vector sum = of_second(own, load(g));
+  if (First) sum = add_where(w[-step].third, sum, load(g - step * kLanes));
+  if (Last) {
+    const Winner after = w[step];
+    sum = add_where(static_cast<Bits>(~(after.second | after.third) & kAllBits), sum, load(g + step * kLanes));
+  }
+  return sum;
+}
 
 // gx (height, width) dense += the gradient g (height_out, width_out) sent to the winners.
 inline void max_pool_backward(const float* g, const PoolShape& s, float* rows, const Winner* across, const Winner* down,
                               float* gx) {
-  const int64_t step = s.width_out * kLanes;
+  const int64_t width = s.width_out, step = width * kLanes;
+  if (s.stride == 1) {
+    along(s.height, s.height, 1, [&](int64_t y, auto first, auto last) {
+      for (int64_t x = 0; x < width; ++x) {
+        const int64_t at = y * width + x;
+        store(rows + at * kLanes, collect<first.value, last.value>(g + at * kLanes, down + at, width));
+      }
+    });
+    for (int64_t y = 0; y < s.height; ++y)
+      along(s.width, s.width, 1, [&](int64_t x, auto first, auto last) {
+        const int64_t at = y * width + x;
+        add_to(gx + at * kLanes, collect<first.value, last.value>(rows + at * kLanes, across + at, 1));
+      });
+    return;
+  }
   std::memset(rows, 0, s.height * step * sizeof(float));
   for (int64_t y = 0; y < s.height_out; ++y)
     for (int64_t x = 0; x < s.width_out; ++x) {
@@ -116,36 +164,57 @@ inline void max_pool_backward(const float* g, const PoolShape& s, float* rows, c
 // How many of the three rows or columns around position `at` lie inside.
 RNAS_INLINE int64_t inside(int64_t at, int64_t size) { return 1 + (at > 0) + (at + 1 < size); }
 
+// The sum of a pixel and its neighbours inside the image.
+template <bool First, bool Last> RNAS_INLINE Vector sum_of(const float* at, int64_t step) {
+  Vector sum = load(at);
+  if (First) sum += load(at - step);
+  if (Last) sum += load(at + step);
+  return sum;
+}
+
 // The mean over the pixels inside the image.
 inline void average_pool(const float* in, int64_t row, const PoolShape& s, float* rows, float* out) {
   for (int64_t y = 0; y < s.height; ++y)
-    for (int64_t x = 0; x < s.width_out; ++x) {
-      const float* at = in + y * row + x * s.stride * kLanes;
-      Vector sum = load(at);
-      if (x > 0) sum += load(at - kLanes);
-      if (x * s.stride + 1 < s.width) sum += load(at + kLanes);
-      store(rows + (y * s.width_out + x) * kLanes, sum);
-    }
+    along(s.width, s.width_out, s.stride, [&](int64_t x, auto first, auto last) {
+      store(rows + (y * s.width_out + x) * kLanes,
+            sum_of<first.value, last.value>(in + y * row + x * s.stride * kLanes, kLanes));
+    });
   const int64_t step = s.width_out * kLanes;
-  for (int64_t y = 0; y < s.height_out; ++y)
-    for (int64_t x = 0; x < s.width_out; ++x) {
-      const float* at = rows + y * s.stride * step + x * kLanes;
-      Vector sum = load(at);
-      if (y > 0) sum += load(at - step);
-      if (y * s.stride + 1 < s.height) sum += load(at + step);
-      const float count = static_cast<float>(inside(y * s.stride, s.height) * inside(x * s.stride, s.width));
-      store(out + (y * s.width_out + x) * kLanes, sum * set(1.0f / count));
-    }
+  along(s.height, s.height_out, s.stride, [&](int64_t y, auto first, auto last) {
+    const int64_t inside_rows = 1 + first.value + last.value;
+    along(s.width, s.width_out, s.stride, [&](int64_t x, auto left, auto right) {
+      const Vector share = set(1.0f / static_cast<float>(inside_rows * (1 + left.value + right.value)));
+      store(out + (y * s.width_out + x) * kLanes,
+            share * sum_of<first.value, last.value>(rows + y * s.stride * step + x * kLanes, step));
+    });
+  });
 }
 
-// gx (height, width) dense += the transpose of average_pool on g.
+// gx (height, width) dense += the transpose of average_pool on g. rows: scratch of (height + height_out) * width_out.
 inline void average_pool_backward(const float* g, const PoolShape& s, float* rows, float* gx) {
   const int64_t step = s.width_out * kLanes;
+  float* shares = rows + s.height * step;
+  for (int64_t y = 0; y < s.height_out; ++y)
+    for (int64_t x = 0; x < s.width_out; ++x) {
+      const float count = static_cast<float>(inside(y * s.stride, s.height) * inside(x * s.stride, s.width));
+      store(shares + y * step + x * kLanes, load(g + y * step + x * kLanes) * set(1.0f / count));
+    }
+  if (s.stride == 1) {
+    along(s.height, s.height, 1, [&](int64_t y, auto first, auto last) {
+      for (int64_t x = 0; x < s.width; ++x)
+        store(rows + y * step + x * kLanes, sum_of<first.value, last.value>(shares + y * step + x * kLanes, step));
+    });
+    for (int64_t y = 0; y < s.height; ++y)
+      along(s.width, s.width, 1, [&](int64_t x, auto first, auto last) {
+        const int64_t at = y * step + x * kLanes;
+        add_to(gx + at, sum_of<first.value, last.value>(rows + at, kLanes));
+      });
+    return;
+  }
   std::memset(rows, 0, s.height * step * sizeof(float));
   for (int64_t y = 0; y < s.height_out; ++y)
     for (int64_t x = 0; x < s.width_out; ++x) {
-      const float count = static_cast<float>(inside(y * s.stride, s.height) * inside(x * s.stride, s.width));
-      const Vector v = load(g + y * step + x * kLanes) * set(1.0f / count);
+      const Vector v = load(shares + y * step + x * kLanes);
       float* at = rows + y * s.stride * step + x * kLanes;
       if (y > 0) add_to(at - step, v);
       add_to(at, v);

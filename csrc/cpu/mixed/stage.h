@@ -10,12 +10,18 @@
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
 
-// A state as the caller stores it: channels last, perhaps a slice of more channels.
+// A state: as the caller stores it, channels last and perhaps a slice of more channels, or dense.
 struct State {
   const float* data;
   int64_t image, pixel;  // distances in floats
   int64_t height, width;
+  int64_t group = kLanes;  // likewise, of the groups of channels
+  bool dense() const { return pixel == kLanes && group == height * width * kLanes; }
 };
+
+inline State dense_state(const float* data, const Plan& plan, int64_t height, int64_t width) {
+  return {data, height * width * plan.padded, kLanes, height, width, height * width * kLanes};
+}
 
 // Calls use(group, pixel's y, pixel's x, values) for every pixel and group of image n.
 template <typename Use> RNAS_INLINE void visit(const State& state, int64_t n, int64_t channels, const Use& use) {
@@ -23,8 +29,8 @@ template <typename Use> RNAS_INLINE void visit(const State& state, int64_t n, in
   const int64_t whole = channels / kLanes, rest = channels % kLanes;
   for (int64_t y = 0; y < state.height; ++y)
     for (int64_t x = 0; x < state.width; ++x, at += state.pixel) {
-      for (int64_t group = 0; group < whole; ++group) use(group, y, x, load(at + group * kLanes));
-      if (rest) use(whole, y, x, load_part(at + whole * kLanes, rest));
+      for (int64_t group = 0; group < whole; ++group) use(group, y, x, load(at + group * state.group));
+      if (rest) use(whole, y, x, load_part(at + whole * state.group, rest));
     }
 }
 
@@ -35,7 +41,7 @@ struct Scratch {
   float *d, *chunk, *shifted;  // (groups, kChunk or one row) each
   float* state_grad;           // (groups, height * width) gradient behind the first ReLU
   float* mid_grad;             // (groups, height_out * width_out) likewise of the second
-  float* pool_rows;            // (height, width_out)
+  float* pool_rows;            // (height + height_out, width_out)
   float* sums;                 // (4, padded) running sums
   Ahead* ahead;                // what the next image will read
 };
@@ -54,7 +60,7 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan) {
   scratch.shifted = arena.take<float>(chunk);
   scratch.state_grad = arena.take<float>(plan.padded * s.height * s.width);
   scratch.mid_grad = arena.take<float>(plan.image_out());
-  scratch.pool_rows = arena.take<float>(s.height * plan.width_out * kLanes);
+  scratch.pool_rows = arena.take<float>((s.height + plan.height_out) * plan.width_out * kLanes);
   scratch.sums = arena.take<float>(4 * plan.padded);
   scratch.ahead = arena.take<Ahead>(1);
   if (scratch.ahead) new (scratch.ahead) Ahead();
@@ -65,7 +71,7 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan) {
 inline void announce(const Scratch& s, const Plan& plan, const State& state, int64_t n) {
   const float* data = state.data + n * state.image;
   const int64_t pixels = state.height * state.width, c = plan.shape.channels;
-  if (state.pixel == c) return s.ahead->add(data, pixels * c / 16 + 1);
+  if (state.pixel == c || state.dense()) return s.ahead->add(data, pixels * (state.dense() ? plan.padded : c) / 16 + 1);
   for (int64_t at = 0; at < c; at += 16) s.ahead->add(data + at, pixels, state.pixel * sizeof(float));
 }
 
@@ -94,7 +100,8 @@ inline void load_relu(const Plan& plan, const State& state, int64_t n, const Til
 inline void load_relu_linear(const Plan& plan, const State& state, const State& direction, int64_t n, const Tile& tile) {
   const int64_t rest = plan.shape.channels % kLanes;
   visit(state, n, plan.shape.channels, [&](int64_t group, int64_t y, int64_t x, Vector v) {
-    const float* at = direction.data + n * direction.image + (y * state.width + x) * direction.pixel + group * kLanes;
+    const float* at = direction.data + n * direction.image + (y * state.width + x) * direction.pixel +
+                      group * direction.group;
     const Vector along = rest && group == plan.groups - 1 ? load_part(at, rest) : load(at);
     store(tile.data + group * tile.plane + y * tile.row + x * kLanes, keep(positive(v), along));
   });
@@ -162,18 +169,21 @@ inline void load_mid_linear(const Plan& plan, const float* y, const float* shift
 inline void gather(const Plan& plan, const Convolution& conv, const Part& part, const float* packed, const Tile& in,
                    int64_t first, int64_t rows, float* d) {
   const int64_t width = plan.width_out, half = half_width(static_cast<int>(conv.kernel), static_cast<int>(conv.dilation));
-  for (int64_t group = 0; group < plan.groups; ++group)
-    for (int64_t r = 0; r < rows; ++r) {
-      float* to = d + (group * rows + r) * width * kLanes;
-      const float* plane = in.data + group * in.plane;
-      if (conv.kernel > 0) {
-        const float* at = plane + ((first + r) * conv.stride - half) * in.row - half * kLanes;
-        conv.loops.forward(at, in.row, packed + conv.packed + group * conv.kernel * conv.kernel * kLanes, to, width);
-      } else {
-        const float* at = plane + ((first + r) * conv.stride + part.dy) * in.row + part.dx * kLanes;
-        for (int64_t x = 0; x < width; ++x) store(to + x * kLanes, load(at + x * conv.stride * kLanes));
-      }
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    float* to = d + group * rows * width * kLanes;
+    const float* plane = in.data + group * in.plane;
+    if (conv.kernel > 0) {
+      const float* at = plane + (first * conv.stride - half) * in.row - half * kLanes;
+      conv.loops.forward(at, in.row, packed + conv.packed + group * conv.kernel * conv.kernel * kLanes, to,
+                         width * kLanes, width, rows);
+      continue;
     }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* at = plane + ((first + r) * conv.stride + part.dy) * in.row + part.dx * kLanes;
+      for (int64_t x = 0; x < width; ++x)
+        store(to + (r * width + x) * kLanes, load(at + x * conv.stride * kLanes));
+    }
+  }
 }
 
 // Calls use(first row, rows) for the chunks of an output image.
@@ -255,10 +265,8 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
     if (!in_grad) continue;
     float* to = in_grad + group * height * width * kLanes;
     if (conv.stride == 1) {
-      const auto row = Add ? conv.loops.backward_add : conv.loops.backward_set;
-      for (int64_t y = 0; y < height; ++y)
-        row(plane + (y - half) * grad.row - half * kLanes, grad.row, packed.backward + weights, to + y * width * kLanes,
-            width);
+      const auto rows = Add ? conv.loops.backward_add : conv.loops.backward_set;
+      rows(plane - half * (grad.row + kLanes), grad.row, packed.backward + weights, to, width * kLanes, width, height);
     } else {
       if (!Add) std::memset(to, 0, height * width * kLanes * sizeof(float));
       for (int64_t y = 0; y < height; ++y)
@@ -305,6 +313,8 @@ inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const flo
     for (; p + 4 <= pixels; p += 4)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
+        __builtin_prefetch(gs + (p + i + 32) * kLanes);
+        if (ys) __builtin_prefetch(ys + (p + i + 32) * kLanes);
         const Vector v = load(gs + (p + i) * kLanes);
         a[i] = ys ? fma(v, load(ys + (p + i) * kLanes) - k, a[i]) : a[i] + v;
       }

@@ -97,8 +97,6 @@ RNAS_INLINE Bits bits(Mask mask) {
 #endif
 }
 
-RNAS_INLINE Vector select(Mask mask, Vector a, Vector b) { return mask ? a : b; }
-
 // v where the lane's bit is set, 0 elsewhere.
 RNAS_INLINE Vector keep(Bits set_lanes, Vector v) {
 #if defined(RNAS_LEVEL_avx512)
@@ -132,7 +130,22 @@ RNAS_INLINE Bits positive(Vector x) {
 }
 
 // Whether `candidate` takes over from the maximum so far, as in torch.max_pool2d: greater, or NaN.
-RNAS_INLINE Bits beats(Vector candidate, Vector best) { return bits((candidate > best) | (candidate != candidate)); }
+RNAS_INLINE Bits beats(Vector candidate, Vector best) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_cmp_ps_mask(candidate, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(candidate, candidate, _CMP_UNORD_Q);
+#else
+  return bits((candidate > best) | (candidate != candidate));
+#endif
+}
+
+// sum + v where the lane's bit is set.
+RNAS_INLINE Vector add_where(Bits set_lanes, Vector sum, Vector v) {
+#if defined(RNAS_LEVEL_avx512)
+  return _mm512_mask_add_ps(sum, set_lanes, sum, v);
+#else
+  return sum + keep(set_lanes, v);
+#endif
+}
 
 RNAS_INLINE Vector blend(Bits chosen, Vector a, Vector b) {
 #if defined(RNAS_LEVEL_avx512)

@@ -48,12 +48,16 @@ struct MixedShape {
 // What a forward pass keeps for its backward pass.
 //   masks        signs of what enters each ReLU and winners of the max pools: enough for gradients to the states where
 //                the statistics are fixed
-//   activations  what enters the second ReLU of each separable convolution; everything else is computed again
-enum class Keep { nothing, masks, activations };
+//   activations  what enters the second ReLU of each separable convolution, and on batch statistics, from 32
+//                channels on, the outputs of the 5x5 convolutions; everything else is computed again
+//   outputs      on batch statistics the outputs of all convolutions too: three times the memory, less time
+enum class Keep { nothing, masks, activations, outputs };
 
 struct MixedSizes {
   int64_t edges, norms, theta, height_out, width_out;  // E, B, elements of theta, H', W'
-  int64_t kept_masks, kept_activations, workspace;     // bytes; the last two depend on the instruction set in use
+  int64_t kept_masks, kept_activations, kept_outputs;  // bytes; they depend on the instruction set in use
+  int64_t kept_linear;  // bytes of Keep::activations where statistics are fixed
+  int64_t workspace;    // bytes
 };
 
 // The arguments common to all passes. mean and variance (B, C): of the batch in a backward pass on batch statistics, of
@@ -92,7 +96,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 // Fixed statistics only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
 // (N, H', W', J * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
 // theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
-// Keep::masks all must be). direction (S) arrays (N, H, W, C). direction_kept: memory of kept_activations bytes, or null
+// Keep::masks all must be). direction (S) arrays (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
 // with Keep::masks. With Keep::masks neither in.states nor out are read, here and in mixed_backward.
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
                            const void* kept, const float* grad_out, const float* const* direction,

@@ -1,0 +1,305 @@
+"""What the fused ops share: memory that is handed on, and averages of batch norms."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from functools import partial
+
+import pytest
+import torch
+from op_checks import distance, draw_norm, noise
+from test_mixed_op import KINDS, draw
+from torch import nn
+
+from rnas import kernels
+from rnas.kernels import fused
+from rnas.kernels.reference import mixed_op as reference
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+LARGE = 2 * fused.Pool.SMALLEST
+
+
+@pytest.fixture
+def pool():
+    return fused.Pool()
+
+
+def in_threads(*functions) -> None:
+    """Runs them all at once."""
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_hands_memory_on_when_its_last_holder_is_gone(pool):
+    first = pool.take(LARGE)
+    assert first.dtype == torch.uint8 and first.shape == (LARGE,)
+    address, view = first.data_ptr(), first[5:].view(-1)
+    del first
+    other = pool.take(LARGE)  # a view still holds the first
+    assert other.data_ptr() != address
+    view.fill_(1)
+    other.fill_(2)
+    assert (view == 1).all()
+    del view
+    assert pool.take(LARGE).data_ptr() == address
+
+
+@pytest.mark.parametrize("holder", ["graph", "storage", "numpy", "detached"])
+def test_a_pool_knows_all_holders(pool, holder):
+    piece = pool.take(LARGE)
+    address = piece.data_ptr()
+    if holder == "graph":
+
+        class Keep(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, kept):
+                ctx.save_for_backward(kept)
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient * ctx.saved_tensors[0][0], None
+
+        held = Keep.apply(torch.ones(1, requires_grad=True), piece)
+    else:
+        held = {"storage": piece.untyped_storage, "numpy": piece.numpy, "detached": piece.detach}[holder]()
+    del piece
+    assert pool.take(LARGE).data_ptr() != address
+    del held
+    gc.collect()
+    assert address in {pool.take(LARGE).data_ptr(), pool.take(LARGE).data_ptr()}
+
+
+def test_a_pool_never_hands_out_memory_that_is_in_use(pool):
+    draws = torch.Generator().manual_seed(0)
+    held: list[tuple[int, torch.Tensor]] = []
+    for step in range(200):
+        size = LARGE + int(torch.randint(LARGE, (), generator=draws))
+        piece = pool.take(size)
+        assert piece.numel() == size and piece.data_ptr() % 64 == 0
+        piece.fill_(step)
+        held.append((step, piece))
+        while len(held) > 5:
+            value, old = held.pop(int(torch.randint(len(held), (), generator=draws)))
+            assert old[0] == old[-1] == value and bool((old[:: 4096 - 1] == value).all())
+            del old
+    spans = sorted((piece.data_ptr(), piece.data_ptr() + piece.numel()) for _, piece in held)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    assert all(bool((piece == value).all()) for value, piece in held)
+
+
+def test_a_pool_does_not_waste_large_memory_on_small_needs(pool):
+    address = pool.take(4 * LARGE).data_ptr()
+    assert len(pool._free) == 1
+    small = pool.take(LARGE)
+    assert small.data_ptr() != address and len(pool._free) == 1
+    nearly = pool.take(4 * LARGE - LARGE // 4)
+    assert nearly.data_ptr() == address and not pool._free
+
+
+def test_small_memory_is_left_to_the_allocator(pool):
+    for size in (0, 1, fused.Pool.SMALLEST - 1):
+        assert pool.take(size).shape == (size,)
+    assert not pool._free
+
+
+def test_a_pool_holds_so_many_pieces_and_gives_them_back(pool):
+    held = [pool.take(fused.Pool.SMALLEST) for _ in range(fused.Pool.MOST + 6)]
+    held.clear()
+    assert len(pool._free) == fused.Pool.MOST
+    in_use = pool.take(fused.Pool.SMALLEST)
+    in_use.fill_(3)
+    pool.empty()
+    assert not pool._free and bool((in_use == 3).all())
+    del in_use  # memory in use comes back afterwards
+    assert len(pool._free) == 1
+
+
+def test_a_pool_serves_several_threads(pool):
+    wrong = []
+
+    def work(value):
+        for _ in range(200):
+            piece = pool.take(fused.Pool.SMALLEST)
+            piece.fill_(value)
+            if not bool((piece == value).all()):
+                wrong.append(value)
+
+    in_threads(*(partial(work, value) for value in range(4)))
+    assert not wrong and len(pool._free) <= 8
+
+
+def test_a_pool_gives_one_piece_to_one_of_two_threads(pool, monkeypatch):
+    """The second thread takes as the first has just found a piece that fits."""
+    free = pool.take(LARGE).data_ptr()
+    others, numel = [], torch.Tensor.numel
+
+    def interrupted(tensor):
+        monkeypatch.setattr(torch.Tensor, "numel", numel)
+        in_threads(lambda: others.append(pool.take(LARGE)))
+        return tensor.numel()
+
+    monkeypatch.setattr(torch.Tensor, "numel", interrupted)
+    mine = pool.take(LARGE)
+    assert {mine.data_ptr(), others[0].data_ptr()} > {free} and not pool._free
+
+
+def large_problem(**how):
+    """One whose kept activations come from the pool."""
+    return draw(space="skip and sep", cell="two nodes", shape=(8, 16, 32, 32), mode="train affine", **how)
+
+
+def held_bytes() -> int:
+    return sum(piece.numel() for piece in fused.POOL._free.values())
+
+
+def test_a_step_gets_the_memory_of_the_step_before_and_empty_cache_gives_it_back(compiled):
+    if not compiled:
+        pytest.skip("plain PyTorch keeps its own memory")
+    kernels.empty_cache()
+    assert not fused.POOL._free and fused._memory.buffer is None
+    problem = large_problem().require(KINDS)
+    output = problem.run()
+    assert not fused.POOL._free  # the graph holds it
+    output.sum().backward()
+    del output
+    assert held_bytes() >= fused.Pool.SMALLEST and fused._memory.buffer is not None
+    before = held_bytes()
+    for _ in range(3):
+        problem.run().sum().backward()
+        assert held_bytes() == before
+    kernels.empty_cache()
+    assert not fused.POOL._free and fused._memory.buffer is None
+    problem.run().sum().backward()  # and on it goes
+
+
+def test_several_graphs_at_once_keep_their_own_memory():
+    problems = [large_problem(seed=seed).require(KINDS) for seed in range(3)]
+    leaves = [[leaf for kind in KINDS for leaf in problem.leaves(kind)] for problem in problems]
+    alone = []
+    for problem, wanted in zip(problems, leaves):
+        output = problem.run()
+        alone.append(torch.autograd.grad(output, wanted, noise(output, 1)))
+    outputs = [problem.run() for problem in problems]
+    for index in (1, 2, 0):
+        found = torch.autograd.grad(outputs[index], leaves[index], noise(outputs[index], 1))
+        assert all(torch.equal(a, b) for a, b in zip(found, alone[index]))
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_thread_has_its_workspace():
+    mine = fused.workspace(LARGE)
+    assert fused.workspace(LARGE // 2).data_ptr() == mine.data_ptr()
+    assert fused.workspace(2 * LARGE).numel() >= 2 * LARGE
+    buffers, barrier = [fused.workspace(1)], threading.Barrier(2)
+
+    def work():
+        buffers.append(fused.workspace(LARGE))
+        barrier.wait()
+
+    in_threads(work, work)
+    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.numel()) for buffer in buffers)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    kernels.empty_cache()
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+def test_calls_from_two_threads_at_once(mode):
+    def results(seed):
+        found = []
+        for shape in ((2, 16, 16, 16), (3, 5, 9, 7), (4, 16, 24, 24)):
+            problem = draw(seed, cell="two nodes", mode=mode, shape=shape).require(KINDS)
+            leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+            output = problem.run()
+            found += [output.detach(), *torch.autograd.grad(output, leaves, noise(output, 1), materialize_grads=True)]
+            layer = nn.Conv2d(shape[1], 8, 1, bias=False)
+            with torch.no_grad():
+                layer.weight.copy_(noise(layer.weight, 3))
+            norm = draw_norm(8, mode, torch.Generator().manual_seed(seed))
+            found.append(kernels.relu_conv_norm(problem.states[0].detach(), layer.weight, norm).detach())
+        return found
+
+    expected = {seed: results(seed) for seed in range(2)}
+    wrong, barrier = [], threading.Barrier(2)
+
+    def work(seed):
+        barrier.wait()
+        try:
+            for _ in range(5):
+                if not all(torch.equal(a, b) for a, b in zip(results(seed), expected[seed])):
+                    wrong.append(seed)
+        except Exception as error:
+            wrong.append(error)
+
+    in_threads(*(partial(work, seed) for seed in range(2)))
+    assert not wrong
+
+
+# Batch norms ---------------------------------------------------------------------------------------------------------
+
+
+def run_norms(norms, implementation) -> None:
+    """An edge of two separable convolutions, which has four norms."""
+    problem = draw(space=(("sep_conv_3x3", "sep_conv_5x5"), True), mode="train")
+    problem.norms = [norms]
+    problem.run(implementation)
+
+
+@pytest.mark.parametrize("way", ["momenta", "cumulative", "one in eval", "no counter", "shared", "not tracking"])
+def test_averages_move_as_those_of_pytorch(way, monkeypatch):
+    found = []
+    for implementation in (reference, kernels):
+        norms = [draw_norm(3, "train", torch.Generator().manual_seed(index)) for index in range(4)]
+        if way == "momenta":
+            for norm, momentum in zip(norms, (0.1, 0.5, 0.1, 0.0)):
+                norm.momentum = momentum
+        elif way == "cumulative":
+            norms[1].momentum = norms[2].momentum = None
+        elif way == "one in eval":
+            norms[2].eval()
+            monkeypatch.setenv("RNAS_BACKEND", "auto")
+        elif way == "no counter":
+            norms[0].num_batches_tracked = None
+        elif way == "shared":
+            norms[3] = norms[0]
+        elif way == "not tracking":
+            norms[1].track_running_stats = False
+        for _ in range(2):
+            run_norms(norms, implementation)
+        tensors = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+        counters = [None if norm.num_batches_tracked is None else int(norm.num_batches_tracked) for norm in norms]
+        found.append((tensors, counters))
+    assert found[0][1] == found[1][1]
+    assert all(distance([b], [a]) <= 1e-5 for a, b in zip(found[0][0], found[1][0]))
+
+
+def test_read_norms_reads_what_a_norm_holds():
+    norms = [draw_norm(3, mode, torch.Generator()) for mode in ("train affine", "train")]
+    read = fused.read_norms(norms)
+    assert read.weights == [norms[0].weight, None] and read.biases == [norms[0].bias, None]
+    assert read.means[0] is norms[0].running_mean and read.variances[1] is norms[1].running_var
+    assert read.on_batch and not read.differ
+    assert fused.read_norms([norms[0], copy.deepcopy(norms[1]).eval()]).differ
+    assert fused.read_norms([norms[0], draw_norm(3, "train, other numbers", torch.Generator())]).differ
+    nothing = fused.read_norms([])
+    assert not nothing.on_batch and not nothing.differ
+
+
+def test_a_parametrized_weight_is_read_anew():
+    norm = draw_norm(3, "eval affine", torch.Generator().manual_seed(0))
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    assert torch.equal(fused.read_norms([norm]).weights[0], norm.weight)
+    x, weight = torch.rand(2, 5, 4, 4), torch.rand(3, 5, 1, 1)
+    plain = norm(nn.functional.conv2d(x.relu(), weight))
+    assert distance([kernels.relu_conv_norm(x, weight, norm)], [plain]) <= 1e-5
