@@ -97,7 +97,7 @@ def test_modes_and_layouts(layout, mode):
     check(mode=mode, layout=layout, shape=(2, 17, 5, 3), outputs=16)
 
 
-@pytest.mark.parametrize("mode", ["train, other numbers", "eval affine"])
+@pytest.mark.parametrize("mode", ["train", "eval affine"])
 @pytest.mark.parametrize("outputs", CHANNELS)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_numbers_of_channels(channels, outputs, mode):

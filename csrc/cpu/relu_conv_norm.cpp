@@ -16,7 +16,7 @@ namespace {
 
 // Pixels that go through the loops together, and of which sums are taken in float32 before they are added in double.
 // Sums of a block do not depend on the number of threads.
-constexpr int64_t kPixels = 32;
+constexpr int64_t kPixels = 32;  // no more than kChunk
 constexpr int64_t kBlockPixels = 1024;
 
 class Layer {
@@ -36,7 +36,7 @@ class Layer {
       local.y = arena_.take<float>(padded_out_ * kPixels);
       local.g = arena_.take<float>(padded_out_ * kPixels);
       local.gx = arena_.take<float>(padded_in_ * kPixels);
-      local.first = arena_.take<float>(3 * padded_out_);
+      local.first = arena_.take<float>(2 * padded_out_);
       local.weights.now = arena_.take<float>(padded_in_ * padded_out_);
       local.weights.total = arena_.take<double>(padded_in_ * padded_out_);
       local.ahead = arena_.take<Ahead>(1);
@@ -52,25 +52,14 @@ class Layer {
     if (in_.batch_statistics) {
       pack(nullptr);
       each_block([&](const Local& l, int64_t block, int64_t begin, int64_t end) {
-        float *pivot = l.first, *first = pivot + padded_out_, *second = first + padded_out_;
-        std::memset(first, 0, 2 * padded_out_ * sizeof(float));
+        double* mean = sums_ + 2 * block * padded_out_;
         each_chunk(begin, end, [&](int64_t p, int64_t count) {
           load_relu(l, p, count, nullptr);
           announce(l, in_.x, in_.channels_in, p + count, end);
           multiply(l, count);
-          if (p == begin)
-            for (int64_t group = 0; group < groups_out_; ++group)
-              store(pivot + group * kLanes, load(l.y + group * kPixels * kLanes));
-          add_moments(l.y, count, pivot, first, second);
+          add_moments(groups_out_, l.y, kPixels * kLanes, count, p - begin, {mean, mean + padded_out_});
           unload(l.y, groups_out_, in_.channels_out, p, count, out);
         });
-        double *mean = sums_ + 2 * block * padded_out_, *squares = mean + padded_out_;
-        const double size = static_cast<double>(end - begin);
-        for (int64_t c = 0; c < padded_out_; ++c) {
-          const double offset = first[c] / size;
-          mean[c] = pivot[c] + offset;
-          squares[c] = second[c] - offset * first[c];
-        }
       });
       merge_moments(batch_mean, batch_variance);
       each_block([&](const Local&, int64_t, int64_t begin, int64_t end) { normalise(out, begin, end); });
@@ -188,7 +177,7 @@ class Layer {
  private:
   struct Local {
     float *d, *y, *g, *gx;  // chunks [group][kPixels][lane]: relu(x), output, gradient of the output, gradient of x
-    float* first;           // (3, padded_out) running sums
+    float* first;           // (2, padded_out) running sums
     WeightSums weights;     // [input][output]
     Ahead* ahead;
   };
@@ -252,20 +241,6 @@ class Layer {
 
   void add_weights(const Local& l, int64_t count) const {
     pointwise_weight(l.d, kPixels * kLanes, groups_in_, l.g, kPixels * kLanes, groups_out_, count, l.weights.now);
-  }
-
-  void add_moments(const float* y, int64_t count, const float* pivot, float* first, float* second) const {
-    for (int64_t group = 0; group < groups_out_; ++group) {
-      const Vector k = load(pivot + group * kLanes);
-      Vector a = load(first + group * kLanes), b = load(second + group * kLanes);
-      for (int64_t i = 0; i < count; ++i) {
-        const Vector v = load(y + (group * kPixels + i) * kLanes) - k;
-        a += v;
-        b = fma(v, v, b);
-      }
-      store(first + group * kLanes, a);
-      store(second + group * kLanes, b);
-    }
   }
 
   void merge_moments(float* batch_mean, float* batch_variance) {

@@ -153,18 +153,10 @@ class Batch {
   }
 
   // The moments of one image, gathered as its rows are made.
-  auto moments(const Scratch& s, const float* y, double* sums) const {
-    float *pivot = s.sums, *first = s.sums + plan_.padded, *second = s.sums + 2 * plan_.padded;
+  auto moments(const float* y, double* sums) const {
     return [=, this](int64_t row, int64_t rows) {
-      if (row == 0) {
-        for (int64_t group = 0; group < plan_.groups; ++group)
-          store(pivot + group * kLanes, load(y + group * plan_.plane_out()));
-        std::memset(first, 0, 2 * plan_.padded * sizeof(float));
-      }
-      add_moments(plan_, y + row * plan_.width_out * kLanes, plan_.plane_out(), rows * plan_.width_out, pivot, first,
-                  second);
-      if (row + rows == plan_.height_out)
-        finish_moments(plan_, plan_.pixels_out(), pivot, first, second, {sums, sums + plan_.padded});
+      add_moments(plan_.groups, y + row * plan_.width_out * kLanes, plan_.plane_out(), rows * plan_.width_out,
+                  row * plan_.width_out, {sums, sums + plan_.padded});
     };
   }
 
@@ -207,8 +199,8 @@ class Batch {
         }
         if (!forward || !plan_.shape.pool_norm) continue;
         const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-        if (plan_.max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
-        if (plan_.avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
+        if (plan_.max) moments(max_ + image, max_sums + row)(0, plan_.height_out);
+        if (plan_.avg) moments(avg_ + image, avg_sums + row)(0, plan_.height_out);
       }
     });
     if (forward) pending_.any = false;
@@ -244,7 +236,7 @@ class Batch {
             const Branch& branch = edge.branches[b];
             float* to = branch.kept >= 0 ? kept(branch.kept, n) : y(edge, b, n);
             convolve<false>(plan_, branch.stages[0], packed_.forward, tile, s, to,
-                            moments(s, to, sums_[b] + 2 * n * plan_.padded));
+                            moments(to, sums_[b] + 2 * n * plan_.padded));
           }
         }
       });
@@ -255,8 +247,8 @@ class Batch {
         second |= edge.branches[b].stages.size() > 1;
       }
       if (second) {
-        second_stage(edge, [&](const Scratch& s, size_t b, int64_t n) {
-          return moments(s, y(edge, b, n), sums_[b] + 2 * n * plan_.padded);
+        second_stage(edge, [&](size_t b, int64_t n) {
+          return moments(y(edge, b, n), sums_[b] + 2 * n * plan_.padded);
         });
         for (size_t b = 0; b < edge.branches.size(); ++b)
           if (edge.branches[b].stages.size() > 1) settle(edge.branches[b].last().norm, sums_[b]);
@@ -280,7 +272,7 @@ class Batch {
             announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
             announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n), after(s, b, n));
+          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n), after(b, n));
         }
     });
   }

@@ -277,28 +277,57 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
 
 // ---- sums over pixels ------------------------------------------------------------------------------------------------
 
-// first[c] += sum of (y - pivot), second[c] += sum of (y - pivot)^2 over a run of pixels.
-inline void add_moments(const Plan& plan, const float* y, int64_t y_plane, int64_t pixels, const float* pivot,
-                        float* first, float* second) {
-  for (int64_t group = 0; group < plan.groups; ++group) {
-    const Vector k = load(pivot + group * kLanes);
-    const float* at = y + group * y_plane;
-    Vector a[4] = {load(first + group * kLanes)}, b[4] = {load(second + group * kLanes)};
-    int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4)
+// Mean and sum of squared distances from it, per channel, of what has been added so far.
+struct Moments {
+  double *mean, *squares;  // (padded)
+};
+
+// Adds a run of pixels to the moments of `before` values. Short runs are summed in float32 around their own mean, so that
+// no value far from the others takes digits away, and merged in double (Chan, Golub, LeVeque 1979).
+inline void add_moments(int64_t groups, const float* y, int64_t y_plane, int64_t pixels, int64_t before,
+                        const Moments& to) {
+  if (before == 0) {
+    std::memset(to.mean, 0, groups * kLanes * sizeof(double));
+    std::memset(to.squares, 0, groups * kLanes * sizeof(double));
+  }
+  for (int64_t start = 0; start < pixels; start += kChunk) {
+    const int64_t count = std::min(kChunk, pixels - start), total = before + start + count;
+    const float share = 1.0f / static_cast<float>(count);
+    const double weight = static_cast<double>(count) / static_cast<double>(total);
+    const double between = static_cast<double>(before + start) * weight, exact = 1.0 / static_cast<double>(count);
+    for (int64_t group = 0; group < groups; ++group) {
+      const float* at = y + group * y_plane + start * kLanes;
+      Vector sum[4] = {};
+      int64_t p = 0;
+      for (; p + 4 <= count; p += 4)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Vector v = load(at + (p + i) * kLanes) - k;
-        a[i] += v;
-        b[i] = fma(v, v, b[i]);
+        for (int i = 0; i < 4; ++i) sum[i] += load(at + (p + i) * kLanes);
+      for (; p < count; ++p) sum[0] += load(at + p * kLanes);
+      const Vector center = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * set(share);
+      Vector first[4] = {}, second[4] = {};
+      for (p = 0; p + 4 <= count; p += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Vector v = load(at + (p + i) * kLanes) - center;
+          first[i] += v;
+          second[i] = fma(v, v, second[i]);
+        }
+      for (; p < count; ++p) {
+        const Vector v = load(at + p * kLanes) - center;
+        first[0] += v;
+        second[0] = fma(v, v, second[0]);
       }
-    for (; p < pixels; ++p) {
-      const Vector v = load(at + p * kLanes) - k;
-      a[0] += v;
-      b[0] = fma(v, v, b[0]);
+      float centers[kLanes], rests[kLanes], squares[kLanes];
+      store(centers, center);
+      store(rests, (first[0] + first[1]) + (first[2] + first[3]));
+      store(squares, (second[0] + second[1]) + (second[2] + second[3]));
+      double *mean = to.mean + group * kLanes, *all = to.squares + group * kLanes;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const double rest = rests[lane], own = centers[lane] + rest * exact, delta = own - mean[lane];
+        mean[lane] += delta * weight;
+        all[lane] += squares[lane] - rest * rest * exact + delta * delta * between;
+      }
     }
-    store(first + group * kLanes, (a[0] + a[1]) + (a[2] + a[3]));
-    store(second + group * kLanes, (b[0] + b[1]) + (b[2] + b[3]));
   }
 }
 
@@ -323,21 +352,6 @@ inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const flo
       a[0] = ys ? fma(v, load(ys + p * kLanes) - k, a[0]) : a[0] + v;
     }
     store(sum + group * kLanes, (a[0] + a[1]) + (a[2] + a[3]));
-  }
-}
-
-// The mean of a run of values and their squared distances from it, for every channel of one image.
-struct Moments {
-  double *mean, *squares;  // (padded)
-};
-
-// Turns sums around a pivot into moments.
-inline void finish_moments(const Plan& plan, int64_t pixels, const float* pivot, const float* first, const float* second,
-                           const Moments& to) {
-  for (int64_t c = 0; c < plan.padded; ++c) {
-    const double mean = first[c] / static_cast<double>(pixels);
-    to.mean[c] = pivot[c] + mean;
-    to.squares[c] = second[c] - mean * first[c];
   }
 }
 
