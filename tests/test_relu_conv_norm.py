@@ -101,6 +101,8 @@ def test_modes_and_layouts(layout, mode):
 @pytest.mark.parametrize("outputs", CHANNELS)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_numbers_of_channels(channels, outputs, mode):
+    if channels == outputs == 1 and mode == "train":
+        mode = "train, other numbers"  # a lone weight has no gradient but through eps: with a small one all is rounding
     check(shape=(3, channels, 5, 7), outputs=outputs, mode=mode, layout="channels_last" if channels % 2 else "slice")
 
 
