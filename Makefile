@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?= -c constraints.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu resources lint clean
+.PHONY: demo test bench gpu resources sanitize lint clean
 
 demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
@@ -27,6 +27,9 @@ gpu:
 
 resources: $(VENV)/.installed
 	$(BIN)/python scripts/kernel_resources.py
+
+sanitize: $(VENV)/.tested
+	BIN=$(BIN) bash scripts/sanitize.sh
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -71,11 +71,14 @@ POOL = Pool()
 
 def empty_bytes(size: int) -> Tensor:
     """An empty uint8 tensor of `size` bytes."""
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def empty_cache() -> None:
-    """Gives back the memory that the CPU kernels hold for their next calls and no tensor is using."""
+    """Gives back the memory that the CPU kernels hold for their next calls and no tensor is using.
+
+    Of the memory that a call works in, that of the calling thread.
+    """
     POOL.empty()
     _memory.buffer = None
 
@@ -191,12 +194,17 @@ def obstacle(x: Tensor, norms: Norms) -> str | None:
         return "the norms differ in eps or in mode"
     if any([kind.forward is not nn.BatchNorm2d.forward for kind in {type(norm) for norm in norms.modules}]):
         return "a norm has a forward of its own"
+    if any([norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms.modules]):
+        return "a norm has hooks or a forward of its own"
     if any([(m is None) != (v is None) for m, v in zip(norms.means, norms.variances)]):
         return "a norm has one running average without the other"
     dtype, device = x.dtype, x.device
     for tensors in (norms.weights, norms.biases, norms.means, norms.variances):
         if not all([t is None or (t.dtype == dtype and t.device == device) for t in tensors]):
             return f"a norm's tensors are not {dtype} on {device}"
+        lengths = [norm.num_features for norm in norms.modules]
+        if not all([t is None or t.shape == (length,) for t, length in zip(tensors, lengths)]):
+            return "a norm's tensors have not one number per feature"  # plain PyTorch says which
     return None
 
 

@@ -31,6 +31,7 @@ def mixed_op(
     primitives: tuple[str, ...],
     stride: int = 1,
     pool_norm: bool = True,
+    partial: int = 1,
 ) -> Tensor:
     """One mixed edge: `sum_k weights[k] * primitive_k(x)`.
 
@@ -46,13 +47,17 @@ def mixed_op(
             max_pool_3x3, avg_pool_3x3, sep_conv_3x3, sep_conv_5x5, dil_conv_3x3, dil_conv_5x5, conv_1x1, conv_3x3.
         stride: 1 or 2.
         pool_norm: whether each pool is followed by a BN, as in DARTS.
+        partial: K of PC-DARTS: the first C / K channels go through the candidates, the rest go around them (at stride 2
+            through a 2x2 max pool), and the channels are shuffled. Parameters and norms are those of C / K channels.
 
     Returns:
         (N, C, ceil(H / stride), ceil(W / stride)), channels_last where `x` is and else contiguous.
 
     Only the gradients that are asked for are computed, and only what they need is kept: signs and winners (a few bits
     per element) where statistics are fixed and nothing but `x` requires a gradient; else one activation per separable
-    convolution. Bit for bit the same for the same inputs and number of threads. The fused kernel serves float32 on a
+    convolution, and on batch statistics from 32 channels on the results of the 5x5 convolutions, or, where the
+    convolution weights require no gradient, the results of all convolutions. Bit for bit the same for the same inputs
+    and number of threads. The fused kernel serves float32 on a
     CPU; calls that it does not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch, and
     so does a second derivative on batch statistics.
 
@@ -65,9 +70,11 @@ def mixed_op(
         RuntimeError: an input carries a forward-mode tangent on the fused path, or `RNAS_BACKEND` forces a backend that
             cannot serve the call.
 
-    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2.
+    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2; Xu et al., PC-DARTS (ICLR 2020), section 3.1.
     """
     _check_state("x", x)
+    if partial != 1:
+        return _partial(x, weights, parameters, norms, primitives, stride, pool_norm, partial)
     names = _names(primitives)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({len(names)},), got {type(weights).__name__}")
@@ -85,6 +92,24 @@ def mixed_op(
         stride=stride,
         pool_norm=pool_norm,
     )
+
+
+def _partial(x, weights, parameters, norms, primitives, stride, pool_norm, partial) -> Tensor:
+    """A mixed edge of which most channels go around the candidates."""
+    n, c, _, _ = x.shape
+    if isinstance(partial, bool) or not isinstance(partial, int) or partial < 1 or c % partial:
+        raise ValueError(f"partial must be an integer that divides the {c} channels of x, got {partial!r}")
+    through, around = x.split([c // partial, c - c // partial], dim=1)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        through = through.contiguous(memory_format=torch.channels_last)
+    mixed = mixed_op(
+        through, weights, parameters, norms, primitives=primitives, stride=stride, pool_norm=pool_norm
+    )
+    if stride == 2:
+        around = F.max_pool2d(around, 2, 2, ceil_mode=True)
+    out = torch.cat([mixed, around], dim=1)
+    out = out.unflatten(1, (partial, c // partial)).transpose(1, 2).flatten(1, 2)
+    return out.contiguous(memory_format=fused.layout(x))
 
 
 def mixed_cell(
@@ -279,6 +304,8 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
     shape, sizes = _call(states, settings)
     if theta.numel() != sizes.theta or weights.numel() != sizes.edges * len(settings.primitives.split(",")):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
+    if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
+        raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
     out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, fused.POOL.take)
     images = [fused.pixels_first(state) for state in states]
     tables = fused.dense(weights, theta, gamma, beta, mean, variance)
@@ -300,11 +327,17 @@ def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings
 
 
 def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
-    """Empty tensors for the gradients that are wanted: of the states together, weights, theta, gamma and beta."""
+    """Tensors for the gradients that are wanted: of the states together, weights, theta, gamma and beta.
+
+    wanted: one flag for each state, then four. Where one state's gradient is wanted and another's is not, that is zero.
+    """
     n, c, h, w = states[0].shape
-    images = states[0].new_empty(len(states), n, h, w, c).permute(0, 1, 4, 2, 3) if wanted[0] else None
+    of_states, images = wanted[: len(states)], None
+    if any(of_states):
+        new = states[0].new_empty if all(of_states) else states[0].new_zeros
+        images = new(len(states), n, h, w, c).permute(0, 1, 4, 2, 3)
     tables = (weights, theta, gamma, beta)
-    return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[1:]))]
+    return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[len(states) :]))]
 
 
 def _backward(
@@ -314,7 +347,7 @@ def _backward(
     shape, sizes = _call(states, settings)
     gradients = _gradients(states, weights, theta, gamma, beta, wanted)
     masks = settings.keep == fused.MASKS
-    images = [None if masks else fused.pixels_first(state) for state in states]
+    *images, out = [None if masks else fused.pixels_first(image) for image in (*states, out)]
     tables = fused.dense(weights, theta, gamma, beta, mean, variance)
     grad_out = fused.pixels_first(grad_out)
     backend.module("cpu").mixed_backward(
@@ -324,13 +357,19 @@ def _backward(
         settings.eps,
         batch_statistics,
         settings.keep,
-        *fused.addresses([None if masks else out, kept, grad_out]),
+        *fused.addresses([out, kept, grad_out]),
         fused.addresses(gradients[1:]),
-        fused.addresses(gradients[0].unbind() if wanted[0] else []),
+        _addresses_of_states(gradients[0], wanted),
         fused.workspace(sizes.workspace).data_ptr(),
         torch.get_num_threads(),
     )
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def _addresses_of_states(images: Tensor | None, wanted: Sequence[bool]) -> list[int]:
+    if images is None:
+        return []
+    return [image.data_ptr() if want else 0 for image, want in zip(images.unbind(), wanted)]
 
 
 def _backward_fake(
@@ -346,8 +385,8 @@ def _double_backward(
     settings = _Settings(*settings)
     shape, sizes = _call(states, settings)
     masks = settings.keep == fused.MASKS
-    _, *gradients = _gradients(states, weights, theta, gamma, beta, [False, *wanted, False])
-    images = [None if masks else fused.pixels_first(state) for state in states]
+    _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
+    *images, out = [None if masks else fused.pixels_first(image) for image in (*states, out)]
     tables = fused.dense(weights, theta, gamma, beta, mean, variance)
     grad_out = fused.pixels_first(grad_out)
     grad_grad_out = fused.empty_image(grad_out, grad_out.shape[3], sizes.height_out, sizes.width_out)
@@ -359,7 +398,7 @@ def _double_backward(
         fused.addresses([*images, *tables]),
         settings.eps,
         settings.keep,
-        *fused.addresses([None if masks else out, kept, grad_out]),
+        *fused.addresses([out, kept, grad_out]),
         fused.addresses(along),
         *fused.addresses([grad_grad_out, along_kept]),
         fused.addresses(gradients),
@@ -372,7 +411,7 @@ def _double_backward(
 def _double_backward_fake(
     direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
 ):
-    _, *gradients = _gradients(states, weights, theta, gamma, beta, [False, *wanted, False])
+    _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     n, channels, height, width = grad_out.shape
     grad_grad_out = fused.empty_image(grad_out, channels, height, width)
     return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
@@ -392,7 +431,8 @@ class _Forward(torch.autograd.Function):
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
         saved = [out, kept, weights, theta, gamma, beta, *statistics, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
-            saved = [fused.shape_of(out), *saved[1:8], *map(fused.shape_of, states)]
+            tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
+            saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
         ctx.save_for_backward(*saved, *links)
         ctx.mark_non_differentiable(batch_mean, batch_variance, kept)
         ctx.set_materialize_grads(False)  # else zeros as large as `kept` would be made for it
@@ -404,7 +444,7 @@ class _Forward(torch.autograd.Function):
         if grad_out is None:
             return (None,) * len(needs)
         of_states = needs[8 : 8 + ctx.count]
-        wanted = [any(of_states), *needs[2:6]]
+        wanted = [*of_states, *needs[2:6]]
         out, kept, *tables = ctx.saved_tensors[:8]
         states, links = ctx.saved_tensors[8 : 8 + ctx.count], ctx.saved_tensors[8 + ctx.count :]
         if links and torch.is_grad_enabled():
@@ -414,8 +454,8 @@ class _Forward(torch.autograd.Function):
             options = (ctx.batch_statistics, wanted, *ctx.settings)
             found = _backward_op(grad_out, list(states), out, kept, *tables, *options)
         found = iter(found)
-        images = next(found).unbind() if wanted[0] else [None] * ctx.count
-        gradients = [next(found) if want else None for want in wanted[1:]]
+        images = next(found).unbind() if any(of_states) else [None] * ctx.count
+        gradients = [next(found) if want else None for want in wanted[ctx.count :]]
         images = [image if need else None for image, need in zip(images, of_states)]
         return None, None, *gradients, None, None, *images, *(None for _ in links)
 
@@ -438,7 +478,8 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *directions):
         if all(direction is None for direction in directions):
             return (None,) * len(ctx.needs_input_grad)
-        only_states = ctx.wanted[0] and all(direction is None for direction in directions[1:])
+        of_states = any(ctx.wanted[: ctx.count])
+        only_states = of_states and all(direction is None for direction in directions[1:])
         if only_states and not ctx.batch_statistics and not torch.is_grad_enabled():
             return None, None, None, None, *_second_linear(ctx, directions)
         if ctx.settings.keep == fused.MASKS:
@@ -460,7 +501,9 @@ def _second_linear(ctx, directions):
     needs = ctx.needs_input_grad[4:]
     wanted = [needs[_WEIGHTS], needs[_THETA], needs[_GAMMA]]
     found = iter(_double_backward_op(directions[0], grad_out, states, *rest, wanted, *ctx.settings))
-    gradients = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needs)]
+    gradients = [None] * len(needs)
+    for position in (_BETA, *range(_STATES, len(needs))):
+        gradients[position] = torch.zeros_like(ctx.saved_tensors[position]) if needs[position] else None
     gradients[_GRAD_OUT] = next(found)
     for position, want in zip((_WEIGHTS, _THETA, _GAMMA), wanted):
         gradients[position] = next(found) if want else None
@@ -471,9 +514,10 @@ def _second_composed(ctx, directions):
     """By plain PyTorch."""
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[4:]
     positions = [*range(_STATES, _STATES + ctx.count), _WEIGHTS, _THETA, _GAMMA, _BETA]
-    directions = list(directions)
-    if ctx.wanted[0]:
-        directions[:1] = [None] * ctx.count if directions[0] is None else directions[0].unbind()
+    directions, of_states = list(directions), ctx.wanted[: ctx.count]
+    if any(of_states):
+        along = [None] * ctx.count if directions[0] is None else directions[0].unbind()
+        directions[:1] = [each for each, want in zip(along, of_states) if want]
     statistics = (None, None) if ctx.batch_statistics else tensors[7:9]
 
     def cell(*inputs):
@@ -483,7 +527,7 @@ def _second_composed(ctx, directions):
         cell,
         [tensors[position] for position in positions],
         tensors[_GRAD_OUT],
-        [ctx.wanted[0]] * ctx.count + list(ctx.wanted[1:]),
+        ctx.wanted,
         directions,
         [needs[position] for position in (_GRAD_OUT, *positions)],
     )

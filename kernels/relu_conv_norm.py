@@ -60,7 +60,9 @@ def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.Batc
     Returns:
         (N, K' + K'', ceil(H / 2), ceil(W / 2)), channels_last where `x` is and else contiguous.
 
-    Derivatives, memory, coverage and errors are those of `relu_conv_norm`.
+    Derivatives, coverage and errors are those of `relu_conv_norm`; kept is the gathered copy of x (N, 2C, H', W').
+    Where x is not finite, the fused form spreads that to all channels of the pixel, as each half is computed with
+    zeros for the other.
 
     Equivalent to: norm(cat([conv2d(relu(x), even, stride=2), conv2d(relu(x)[:, :, 1:, 1:], odd, stride=2)], dim=1))
 
@@ -170,6 +172,8 @@ def _outputs(x, weight, batch_statistics, keep, take):
 
 def _forward(x, weight, gamma, beta, mean, variance, eps, keep):
     shape, _, size = _sizes(x, weight)
+    if any(table is not None and table.shape != (shape[2],) for table in (gamma, beta, mean, variance)):
+        raise ValueError(f"expected tables of {shape[2]} channels")
     outputs = _outputs(x, weight, mean is None, keep, fused.POOL.take)
     tensors = fused.dense(fused.pixels_first(x), weight, gamma, beta, mean, variance)
     backend.module("cpu").relu_conv_norm_forward(
@@ -254,8 +258,11 @@ class _Forward(torch.autograd.Function):
             out, batch_mean, batch_variance, kept = _forward_op(x, weight, gamma, beta, mean, variance, *settings)
         ctx.settings, ctx.batch_statistics = settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
-        images = (x, out) if link is None else (fused.shape_of(x), fused.shape_of(out))
-        ctx.save_for_backward(*images, kept, weight, gamma, beta, *statistics, link)
+        images, tables = (x, out), (weight, gamma, beta, *statistics)
+        if link is not None:  # masks say all that counts of the images, and the tables are constants from here on
+            images = (fused.shape_of(x), fused.shape_of(out))
+            tables = [None if table is None else table.detach() for table in tables]
+        ctx.save_for_backward(*images, kept, *tables, link)
         ctx.mark_non_differentiable(batch_mean, batch_variance, kept)
         ctx.set_materialize_grads(False)
         return out, batch_mean, batch_variance, kept
@@ -331,7 +338,9 @@ def _second_linear(ctx, direction):
     needs = ctx.needs_input_grad[3:]
     wanted = [needs[_WEIGHT], needs[_GAMMA]]
     found = iter(_double_backward_op(direction, grad_out, x, kept, *tables, wanted, *ctx.settings))
-    gradients = [torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needs)]
+    gradients = [None] * len(needs)
+    for position in (_X, _BETA, len(needs) - 1):  # the last is the link
+        gradients[position] = torch.zeros_like(ctx.saved_tensors[position]) if needs[position] else None
     gradients[_GRAD_OUT] = next(found)
     for position, want in zip((_WEIGHT, _GAMMA), wanted):
         gradients[position] = next(found) if want else None

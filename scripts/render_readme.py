@@ -36,10 +36,12 @@ PROVIDERS = {
 LEGEND = """\
 Best of the rounds, all implementations of a row timed in turns in one process, and how many times as fast as eager
 NCHW; medians, rounds and notes are in the JSON. *Saved*: what autograd holds for backward; *peak*: all memory beside
-images and weights; both of eager NCHW. *Of peak*: the convolutions' arithmetic in the fastest time, as a share of the
-best float32 rate measured there (a large matrix product or convolution). Kernels: bytes that must move, and their share
-of the bandwidth of an addition in place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, which
-cost a CPU page faults; the others work in place."""
+images and weights; each for eager NCHW and, where it was measured, for rnas. *Of peak*: the convolutions' arithmetic in
+the fastest time, as a share of the best float32 rate measured there (a large matrix product or convolution); what is
+computed a second time does not count. Kernels: bytes that must move, and their share of the bandwidth of an addition in
+place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, which cost a CPU page faults; the others
+work in place."""
+EDGES = "mixed_edge_"
 
 
 def main() -> int:
@@ -126,9 +128,11 @@ def device_section(result: dict) -> str:
     if not result["complete"]:
         head += " The run did not finish: some rows are missing."
     rows = result["rows"]
-    networks = [row for row in rows if row["bytes_moved"] is None]
+    edges = [row for row in rows if row["job"].startswith(EDGES)]
+    networks = [row for row in rows if row["bytes_moved"] is None and row not in edges]
     kernels = [row for row in rows if row["bytes_moved"] is not None]
     tables = [supernet_table(networks, flops)] if networks else []
+    tables += [edge_table(edges, flops)] if edges else []
     tables += [kernel_table(kernels, stream)] if kernels else []
     return "\n\n".join([head, *tables, *remarks(rows)])
 
@@ -147,12 +151,45 @@ def supernet_table(rows: list[dict], peak: float) -> str:
                 JOBS.get(first["job"], first["job"]),
                 str(first["batch"]),
                 *(time_and_ratio(group.get(name), eager) for name in names),
-                size(eager.get("saved_bytes")),
-                size(eager.get("peak_bytes")),
+                both(group, "saved_bytes"),
+                both(group, "peak_bytes"),
                 f"{flops / min(times) / peak:.1%}" if flops and times else "-",
             ]
         )
     return markdown(table)
+
+
+def both(group: dict[str, dict], field: str) -> str:
+    """A size of eager NCHW, and that of rnas behind it."""
+    text = size(group.get("eager", {}).get(field))
+    ours = group.get("rnas", {}).get(field)
+    return text if ours is None else f"{text}, rnas {size(ours)}"
+
+
+def edge_table(rows: list[dict], peak: float) -> str:
+    """Mixed edges by width, size and mode: times as fast as channels_last, and share of the peak."""
+    found = groups(rows)
+    cases = [next(iter(group.values()))["job"].removeprefix(EDGES).split("_") for group in found]
+    columns = list(dict.fromkeys((mode, pixels) for mode, _, pixels in cases))
+    table = [["mixed edge", *(f"{mode}, {pixels}" for mode, pixels in columns)]]
+    for channels in sorted({int(channels) for _, channels, _ in cases}):
+        cells = []
+        for mode, pixels in columns:
+            group = next((g for g, case in zip(found, cases) if case == [mode, str(channels), pixels]), {})
+            ours, usual = (group.get(name, {}).get("seconds_best") for name in ("rnas", "channels_last"))
+            if not ours or not usual:
+                cells.append("-")
+                continue
+            share = group["rnas"]["flops"] / ours / peak
+            cells.append(f"{duration(ours)} ({usual / ours:.1f}x), {share:.0%}")
+        table.append([f"C={channels}", *cells])
+    batch = rows[0]["batch"]
+    note = (
+        f"One mixed edge of the eight DARTS candidates by itself, batch {batch}: time of rnas, how many times as fast "
+        "as channels_last, share of the arithmetic ceiling. *Training*: all gradients on batch statistics; *attack*: "
+        "the gradient to the images on fixed ones."
+    )
+    return f"{note}\n\n{markdown(table)}"
 
 
 def kernel_table(rows: list[dict], stream: float) -> str:

@@ -832,3 +832,115 @@ def test_refuses_bad_arguments_of_a_cell(changes, error, message):
     cell_call()
     with pytest.raises(error, match=message):
         cell_call(**changes)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("partial", "stride", "shape"), [(4, 1, (3, 16, 8, 8)), (4, 2, (2, 16, 8, 6)), (2, 2, (2, 6, 7, 5))])
+def test_partial_channels(partial, stride, shape, layout):
+    """A quarter of the channels through the candidates, the rest around them, shuffled, as in PC-DARTS."""
+    torch.manual_seed(0)
+    channels, primitives = shape[1] // partial, DARTS
+    parameters = [
+        (0.5 * torch.randn(s)).requires_grad_() for s in reference.parameter_shapes(primitives, channels, stride)
+    ]
+    norms = [nn.BatchNorm2d(channels, affine=False) for _ in range(reference.norm_count(primitives, stride, True))]
+    x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+    weights, edge_weight = torch.rand(len(primitives)).requires_grad_(), torch.tensor(0.7, requires_grad=True)
+    of = [x, weights, edge_weight, *parameters]
+
+    def expected(x, weights, edge_weight, *parameters):
+        through, around = x[:, :channels], x[:, channels:]
+        copies = [copy.deepcopy(norm).to(x.dtype) for norm in norms]
+        mixed = reference.mixed_op(through, weights, parameters, copies, primitives=primitives, stride=stride)
+        if stride == 2:
+            around = nn.functional.max_pool2d(around, 2, 2, ceil_mode=True)
+        out, shuffled = torch.cat([mixed, around], dim=1), []
+        for channel in range(channels):
+            shuffled += [out[:, channel + group * channels] for group in range(partial)]
+        return edge_weight * torch.stack(shuffled, dim=1)
+
+    doubles = [tensor.detach().double().requires_grad_() for tensor in of]
+    reference_out = expected(*doubles)
+    noise = torch.randn_like(reference_out)
+    reference_gradients = torch.autograd.grad(reference_out, doubles, noise)
+    out = edge_weight * kernels.mixed_op(
+        x, weights, parameters, norms, primitives=primitives, stride=stride, partial=partial
+    )
+    assert out.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(out.double(), reference_out, rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(torch.autograd.grad(out, of, noise.float()), reference_gradients):
+        error = (found.double() - wanted).norm() / max(wanted.norm(), 1e-2)
+        assert error <= 1e-3
+
+
+@pytest.mark.parametrize("partial", [3, 0, -1, 2.0, True + 0.5])
+def test_refuses_a_part_that_does_not_divide_the_channels(partial):
+    x = torch.randn(1, 4, 4, 4)
+    with pytest.raises(ValueError, match="partial must be an integer that divides the 4 channels"):
+        kernels.mixed_op(x, torch.ones(1), [], [], primitives=("skip_connect",), partial=partial)
+
+
+def small_cell(shape, training, dtype=torch.float32):
+    """Two states, a cell of two nodes on them, and its noise, all from one seed."""
+    torch.manual_seed(0)
+    channels, primitives = shape[1], ("skip_connect", "max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_5x5")
+    shapes = reference.parameter_shapes(primitives, channels, 1)
+    parameters = [[(0.3 * torch.randn(s)).to(dtype).requires_grad_() for s in shapes] for _ in range(5)]
+    count = reference.norm_count(primitives, 1, True)
+    norms = [[nn.BatchNorm2d(channels, affine=False).to(dtype).train(training) for _ in range(count)] for _ in range(5)]
+    states, noise = [torch.randn(shape).to(dtype) for _ in range(2)], torch.randn(shape[0], 2 * channels, *shape[2:])
+    weights = torch.rand(5, len(primitives)).to(dtype).requires_grad_()
+    return states, weights, parameters, norms, primitives, noise.to(dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_state_alone_may_require_a_gradient(which, training):
+    states, weights, parameters, norms, primitives, noise = small_cell((2, 5, 6, 6), training)
+    options = {"primitives": primitives, "nodes": 2}
+
+    def gradients(wanted):
+        inputs = [state.clone().requires_grad_(index in wanted) for index, state in enumerate(states)]
+        out = kernels.mixed_cell(inputs, weights, parameters, norms, **options)
+        return torch.autograd.grad(out, [*(inputs[index] for index in wanted), weights, *parameters[0]], noise)
+
+    alone, both = gradients([which]), gradients([0, 1])
+    assert torch.equal(alone[0], both[which])
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], both[2:], strict=True))
+    none = gradients([])
+    assert all(torch.equal(a, b) for a, b in zip(none, both[2:], strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sums_over_a_large_image_keep_their_digits(training):
+    found, exact = (small_cell((1, 3, 90, 70), training, dtype) for dtype in (torch.float32, torch.float64))
+    results = []
+    for function, cell in ((kernels.mixed_cell, found), (reference.mixed_cell, exact)):
+        states, weights, parameters, norms, primitives, noise = cell
+        out = function(states, weights, parameters, norms, primitives=primitives, nodes=2)
+        last = 4  # the edge into the last node alone: no kink lies between it and the loss
+        results.append(torch.autograd.grad(out, [weights, *parameters[last][-2:]], noise))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - theirs).norm() <= 3e-6 * theirs.norm()
+
+
+def test_gradients_after_hooks_that_lose_the_layout():
+    """Saved tensors may come back in another memory format, as from an offload to other memory."""
+    states, weights, parameters, norms, primitives, noise = small_cell((2, 5, 6, 6), True)
+    states = [state.to(memory_format=torch.channels_last).requires_grad_() for state in states]
+
+    def gradients():
+        out = kernels.mixed_cell(states, weights, parameters, norms, primitives=primitives, nodes=2)
+        return torch.autograd.grad(out, [*states, weights, *parameters[0]], noise)
+
+    plain = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.contiguous().clone(), lambda tensor: tensor):
+        hooked = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+
+
+def test_norms_of_another_length_are_not_read():
+    states, weights, parameters, norms, primitives, _ = small_cell((2, 5, 6, 6), False)
+    norms[0][0].running_mean = torch.zeros(3)
+    with pytest.raises(backend.BackendError, match="one number per feature"):
+        kernels.mixed_cell(states, weights, parameters, norms, primitives=primitives, nodes=2)

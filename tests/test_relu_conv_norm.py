@@ -640,3 +640,41 @@ def test_refuses_bad_arguments(changes, error, message):
     relu_conv_norm(**arguments)
     with pytest.raises(error, match=message):
         relu_conv_norm(**arguments | changes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 8), (3, 5, 7, 5), (4, 3, 3, 3), (2, 16, 1, 4)])
+def test_factorized_reduce(shape, training):
+    """Against its definition in float64: values, averages, gradients, and a second derivative."""
+    torch.manual_seed(0)
+    channels, outputs = shape[1], max(1, shape[1] - 1)
+    even = torch.randn(outputs - outputs // 2, channels, 1, 1)
+    odd = torch.randn(outputs // 2, channels, 1, 1) if outputs > 1 else None
+    norm = nn.BatchNorm2d(outputs)
+    norm.running_var.uniform_(0.5, 2.0)
+    norm.train(training)
+    x = draw_away_from_zero(shape)
+
+    def derivatives(function, dtype):
+        own = copy.deepcopy(norm).to(dtype)
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (x, even, odd)]
+        out = function(*leaves, own)
+        given = [leaf for leaf in leaves if leaf is not None] + [own.weight, own.bias]
+        noise = torch.cos(torch.arange(out.numel(), dtype=dtype)).view(out.shape)
+        first = torch.autograd.grad(out, given, noise, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), given[1:-1], allow_unused=True)
+        return [out, *first, *second, own.running_mean, own.running_var]
+
+    found = derivatives(kernels.factorized_reduce, torch.float32)
+    expected = derivatives(reference.factorized_reduce, torch.float64)
+    usual = derivatives(reference.factorized_reduce, torch.float32)
+    for ours, theirs, plain in zip(found, expected, usual, strict=True):
+        size = theirs.norm().item() or 1.0
+        error, of_plain = ((each.double() - theirs).norm().item() / size for each in (ours, plain))
+        assert error <= 3 * of_plain + 2e-5
+
+
+def draw_away_from_zero(shape) -> Tensor:
+    """Images without values near the kink of a ReLU."""
+    signs = torch.randint(2, shape) * 2 - 1
+    return signs * (0.1 + torch.rand(shape))

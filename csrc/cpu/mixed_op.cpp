@@ -86,6 +86,8 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
                            const void* kept, const float* grad_out, const float* const* direction,
                            float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
                            int threads) {
+  if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma)))
+    throw std::invalid_argument("mixed_double_backward: the forward pass has not kept what these gradients need");
   if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
     throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
   RNAS_SELECT(mixed_double_backward)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,

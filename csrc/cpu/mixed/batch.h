@@ -414,10 +414,8 @@ class Batch {
 
   // to[c] = sum over the pixels of an image of g * (y - pivot).
   void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
-    float* sum = s.sums;
-    std::memset(sum, 0, plan_.padded * sizeof(float));
-    add_dot(plan_, g, plan_.plane_out(), y, plan_.plane_out(), plan_.pixels_out(), pivot, sum);
-    for (int64_t c = 0; c < plan_.padded; ++c) to[c] = sum[c];
+    std::fill_n(to, plan_.padded, 0.0);
+    add_dot(plan_, g, y, pivot, s.sums, to);
   }
 
   // Adds up (images, padded).
@@ -451,6 +449,12 @@ class Batch {
   bool flush_now(int64_t n, int64_t end) const {
     const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
     return n + 1 == end || (n + 1) % every == 0;
+  }
+  const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
+
+  // Whether the gradient of a state goes anywhere.
+  bool wanted(int64_t state) const {
+    return state >= plan_.shape.inputs || (grad_.states && grad_.states[state]);
   }
 
   void backward_edge(const Edge& edge, int64_t e, const State& state) {
@@ -491,14 +495,15 @@ class Batch {
             if (b == 0) announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
             announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          std::memset(sum, 0, plan_.padded * sizeof(float));
+          std::fill_n(to, plan_.padded, 0.0);
           convolve<false>(plan_, branch.last(), packed_.forward, two ? s.mid : tile, s, out,
                           [&](int64_t row, int64_t rows) {
                             const int64_t at = row * plan_.width_out * kLanes;
+                            std::memset(sum, 0, plan_.padded * sizeof(float));
                             add_dot(plan_, g + at, plan_.plane_out(), out + at, plan_.plane_out(),
                                     rows * plan_.width_out, mean, sum);
+                            for (int64_t c = 0; c < plan_.padded; ++c) to[c] += sum[c];
                           });
-          for (int64_t c = 0; c < plan_.padded; ++c) to[c] = sum[c];
         }
       }
     });
@@ -513,6 +518,9 @@ class Batch {
       batch_gradient(plan_, norms_, branch.last().norm, w[branch.mix], dots.data(), grad_sum, count(), last_[b]);
       second |= branch.stages.size() > 1;
     }
+
+    const bool of_state = wanted(edge.source);
+    if (!of_state && !grad_.theta && !grad_.gamma && !grad_.beta) return;
 
     // The second stages; the workspace takes the gradients in front of their ReLU.
     if (second) {
@@ -543,6 +551,7 @@ class Batch {
     }
 
     // Everything on the side of the state.
+    if (!of_state && !grad_.theta) return;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       const Tile tile = sized(s.state, state.height, state.width);
@@ -579,7 +588,7 @@ class Batch {
           plane = pixels * kLanes;
           return s.chunk;
         },
-        s.mid_grad, grad_.theta ? weight_sums_[thread].now : nullptr);
+        s.mid_grad, sums_of(thread));
     if (grad_.theta && flush_weights) flush(thread, branch.last());
     for (int64_t group = 0; group < plan_.groups; ++group)
       for (int64_t row = 0; row < plan_.height_out; ++row) {
@@ -595,6 +604,7 @@ class Batch {
 
   void backward_state(const Edge& edge, const State& state, int64_t n, int thread, const Scratch& s, const Tile& tile,
                       bool flush_weights) {
+    const bool of_state = wanted(edge.source);
     load_relu(plan_, state, n, tile, nullptr);
     for (size_t b = 0; b < edge.branches.size(); ++b) {
       const Branch& branch = edge.branches[b];
@@ -608,15 +618,17 @@ class Batch {
         plane = pixels * kLanes;
         return s.chunk;
       };
-      float* now = grad_.theta ? weight_sums_[thread].now : nullptr;
+      const WeightSums* now = sums_of(thread);
+      float* in_grad = of_state ? s.state_grad : nullptr;
       if (b == 0)
         convolve_backward<false>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
-                                 s.state_grad, now);
+                                 in_grad, now);
       else
         convolve_backward<true>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
-                                s.state_grad, now);
+                                in_grad, now);
       if (grad_.theta && flush_weights) flush(thread, branch.stages[0]);
     }
+    if (!of_state) return;
     float* to = gradient(edge.source, n);
     for (int64_t group = 0; group < plan_.groups; ++group)
       for (int64_t row = 0; row < state.height; ++row) {
@@ -692,6 +704,7 @@ class Batch {
         set_mixing_gradient(e, edge.skip, all);
       }
     }
+    if (!wanted(source)) return;
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
@@ -751,6 +764,7 @@ class Batch {
 
   void finish_states() {
     for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
+      if (!grad_.states[state]) continue;
       const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
       parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n)

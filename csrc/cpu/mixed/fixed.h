@@ -349,6 +349,7 @@ class Fixed {
     }
     if (!grad_.states) return;
     for (int64_t state = 0; state < inputs; ++state) {
+      if (!grad_.states[state]) continue;
       const int64_t pixels = plan_.height(state) * plan_.width(state);
       store_state<false>(plan_, local.states[state], grad_.states[state] + n * pixels * c, c, pixels);
     }
@@ -356,9 +357,7 @@ class Fixed {
 
   // to[c] += sum over the pixels of an output image of g * y (y null: of g).
   void add_sum(const float* g, const float* y, const Scratch& s, double* to) const {
-    std::memset(s.sums, 0, plan_.padded * sizeof(float));
-    add_dot(plan_, g, plan_.plane_out(), y, plan_.plane_out(), plan_.pixels_out(), nullptr, s.sums);
-    for (int64_t c = 0; c < plan_.padded; ++c) to[c] += s.sums[c];
+    add_dot(plan_, g, y, nullptr, s.sums, to);
   }
 
   void backward_source(int64_t source, int64_t n, const Local& local, Bits* mask, bool parameters, bool linear) const {
@@ -372,7 +371,9 @@ class Fixed {
       load_relu(plan_, x, n, tile, signs);
       if (linear) load_relu_linear(plan_, x, v, n, tile);
     }
-    float* const now = parameters ? local.weights.now : nullptr;
+    const WeightSums* const now = parameters ? &local.weights : nullptr;
+    const bool of_state = source >= plan_.shape.inputs || (grad_.states && grad_.states[source]);
+    float* const in_grad = of_state ? s.state_grad : nullptr;
     bool any = false;
     for (size_t e = 0; e < plan_.edges.size(); ++e) {
       const Edge& edge = plan_.edges[e];
@@ -390,22 +391,22 @@ class Fixed {
         };
         const Convolution& conv = branch.stages[0];
         if (any)
-          convolve_backward<true>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, s.state_grad, now);
+          convolve_backward<true>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, in_grad, now);
         else
-          convolve_backward<false>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, s.state_grad, now);
+          convolve_backward<false>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, in_grad, now);
         any = true;
       }
     }
     float* to = local.states[source];
-    if (any)
+    if (any && of_state)
       for (int64_t at = 0; at < plan_.groups * pixels; ++at)
         add_to(to + at * kLanes, keep(signs[at], load(s.state_grad + at * kLanes)));
     backward_pools(source, x, v, n, local, mask, parameters, linear);
   }
 
   // From the gradient of a branch's output to that in front of the ReLU of its second stage, in mid_grad.
-  void backward_mid(const Branch& branch, const float* g, int64_t n, const Local& local, Bits* mask, float* now,
-                    bool linear) const {
+  void backward_mid(const Branch& branch, const float* g, int64_t n, const Local& local, Bits* mask,
+                    const WeightSums* now, bool linear) const {
     const Scratch& s = local.scratch;
     Bits* signs = mask + layout_.mid[branch.kept];
     if (!masks_) {
@@ -446,15 +447,17 @@ class Fixed {
           const Edge& edge = plan_.edges[e];
           if (edge.source != source || edge.*mix < 0) continue;
           const float* g = local.states[edge.target] + group * plane;
-          Vector sum[4] = {};
-          for (int64_t p = 0; p < plane; p += kLanes) {
-            Vector& part = sum[p / kLanes % 4];
-            part = fma(load(g + p), load(pooled + p), part);
-          }
-          float lanes[kLanes];
-          store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
           double* at = local.dots + (3 * e + kind) * plan_.padded + group * kLanes;
-          for (int64_t lane = 0; lane < kLanes; ++lane) at[lane] += lanes[lane];
+          for (int64_t start = 0; start < plane; start += kFlush * kLanes) {
+            Vector sum[4] = {};
+            for (int64_t p = start; p < std::min(plane, start + kFlush * kLanes); p += kLanes) {
+              Vector& part = sum[p / kLanes % 4];
+              part = fma(load(g + p), load(pooled + p), part);
+            }
+            float lanes[kLanes];
+            store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+            for (int64_t lane = 0; lane < kLanes; ++lane) at[lane] += lanes[lane];
+          }
         }
       };
       // The sum over edges of gradient times factor, into mid_grad; false where there is no such edge.

@@ -217,18 +217,27 @@ RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float
 
 // The transpose of convolve, and its weight gradients. gradient(first, rows, plane) gives the gradient of these rows of
 // the output, [group at `plane`][pixel][lane]. in_grad (groups, height * width of the input) is set or added to; null:
-// not wanted. now: a thread's weight sums in the packed order; null: not wanted.
+// not wanted. sums: a thread's weight sums in the packed order, which are left with what is less than kFlush pixels old in
+// their float32 part; null: not wanted.
 template <bool Add, typename Gradient>
 RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, const Packed& packed, const Tile& in,
                                    int64_t height, int64_t width, const Scratch& scratch, const Gradient& gradient,
-                                   float* in_grad, float* now) {
+                                   float* in_grad, const WeightSums* sums) {
+  float* const now = sums ? sums->now : nullptr;
+  const int64_t band = std::max<int64_t>(1, kFlush / plan.width_out);  // rows of the output
+  int64_t flushed = 0;
   const int64_t groups = plan.groups, out_width = plan.width_out, taps = conv.kernel * conv.kernel;
   const bool depthwise = conv.kernel > 0;
   if (!depthwise && in_grad && !Add) std::memset(in_grad, 0, groups * height * width * kLanes * sizeof(float));
+  if (!now && !in_grad) return;
   chunks(plan, [&](int64_t first, int64_t rows) {
     const int64_t pixels = rows * out_width, plane = pixels * kLanes;
     int64_t g_plane = 0;
     const float* g = gradient(first, rows, g_plane);
+    if (now && first - flushed >= band) {
+      sums->add_up(conv.packed_begin, conv.packed_end);
+      flushed = first;
+    }
     for (const Part& part : conv.parts) {
       if (now) {
         gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
@@ -259,9 +268,11 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t weights = conv.packed + group * taps * kLanes;
     const float* plane = grad.data + group * grad.plane;
-    if (now)
-      conv.loops.weight(in.data + group * in.plane - half * (in.row + kLanes), in.row, plane, grad.row, plan.height_out,
-                        out_width, now + weights);
+    for (int64_t y = 0; now && y < plan.height_out; y += band) {
+      if (y > 0) sums->add_up(weights, weights + taps * kLanes);
+      conv.loops.weight(in.data + group * in.plane + (y * conv.stride - half) * in.row - half * kLanes, in.row,
+                        plane + y * grad.row, grad.row, std::min(band, plan.height_out - y), out_width, now + weights);
+    }
     if (!in_grad) continue;
     float* to = in_grad + group * height * width * kLanes;
     if (conv.stride == 1) {
@@ -352,6 +363,18 @@ inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const flo
       a[0] = ys ? fma(v, load(ys + p * kLanes) - k, a[0]) : a[0] + v;
     }
     store(sum + group * kLanes, (a[0] + a[1]) + (a[2] + a[3]));
+  }
+}
+
+// to[c] += sum over an output image of g * (y - pivot) (y null: of g), in float32 over at most kFlush pixels. scratch:
+// (padded) floats.
+inline void add_dot(const Plan& plan, const float* g, const float* y, const float* pivot, float* scratch, double* to) {
+  for (int64_t start = 0; start < plan.pixels_out(); start += kFlush) {
+    const int64_t at = start * kLanes;
+    std::memset(scratch, 0, plan.padded * sizeof(float));
+    add_dot(plan, g + at, plan.plane_out(), y ? y + at : nullptr, plan.plane_out(),
+            std::min(kFlush, plan.pixels_out() - start), pivot, scratch);
+    for (int64_t c = 0; c < plan.padded; ++c) to[c] += scratch[c];
   }
 }
 

@@ -71,7 +71,7 @@ struct MixedInputs {
   bool batch_statistics;
 };
 
-// Where gradients go; null for those not wanted.
+// Where gradients go; null for those not wanted, single states included.
 struct MixedGradients {
   float* const* states;  // (S) arrays (N, H, W, C)
   float* weights;        // (E, K)

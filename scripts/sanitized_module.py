@@ -1,0 +1,17 @@
+"""A pytest plugin that loads rnas._cpu from the file in RNAS_CPU_MODULE, before anything else imports it."""
+
+import importlib.util
+import os
+import sys
+
+import torch  # noqa: F401  (the kernels run on its threads)
+
+specification = importlib.util.spec_from_file_location("rnas._cpu", os.environ["RNAS_CPU_MODULE"])
+module = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(module)
+sys.modules["rnas._cpu"] = module
+
+
+def pytest_report_header() -> str:
+    """Says so in the head of the report."""
+    return f"rnas._cpu: {os.environ['RNAS_CPU_MODULE']}"
