@@ -24,12 +24,7 @@ def define_constant_op(
     fake            returns an empty tensor of the true shape, strides and dtype (None for a mutating op)
     mutates         positions of the arguments that the op writes
     """
-    name = schema.partition("(")[0]
-    # Exact strides: a compiler may not hand over inputs in another layout than the one `fake` was asked about.
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rnas::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.rnas, name).default
+    name, op = _define(schema, implementation, fake)
 
     def refuse_derivatives(*arguments):
         _refuse_derivatives(name, arguments)
@@ -50,11 +45,7 @@ def define_differentiable_op(schema: str, implementation: Callable, fake: Callab
     autograd        takes the op's arguments where one of them requires a gradient, and returns its outputs in a graph;
                     it calls the op under `torch._C._AutoDispatchBelowAutograd()`
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rnas::{name}", fake, lib=LIBRARY)
-    op = getattr(torch.ops.rnas, name).default
+    name, op = _define(schema, implementation, fake)
 
     def differentiate(*arguments):
         _refuse_tangents(name, arguments)
@@ -65,6 +56,17 @@ def define_differentiable_op(schema: str, implementation: Callable, fake: Callab
 
     LIBRARY.impl(name, differentiate, "Autograd")
     return op
+
+
+def _define(schema: str, implementation: Callable, fake: Callable) -> tuple[str, Callable]:
+    """The op without its rules for autograd: its name and overload."""
+    name = schema.partition("(")[0]
+    # Exact strides: a compiler may not hand over inputs in another layout than the one `fake` was asked about.
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rnas::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.rnas, name).default
+    return name, op
 
 
 def _tensors(arguments: tuple) -> Iterator[Tensor]:
