@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from rnas.kernels import backend
 
 NOTHING, MASKS, ACTIVATIONS, OUTPUTS = 0, 1, 2, 3
 """What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
@@ -29,7 +33,7 @@ def workspace(size: int) -> Tensor:
 
 
 class Pool:
-    """Memory that forward passes keep for their backward passes, handed on from one step of a search to the next.
+    """Memory of results and of what forward passes keep, handed on from one step of a search to the next.
 
     Such memory is taken by the hundred megabytes and given back all at once, so that the C library would return it to
     the system after every step: touching the fresh pages then costs a tenth of the next step.
@@ -90,7 +94,15 @@ def pixels_first(tensor: Tensor) -> Tensor:
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width), channels_last."""
-    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
+    shape = (like.shape[0], height, width, channels)
+    return empty(like, shape).permute(0, 3, 1, 2)
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor of the dtype and on the device of `like`, from the pool where nobody is watching."""
+    if not like.is_cpu or is_watched((like,)):
+        return like.new_empty(shape)
+    return POOL.take(like.element_size() * math.prod(shape)).view(like.dtype).view(shape)
 
 
 def addresses(tensors) -> list[int]:
@@ -101,6 +113,25 @@ def addresses(tensors) -> list[int]:
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors, contiguous."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether a compiler, a tracer, forward mode, a transform or a subclass must see what happens to these tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return bool(set(map(type, tensors)) - _PLAIN)
+
+
+def is_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether compiled code may take these tensors by their addresses, unseen by PyTorch."""
+    if is_watched(tensors) or {tensor.dtype for tensor in tensors} - {dtype}:
+        return False
+    return all([tensor.is_cpu and tensor.is_contiguous() for tensor in tensors])
 
 
 def shape_of(tensor: Tensor) -> Tensor:
@@ -192,18 +223,20 @@ def obstacle(x: Tensor, norms: Norms) -> str | None:
         return "the batch is empty"
     if norms.differ:
         return "the norms differ in eps or in mode"
-    if any([kind.forward is not nn.BatchNorm2d.forward for kind in {type(norm) for norm in norms.modules}]):
+    if any([kind.forward is not nn.BatchNorm2d.forward for kind in set(map(type, norms.modules))]):
         return "a norm has a forward of its own"
-    if any([norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__ for norm in norms.modules]):
+    held = [norm.__dict__ for norm in norms.modules]
+    if any([d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in held]):
         return "a norm has hooks or a forward of its own"
-    if any([(m is None) != (v is None) for m, v in zip(norms.means, norms.variances)]):
+    if [m is None for m in norms.means] != [v is None for v in norms.variances]:
         return "a norm has one running average without the other"
-    dtype, device = x.dtype, x.device
+    lengths = [(norm.num_features,) for norm in norms.modules]
     for tensors in (norms.weights, norms.biases, norms.means, norms.variances):
-        if not all([t is None or (t.dtype == dtype and t.device == device) for t in tensors]):
-            return f"a norm's tensors are not {dtype} on {device}"
-        lengths = [norm.num_features for norm in norms.modules]
-        if not all([t is None or t.shape == (length,) for t, length in zip(tensors, lengths)]):
+        there = [tensor for tensor in tensors if tensor is not None]
+        if {tensor.dtype for tensor in there} - {x.dtype} or {tensor.device for tensor in there} - {x.device}:
+            return f"a norm's tensors are not {x.dtype} on {x.device}"
+        expected = [length for length, tensor in zip(lengths, tensors) if tensor is not None]
+        if [tensor.shape for tensor in there] != expected:
             return "a norm's tensors have not one number per feature"  # plain PyTorch says which
     return None
 
@@ -212,47 +245,65 @@ def table(rows: list[Tensor | None], x: Tensor, default: float) -> Tensor | None
     """The rows (C,) as a table (B, C), `default` where there is none; None where there are none at all."""
     if all([row is None for row in rows]):
         return None
-    if None not in rows:
+    if not any([row is None for row in rows]):  # `None in rows` would compare whole tensors
         return torch.stack(rows)
     length = next(row for row in rows if row is not None).shape[0]
     filler = x.new_full((length,), default)
     return torch.stack([filler if row is None else row for row in rows])
 
 
+class RunningAverages(NamedTuple):
+    """The running averages that a forward pass in training mode moves."""
+
+    rows: list[int]  # of the norms in question
+    means: list[Tensor]
+    variances: list[Tensor]
+    counters: list[Tensor | None]
+    momenta: list[float | None]  # None: the average of all batches
+    addresses: list[list[int]] | None  # of means, variances and counters, where compiled code may move them
+
+
+def running_averages(norms: Norms) -> RunningAverages:
+    """Those of the norms. To be read before the pass, when the modules are still in the cache from being checked."""
+    counters = _held(norms.modules, "_buffers", "num_batches_tracked")
+    # Without a counter an average of all batches does not move.
+    rows = [
+        row
+        for row, (norm, mean, counter) in enumerate(zip(norms.modules, norms.means, counters))
+        if norm.training and norm.track_running_stats and mean is not None
+        if counter is not None or norm.momentum is not None
+    ]
+    means, variances = [norms.means[row] for row in rows], [norms.variances[row] for row in rows]
+    counters, momenta = [counters[row] for row in rows], [norms.modules[row].momentum for row in rows]
+    counted, found = [counter for counter in counters if counter is not None], None
+    if is_plain([*means, *variances], torch.float32) and is_plain(counted, torch.int64):
+        found = [addresses(tensors) for tensors in (means, variances, counters)]
+        torch.autograd.graph.increment_version([*means, *variances, *counted])
+    return RunningAverages(rows, means, variances, counters, momenta, found)
+
+
 @torch.no_grad()
-def update_averages(norms: Norms, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Moves the running averages towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
+def update_averages(averages: RunningAverages, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves them towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
 
     variance: the biased one, of `count` values per channel.
     """
-    moving = [
-        row
-        for row, norm in enumerate(norms.modules)
-        if norm.training and norm.track_running_stats and norms.means[row] is not None
-    ]
-    if not moving:
+    rows, means, variances, counters, momenta, found = averages
+    if not rows:
         return
-    means, variances = mean.unbind(), (variance * (count / (count - 1))).unbind()
-    held = _held(norms.modules, "_buffers", "num_batches_tracked")
-    groups: dict[float, list[int]] = {}
-    counters = []
-    for row in moving:
-        counter, momentum = held[row], norms.modules[row].momentum
-        if momentum is not None:
-            groups.setdefault(momentum, []).append(row)
-            if counter is not None:
-                counters.append(counter)
-        elif counter is not None:  # the average of all batches
-            counter.add_(1)
-            share = counter.to(mean.dtype).reciprocal()
-            norms.means[row].lerp_(means[row], share)
-            norms.variances[row].lerp_(variances[row], share)
-    if counters:
-        torch._foreach_add_(counters, [counters[0].new_ones(())] * len(counters))
-    for momentum, rows in groups.items():
-        averages = [norms.means[row] for row in rows] + [norms.variances[row] for row in rows]
-        batch = [means[row] for row in rows] + [variances[row] for row in rows]
-        torch._foreach_lerp_(averages, batch, momentum)
+    unbias = count / (count - 1)
+    if found is not None:
+        shares = [-1.0 if momentum is None else momentum for momentum in momenta]
+        tables = addresses([mean, variance])
+        backend.module("cpu").update_averages(*found, shares, rows, *tables, mean.shape[1], unbias)
+        return
+    counted = [counter for counter in counters if counter is not None]
+    if counted:
+        torch._foreach_add_(counted, [counted[0].new_ones(())] * len(counted))
+    for row, average, other, momentum, counter in zip(rows, means, variances, momenta, counters):
+        share = counter.to(mean.dtype).reciprocal() if momentum is None else momentum
+        average.lerp_(mean[row], share)
+        other.lerp_(variance[row] * unbias, share)
 
 
 # ---- second derivatives ----------------------------------------------------------------------------------------------

@@ -70,11 +70,9 @@ def mixed_op(
         RuntimeError: an input carries a forward-mode tangent on the fused path, or `RNAS_BACKEND` forces a backend that
             cannot serve the call.
 
-    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2; Xu et al., PC-DARTS (ICLR 2020), section 3.1.
+    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2; Xu et al., PC-DARTS (arXiv 1907.05737), section 3.1.
     """
     _check_state("x", x)
-    if partial != 1:
-        return _partial(x, weights, parameters, norms, primitives, stride, pool_norm, partial)
     names = _names(primitives)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({len(names)},), got {type(weights).__name__}")
@@ -91,25 +89,8 @@ def mixed_op(
         nodes=1,
         stride=stride,
         pool_norm=pool_norm,
+        partial=partial,
     )
-
-
-def _partial(x, weights, parameters, norms, primitives, stride, pool_norm, partial) -> Tensor:
-    """A mixed edge of which most channels go around the candidates."""
-    n, c, _, _ = x.shape
-    if isinstance(partial, bool) or not isinstance(partial, int) or partial < 1 or c % partial:
-        raise ValueError(f"partial must be an integer that divides the {c} channels of x, got {partial!r}")
-    through, around = x.split([c // partial, c - c // partial], dim=1)
-    if x.is_contiguous(memory_format=torch.channels_last):
-        through = through.contiguous(memory_format=torch.channels_last)
-    mixed = mixed_op(
-        through, weights, parameters, norms, primitives=primitives, stride=stride, pool_norm=pool_norm
-    )
-    if stride == 2:
-        around = F.max_pool2d(around, 2, 2, ceil_mode=True)
-    out = torch.cat([mixed, around], dim=1)
-    out = out.unflatten(1, (partial, c // partial)).transpose(1, 2).flatten(1, 2)
-    return out.contiguous(memory_format=fused.layout(x))
 
 
 def mixed_cell(
@@ -122,6 +103,8 @@ def mixed_cell(
     nodes: int,
     stride: int = 1,
     pool_norm: bool = True,
+    partial: int = 1,
+    edge_weights: Tensor | None = None,
 ) -> Tensor:
     """A cell of mixed edges: node j is the sum of the edges from all S input states and all nodes before it.
 
@@ -129,25 +112,40 @@ def mixed_cell(
         states: the S input states, (N, C, H, W) each.
         weights: (E, K) mixing weights, edges node by node and source by source: E = sum over j of (S + j).
         parameters, norms: those of `mixed_op` for each of the E edges.
-        primitives, pool_norm: as in `mixed_op`, common to all edges.
+        primitives, pool_norm, partial: as in `mixed_op`, common to all edges.
         nodes: J.
         stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
+        edge_weights: (E,) numbers by which the edges are multiplied, as in PC-DARTS; None for ones.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels; channels_last where
         the first state is and else contiguous.
 
-    What depends on a state alone (its ReLU, its pools) is computed once for all edges that leave it. All else, errors
-    included, is as in `mixed_op`.
+    What depends on a state alone (its ReLU, its pools) is computed once for all edges that leave it. With partial
+    channels the edges into a node are one fused call (two where they differ in stride), and their sum is shuffled once.
+    All else, errors included, is as in `mixed_op`.
+
+    Equivalent to::
+
+        for node in range(nodes):
+            into = [mixed_op(state, ..., partial=partial) for state in states]  # with the rows of each edge
+            states = [*states, sum(weight * edge for weight, edge in zip(edge_weights_of_node, into))]
+        torch.cat(states[S:], dim=1)
+
+    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019); Xu et al., PC-DARTS (arXiv 1907.05737), sections 3.1 (partial
+    channels) and 3.2 (edge weights, there a softmax over the edges into a node).
     """
     names = _names(primitives)
     states = _check_states(states)
     _check_options(nodes, stride)
     x = states[0]
-    edges = _edges(names, len(states), nodes, stride, bool(pool_norm), int(x.shape[1]))
-    _check_edges(x, weights, parameters, norms, names, edges)
+    channels = _check_partial(partial, int(x.shape[1]))
+    edges = _edges(names, len(states), nodes, stride, bool(pool_norm), channels)
+    _check_edges(x, channels, weights, parameters, norms, names, edges)
+    if edge_weights is not None:
+        _check_edge_weights(x, edge_weights, len(edges.shapes))
     read = fused.read_norms([norm for edge in norms for norm in edge])
-    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), read)
+    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), partial, edge_weights, read)
     if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
         raise ValueError(
             f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "
@@ -180,6 +178,8 @@ class _Call(NamedTuple):
     nodes: int
     stride: int
     pool_norm: bool
+    partial: int
+    edge_weights: Tensor | None
     norms_read: fused.Norms
 
 
@@ -195,8 +195,51 @@ class _Settings(NamedTuple):
 
 
 def _fused(call: _Call) -> Tensor:
-    states, weights, norms, x = call.states, call.weights, call.norms_read, call.states[0]
-    theta = _flat([parameter for edge in call.parameters for parameter in edge], x)
+    weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
+    if call.partial == 1:
+        return _cell(call.states, weights, call.parameters, call.norms_read, call.nodes, call.stride, call)
+    return _partial_cell(call, weights)
+
+
+def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
+    """A cell with partial channels: the shuffle is linear and common to the edges into a node, so it takes their sum.
+
+    weights: those of the candidates times those of the edges.
+    """
+    parameters, norms = list(call.parameters), list(call.norms)
+    scales = None if call.edge_weights is None else call.edge_weights.unbind()
+    layout = fused.layout(call.states[0])  # kept, as most channels only go around
+    nodes, through, around, edge = [], [], [], 0
+    for node in range(call.nodes):
+        for state in nodes[-1:] if node else call.states:
+            mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
+            through.append(mixed.contiguous(memory_format=torch.channels_last))  # once for all edges that leave it
+            around.append(other)
+        others = _weighted_sum(around, None if scales is None else scales[edge : edge + len(around)])
+        total, inputs = 0, len(call.states) if call.stride == 2 else len(through)
+        for sources, stride in ((through[:inputs], call.stride), (through[inputs:], 1)):
+            if sources:
+                rows = slice(edge, edge + len(sources))
+                read = fused.read_norms([norm for each in norms[rows] for norm in each])
+                total = total + _cell(sources, weights[rows], parameters[rows], read, 1, stride, call)
+                edge = rows.stop
+        nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))
+    return torch.cat(nodes, dim=1)
+
+
+def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Tensor:
+    if weights is None:
+        return sum(tensors[1:], tensors[0])
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:]):
+        total = torch.addcmul(total, tensor, weight)
+    return total
+
+
+def _cell(states, weights, parameters, norms: fused.Norms, nodes: int, stride: int, call: _Call) -> Tensor:
+    """A cell all of whose channels are mixed, with the other options of `call`."""
+    x = states[0]
+    theta = _flat([parameter for edge in parameters for parameter in edge], x)
     gamma, beta = fused.table(norms.weights, x, 1.0), fused.table(norms.biases, x, 0.0)
     mean = variance = None
     if not norms.on_batch:
@@ -206,10 +249,11 @@ def _fused(call: _Call) -> Tensor:
     if keep == fused.ACTIVATIONS and norms.on_batch and not theta.requires_grad:
         keep = fused.OUTPUTS  # without gradients to weights, computing them again would be most of the backward pass
     eps = norms.modules[0].eps if norms.modules else 0.0
-    settings = _Settings(",".join(call.primitives), call.nodes, call.stride, call.pool_norm, eps, keep)
+    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, eps, keep)
+    averages = fused.running_averages(norms) if norms.on_batch else None
     out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
-    if norms.on_batch:
-        fused.update_averages(norms, mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
+    if averages is not None:
+        fused.update_averages(averages, mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
     return out
 
 
@@ -223,6 +267,8 @@ def _reference(call: _Call) -> Tensor:
         nodes=call.nodes,
         stride=call.stride,
         pool_norm=call.pool_norm,
+        partial=call.partial,
+        edge_weights=call.edge_weights,
     )
 
 
@@ -234,7 +280,16 @@ def _flat(tensors: list[Tensor], x: Tensor) -> Tensor:
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return _Flat.apply(*tensors)
-    return torch._C._nn.flatten_dense_tensors(tensors)
+    return _flatten(tensors)
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    if not fused.is_plain(tensors, torch.float32):
+        return torch._C._nn.flatten_dense_tensors(tensors)
+    sizes = [tensor.numel() for tensor in tensors]
+    out = torch.empty(sum(sizes))
+    backend.module("cpu").concatenate(fused.addresses(tensors), sizes, out.data_ptr())
+    return out
 
 
 class _Flat(torch.autograd.Function):
@@ -242,7 +297,7 @@ class _Flat(torch.autograd.Function):
 
     @staticmethod
     def forward(*tensors):
-        return torch._C._nn.flatten_dense_tensors(tensors)
+        return _flatten(tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -334,8 +389,10 @@ def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | Non
     n, c, h, w = states[0].shape
     of_states, images = wanted[: len(states)], None
     if any(of_states):
-        new = states[0].new_empty if all(of_states) else states[0].new_zeros
-        images = new(len(states), n, h, w, c).permute(0, 1, 4, 2, 3)
+        images = fused.empty(states[0], (len(states), n, h, w, c))
+        if not all(of_states):
+            images.zero_()
+        images = images.permute(0, 1, 4, 2, 3)
     tables = (weights, theta, gamma, beta)
     return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[len(states) :]))]
 
@@ -669,6 +726,26 @@ def _check_options(nodes: int, stride: int) -> None:
         raise ValueError(f"stride must be 1 or 2, got {stride!r}")
 
 
+def _check_partial(partial: int, channels: int) -> int:
+    """How many of the channels go through the candidates."""
+    if isinstance(partial, bool) or not isinstance(partial, int) or partial < 1 or channels % partial:
+        raise ValueError(f"partial must be an integer that divides the {channels} channels, got {partial!r}")
+    return channels // partial
+
+
+def _check_edge_weights(x: Tensor, edge_weights: Tensor, edges: int) -> None:
+    if not isinstance(edge_weights, Tensor):
+        raise TypeError(f"edge_weights must be a tensor of shape ({edges},), got {type(edge_weights).__name__}")
+    if tuple(edge_weights.shape) != (edges,):
+        raise ValueError(
+            f"edge_weights must have shape ({edges},), one number per edge; got {tuple(edge_weights.shape)}"
+        )
+    if edge_weights.dtype != x.dtype:
+        raise TypeError(f"edge_weights must have the dtype of the states, {x.dtype}; got {edge_weights.dtype}")
+    if edge_weights.device != x.device:
+        raise ValueError(f"edge_weights must be on the device of the states, {x.device}; got {edge_weights.device}")
+
+
 class _Edges(NamedTuple):
     """What the edges of a cell have to come with."""
 
@@ -690,7 +767,7 @@ def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
     return _Edges(shapes, norms, [shape for edge in shapes for shape in edge])
 
 
-def _check_edges(x, weights, parameters, norms, names, expected: _Edges) -> None:
+def _check_edges(x, channels, weights, parameters, norms, names, expected: _Edges) -> None:
     edges = len(expected.shapes)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({edges}, {len(names)}), got {type(weights).__name__}")
@@ -720,7 +797,6 @@ def _check_edges(x, weights, parameters, norms, names, expected: _Edges) -> None
     if not good or not all([tensor.dtype == dtype and tensor.device == device for tensor in flat]):
         for edge, (members, shapes) in enumerate(zip(parameters, expected.shapes)):
             _check_parameters(x, members, shapes, _of_edge(edge, edges))
-    channels = x.shape[1]
     good = [len(edge) for edge in norms] == expected.norms
     if not good or not all(
         [isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels for edge in norms for norm in edge]

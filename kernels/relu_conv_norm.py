@@ -136,9 +136,10 @@ def _fused(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
     (gamma,), (beta,), eps = norms.weights, norms.biases, norms.modules[0].eps
     mean, variance = (None, None) if norms.on_batch else (norms.means[0], norms.variances[0])
     settings = _Settings(eps, fused.what_to_keep([x], (weight, gamma, beta), norms.on_batch))
+    averages = fused.running_averages(norms) if norms.on_batch else None
     out, mean, variance, _ = _forward_op(x, weight, gamma, beta, mean, variance, *settings)
-    if norms.on_batch:
-        fused.update_averages(norms, mean[None], variance[None], out.shape[0] * out.shape[2] * out.shape[3])
+    if averages is not None:
+        fused.update_averages(averages, mean[None], variance[None], out.shape[0] * out.shape[2] * out.shape[3])
     return out
 
 

@@ -38,7 +38,10 @@ class MixedOperation(nn.Module):
     @property
     def convolution_weights(self) -> list[Tensor]:
         """The weights of all candidates' convolutions, in the order of the candidates."""
-        return [convolution.weight for convolution in self._convolutions]
+        try:  # where nn.Module keeps them: `convolution.weight` takes four times as long, and there are hundreds
+            return [convolution._parameters["weight"] for convolution in self._convolutions]
+        except KeyError:  # parametrized, or replaced by a plain attribute
+            return [convolution.weight for convolution in self._convolutions]
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """x (N, C, H, W), weights (K,) -> (N, C, H/stride, W/stride)."""

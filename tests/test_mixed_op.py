@@ -58,6 +58,8 @@ class Problem(Call):
     nodes: int
     stride: int
     pool_norm: bool
+    partial: int = 1
+    edge_weights: Tensor | None = None
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Problem:
         arrange = LAYOUTS[layout]
@@ -70,6 +72,8 @@ class Problem(Call):
             self.nodes,
             self.stride,
             self.pool_norm,
+            self.partial,
+            None if self.edge_weights is None else self.edge_weights.detach().to(dtype, copy=True),
         )
 
     def arguments(self) -> tuple:
@@ -81,7 +85,8 @@ class Problem(Call):
     def options(self) -> dict:
         """The keyword arguments of the public function."""
         options = {"primitives": self.primitives, "stride": self.stride, "pool_norm": self.pool_norm}
-        return options | {"nodes": self.nodes} if self.nodes else options
+        options["partial"] = self.partial
+        return options | {"nodes": self.nodes, "edge_weights": self.edge_weights} if self.nodes else options
 
     def run(self, implementation=kernels) -> Tensor:
         """The result of `implementation.mixed_cell` or `implementation.mixed_op`."""
@@ -95,7 +100,7 @@ class Problem(Call):
         if kind == "inputs":
             return self.states
         if kind == "weights":
-            return [self.weights]
+            return [self.weights] if self.edge_weights is None else [self.weights, self.edge_weights]
         if kind == "parameters":
             return [tensor for edge in self.parameters for tensor in edge]
         return [tensor for norm in self.modules() for tensor in (norm.weight, norm.bias) if tensor is not None]
@@ -118,6 +123,8 @@ def draw(
     stride: int = 1,
     mode: str = "train",
     mixing: str = "softmax",
+    partial: int = 1,
+    edge_weights: bool = False,
 ) -> Problem:
     """A random problem.
 
@@ -127,25 +134,28 @@ def draw(
         shape: (N, C, H, W) of the states.
         mode: a name of `MODES`, or "mixed" for BN modules that differ.
         mixing: a name of `MIXING`.
+        partial: as in mixed_op; it divides C.
+        edge_weights: whether a cell has them.
     """
     generator = torch.Generator().manual_seed(seed)
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
     inputs, nodes, stride = CELLS[cell] if cell else (1, 0, stride)
     sources = [source for node in range(nodes) for source in range(inputs + node)] if cell else [0]
-    parameters, norms = [], []
+    parameters, norms, channels = [], [], shape[1] // partial
     for source in sources:
         edge_stride = stride if source < inputs else 1
-        shapes = reference.parameter_shapes(primitives, shape[1], edge_stride)
+        shapes = reference.parameter_shapes(primitives, channels, edge_stride)
         parameters.append([torch.randn(s, generator=generator) / math.prod(s[1:]) ** 0.5 for s in shapes])
         edge = []
         for _ in range(reference.norm_count(primitives, edge_stride, pool_norm)):
             index = int(torch.randint(len(MODES), (), generator=generator))
-            edge.append(draw_norm(shape[1], list(MODES)[index] if mode == "mixed" else mode, generator))
+            edge.append(draw_norm(channels, list(MODES)[index] if mode == "mixed" else mode, generator))
         norms.append(edge)
     normal = torch.randn((len(sources), len(primitives)), generator=generator)
     weights = MIXING[mixing](normal if cell else normal[0])
     states = [draw_input(shape, generator) for _ in range(inputs)]
-    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm)
+    of_edges = torch.randn(len(sources), generator=generator) if cell and edge_weights else None
+    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm, partial, of_edges)
 
 
 def check(implementation=kernels, wanted=KINDS, **how) -> None:
@@ -255,6 +265,8 @@ def test_any_edge_or_cell(data):
     chosen = data.draw(st.lists(st.sampled_from(reference.PRIMITIVES), min_size=1, max_size=5, unique=True))
     cell = data.draw(st.sampled_from([None, None, *CELLS]))
     shape = tuple(data.draw(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))))
+    partial = data.draw(st.sampled_from([1, 1, 2, 3]))
+    shape = (shape[0], shape[1] * partial, *shape[2:])
     many = shape[0] * math.ceil(shape[2] / 2) * math.ceil(shape[3] / 2) >= 12  # values a channel, for its variance
     check(
         space=(tuple(chosen), data.draw(st.booleans())),
@@ -265,6 +277,8 @@ def test_any_edge_or_cell(data):
         mixing=data.draw(st.sampled_from(["softmax", "large", "one-hot"])),
         layout=data.draw(st.sampled_from(list(LAYOUTS))),
         wanted=data.draw(st.sampled_from([KINDS, *((kind,) for kind in KINDS)])),
+        partial=partial,
+        edge_weights=data.draw(st.booleans()),
     )
 
 
@@ -680,15 +694,18 @@ class Edge(nn.Module):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("mode", ["train affine", "train, cumulative", "eval"])
-def test_compiles_whole_and_once(mode, stride):
+@pytest.mark.parametrize(
+    ("mode", "partial"), [("train affine", 1), ("train, cumulative", 1), ("eval", 1), ("train affine", 2)]
+)
+def test_compiles_whole_and_once(mode, partial, stride):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    problem = draw(mode=mode, stride=stride, shape=(2, 3, 8, 8))
+    how = {"mode": mode, "stride": stride, "shape": (2, 3 * partial, 8, 8), "partial": partial}
+    problem = draw(**how)
     eager, module = Edge(problem.copy()), Edge(problem.copy())
     compiled_module = torch.compile(module, fullgraph=True, backend=counter)
     for seed in range(2):
-        fresh = draw(seed, mode=mode, stride=stride, shape=(2, 3, 8, 8))
+        fresh = draw(seed, **how)
         results = []
         for call, owner in ((eager, eager), (compiled_module, module)):
             x, weights = fresh.states[0].clone().requires_grad_(), fresh.weights.clone().requires_grad_()
@@ -704,8 +721,8 @@ def test_compiles_whole_and_once(mode, stride):
 
 def test_the_reference_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("RNAS_BACKEND", "reference")
-    for cell in (None, "reduction"):
-        problem = draw(cell=cell, mode="train affine")
+    for cell, partial in ((None, 1), ("reduction", 1), ("reduction", 3)):
+        problem = draw(cell=cell, mode="train affine", partial=partial, edge_weights=partial > 1)
         results = [evaluate(implementation, problem.copy(), KINDS) for implementation in (kernels, reference)]
         assert all(torch.equal(a, b) for kind in results[0] for a, b in zip(results[0][kind], results[1][kind]))
 
@@ -817,6 +834,12 @@ REFUSED_CELLS = [
     ({"nodes": 3}, ValueError, r"weights .*\(9, 2\).*\(5, 2\)"),
     ({"stride": 3}, ValueError, "stride .*3"),
     ({"primitives": ("conv_1x1", "conv_1x1")}, ValueError, "conv_1x1"),
+    ({"partial": 3}, ValueError, r"parameters.*\(1, 1, 1, 1\).*\(3, 3, 1, 1\)"),
+    ({"edge_weights": [1.0] * 5}, TypeError, "edge_weights .*list"),
+    ({"edge_weights": torch.rand(4)}, ValueError, r"edge_weights .*\(5,\).*\(4,\)"),
+    ({"edge_weights": torch.rand(5, 1)}, ValueError, r"edge_weights .*\(5,\).*\(5, 1\)"),
+    ({"edge_weights": torch.rand(5).double()}, TypeError, "edge_weights .*float32.*float64"),
+    ({"edge_weights": torch.rand(5, device="meta")}, ValueError, "edge_weights .*cpu.*meta"),
 ]
 
 
@@ -878,6 +901,57 @@ def test_refuses_a_part_that_does_not_divide_the_channels(partial):
     x = torch.randn(1, 4, 4, 4)
     with pytest.raises(ValueError, match="partial must be an integer that divides the 4 channels"):
         kernels.mixed_op(x, torch.ones(1), [], [], primitives=("skip_connect",), partial=partial)
+    with pytest.raises(ValueError, match="partial must be an integer that divides the 4 channels"):
+        mixed_cell([x], torch.ones(1, 1), [[]], [[]], primitives=("skip_connect",), nodes=1, partial=partial)
+
+
+@pytest.mark.parametrize("edge_weights", [False, True])
+@pytest.mark.parametrize("partial", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["train affine", "eval"])
+@pytest.mark.parametrize("cell", ["two nodes", "small reduction"])
+def test_partial_cell(cell, mode, partial, edge_weights):
+    how = {"cell": cell, "mode": mode, "partial": partial, "edge_weights": edge_weights, "shape": (2, 8, 7, 6)}
+    check(layout="channels_last" if partial == 4 else "contiguous", **how)
+    check(wanted=("inputs",), **how)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "train, cumulative", "eval affine"])
+def test_every_mode_of_a_partial_cell(mode):
+    check(cell="reduction", mode=mode, partial=3, edge_weights=True, shape=(2, 6, 8, 8), space="nas-bench-201")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval affine"])
+@pytest.mark.parametrize("first", [("inputs",), ("inputs", "weights", "parameters")], ids="+".join)
+def test_second_derivatives_of_a_partial_cell(first, mode):
+    how = {"first": first, "mode": mode, "edge_weights": True}
+    check(cell="small reduction", partial=2, shape=(2, 4, 6, 6), **how)
+    check(cell="two nodes", partial=1, shape=(2, 2, 6, 6), space="skip and sep", **how)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize(("cell", "partial"), [("normal", 1), ("normal", 4), ("reduction", 2)])
+def test_a_partial_cell_is_the_sum_of_its_edges(cell, partial, mode, layout):
+    """Edge after edge through mixed_op, in float32, averages and gradients included."""
+
+    def edge_by_edge(states, weights, parameters, norms, *, nodes, stride, edge_weights, **options):
+        states, inputs, edges = list(states), len(states), iter(zip(edge_weights, weights, parameters, norms))
+        for _ in range(nodes):
+            total = 0
+            for source, state in enumerate(states):
+                scale, *edge = next(edges)
+                total = total + scale * mixed_op(state, *edge, stride=stride if source < inputs else 1, **options)
+            states.append(total)
+        return torch.cat(states[inputs:], dim=1)
+
+    problem = draw(cell=cell, mode=mode, shape=(2, 8, 8, 6), partial=partial, edge_weights=True)
+    results = []
+    for implementation in (kernels, SimpleNamespace(mixed_cell=edge_by_edge)):
+        results.append(evaluate(implementation, problem.copy(layout=layout), KINDS))
+    for kind, found in results[0].items():
+        assert distance(found, results[1][kind]) <= 1e-5, kind
+    output = problem.copy(layout=layout).run()
+    assert LAYOUTS[layout](output).stride() == output.stride()
 
 
 def small_cell(shape, training, dtype=torch.float32):

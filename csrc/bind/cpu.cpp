@@ -7,7 +7,9 @@
 #include "bind/common.h"
 #include "rnas/mixed_op.h"
 #include "rnas/pgd_step.h"
+#include "rnas/profile.h"
 #include "rnas/relu_conv_norm.h"
+#include "rnas/tables.h"
 #include "simd/simd.h"
 
 namespace py = pybind11;
@@ -67,6 +69,29 @@ struct OwnedShape {
   MixedShape shape;
 };
 
+static void concatenate(const std::vector<uintptr_t>& arrays, const std::vector<int64_t>& sizes, uintptr_t out) {
+  if (arrays.size() != sizes.size()) throw std::invalid_argument("one size for each array");
+  std::vector<const float*> pointers;
+  for (uintptr_t each : arrays) pointers.push_back(pointer<const float>(each));
+  cpu::concatenate(pointers.data(), sizes.data(), static_cast<int64_t>(sizes.size()), pointer<float>(out));
+}
+
+// Norm `each` is row rows[each] of the tables (., channels) of the batch.
+static void update_averages(const std::vector<uintptr_t>& means, const std::vector<uintptr_t>& variances,
+                            const std::vector<uintptr_t>& batches, const std::vector<double>& momenta,
+                            const std::vector<int64_t>& rows, uintptr_t mean, uintptr_t variance, int64_t channels,
+                            double unbias) {
+  if (means.size() != rows.size() || variances.size() != rows.size() || batches.size() != rows.size() ||
+      momenta.size() != rows.size())
+    throw std::invalid_argument("one of each for each row");
+  std::vector<cpu::RunningAverages> norms;
+  for (size_t each = 0; each < rows.size(); ++each)
+    norms.push_back({pointer<float>(means[each]), pointer<float>(variances[each]), pointer<int64_t>(batches[each]),
+                     momenta[each], pointer<const float>(mean) + rows[each] * channels,
+                     pointer<const float>(variance) + rows[each] * channels});
+  cpu::update_averages(norms.data(), static_cast<int64_t>(norms.size()), channels, unbias);
+}
+
 static Keep keep(int value) {
   if (value < 0 || value > 3) throw std::invalid_argument("keep is 0 (nothing), 1 (masks), 2 (activations), 3 (outputs)");
   return static_cast<Keep>(value);
@@ -103,6 +128,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("simd_levels", &simd_levels, "the instruction sets this processor can run, lowest first");
   m.def("simd_level", [] { return kLevels[static_cast<int>(cpu::simd_level())]; }, "the instruction set in use");
   m.def("set_simd_level", &set_simd_level, "for tests: use another of simd_levels()", py::arg("name"));
+  m.def("start_profile", &cpu::start_profile, "rnas/profile.h");
+  m.def(
+      "stop_profile",
+      [] {
+        const cpu::Profile p = cpu::stop_profile();
+        return py::make_tuple(std::vector<double>(p.seconds, p.seconds + cpu::kWorks),
+                              std::vector<double>(p.multiply_adds, p.multiply_adds + cpu::kWorks), p.total);
+      },
+      "(seconds, multiply-adds) of each kind of work in the order of the header, and seconds of all together");
   m.def("threads", &threads, "threads that a kernel called from this thread gets");
 
   m.def(
@@ -116,6 +150,9 @@ PYBIND11_MODULE(_cpu, m) {
         cpu::pgd_step(pointer(out), pointer(x_adv), pointer(grad), pointer(x), samples, sample_size, type, step);
       },
       "rnas/pgd_step.h");
+
+  m.def("concatenate", &concatenate, "rnas/tables.h");
+  m.def("update_averages", &update_averages, "rnas/tables.h");
 
   using Sizes = std::vector<int64_t>;
   using Names = std::vector<std::string>;

@@ -4,6 +4,7 @@
 
 #include "mixed/batch.h"
 #include "mixed/fixed.h"
+#include "once/clock.h"
 #include "simd/simd.h"
 
 RNAS_DECLARE_LEVELS(mixed_sizes)
@@ -70,6 +71,7 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) { return RNAS_SELEC
 
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads) {
+  const Whole whole(threads);
   RNAS_SELECT(mixed_forward)(shape, in, keep, out, mean, variance, kept, workspace, threads);
 }
 
@@ -79,6 +81,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
     throw std::invalid_argument("mixed_backward on batch statistics needs the kept activations");
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma || grad.beta)))
     throw std::invalid_argument("mixed_backward: the forward pass has not kept what these gradients need");
+  const Whole whole(threads);
   RNAS_SELECT(mixed_backward)(shape, in, keep, out, kept, grad_out, grad, workspace, threads);
 }
 
@@ -90,6 +93,7 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
     throw std::invalid_argument("mixed_double_backward: the forward pass has not kept what these gradients need");
   if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
     throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
+  const Whole whole(threads);
   RNAS_SELECT(mixed_double_backward)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,
                                      grad, workspace, threads);
 }

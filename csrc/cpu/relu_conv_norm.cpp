@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "mixed/stage.h"
+#include "once/clock.h"
 #include "simd/simd.h"
 
 RNAS_DECLARE_LEVELS(relu_conv_norm_sizes)
@@ -41,6 +42,7 @@ class Layer {
       local.weights.total = arena_.take<double>(padded_in_ * padded_out_);
       local.ahead = arena_.take<Ahead>(1);
       if (local.ahead) new (local.ahead) Ahead();
+      local.clock = clock_of(thread);
       locals_.push_back(local);
     }
   }
@@ -57,12 +59,18 @@ class Layer {
           load_relu(l, p, count, nullptr);
           announce(l, in_.x, in_.channels_in, p + count, end);
           multiply(l, count);
-          add_moments(groups_out_, l.y, kPixels * kLanes, count, p - begin, {mean, mean + padded_out_});
-          unload(l.y, groups_out_, in_.channels_out, p, count, out);
+          {
+            const Section section(l.clock, Work::norms);
+            add_moments(groups_out_, l.y, kPixels * kLanes, count, p - begin, {mean, mean + padded_out_});
+          }
+          unload(l, l.y, groups_out_, in_.channels_out, p, count, out);
         });
       });
       merge_moments(batch_mean, batch_variance);
-      each_block([&](const Local&, int64_t, int64_t begin, int64_t end) { normalise(out, begin, end); });
+      each_block([&](const Local& l, int64_t, int64_t begin, int64_t end) {
+        const Section section(l.clock, Work::norms);
+        normalise(out, begin, end);
+      });
       return;
     }
     set_norm(in_.mean, in_.variance);
@@ -71,11 +79,14 @@ class Layer {
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
         load_relu(l, p, count, signs);
         announce(l, in_.x, in_.channels_in, p + count, end);
-        for (int64_t group = 0; group < groups_out_; ++group)
-          for (int64_t i = 0; i < count; ++i)
-            store(l.y + (group * kPixels + i) * kLanes, load(shift_ + group * kLanes));
-        pointwise<true>(l.d, kPixels * kLanes, groups_in_, weights_, groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
-        unload(l.y, groups_out_, in_.channels_out, p, count, out);
+        {
+          const Section section(l.clock, Work::pointwise, adds(count));
+          for (int64_t group = 0; group < groups_out_; ++group)
+            for (int64_t i = 0; i < count; ++i)
+              store(l.y + (group * kPixels + i) * kLanes, load(shift_ + group * kLanes));
+          pointwise<true>(l.d, kPixels * kLanes, groups_in_, weights_, groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
+        }
+        unload(l, l.y, groups_out_, in_.channels_out, p, count, out);
       });
     });
   }
@@ -112,9 +123,10 @@ class Layer {
           l.ahead->clear();
         }
         announce_more(l, grad_out, in_.channels_out, p + count, end);
-        load_chunk(grad_out, groups_out_, in_.channels_out, p, count, l.g);
+        load_chunk(l, grad_out, groups_out_, in_.channels_out, p, count, l.g);
         if (in_.batch_statistics) {
           normalised(l, out, p, count);
+          const Section section(l.clock, Work::norms);
           for (int64_t group = 0; group < groups_out_; ++group) {
             const Vector a = load(a_ + group * kLanes), b = load(b_ + group * kLanes), d = load(d_ + group * kLanes);
             for (int64_t i = 0; i < count; ++i) {
@@ -125,14 +137,14 @@ class Layer {
         }
         if (grad_weight) add_weights(l, count);
         if (!grad_x) return;
-        pointwise<false>(l.g, kPixels * kLanes, groups_out_, transposed_, groups_in_, l.gx, kPixels * kLanes, count, *l.ahead);
+        to_input(l, count);
         for (int64_t group = 0; group < groups_in_; ++group)
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (group * kPixels + i) * kLanes;
             const Bits mask = signs ? signs[(p + i) * groups_in_ + group] : positive(load(l.d + at));
             store(l.gx + at, keep(mask, load(l.gx + at)));
           }
-        unload(l.gx, groups_in_, in_.channels_in, p, count, grad_x);
+        unload(l, l.gx, groups_in_, in_.channels_in, p, count, grad_x);
       });
       if (grad_weight) l.weights.add_up(0, padded_in_ * padded_out_);
     });
@@ -147,8 +159,8 @@ class Layer {
     begin_weights(weights);
     each_block([&](const Local& l, int64_t, int64_t begin, int64_t end) {
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
-        load_chunk(direction, groups_in_, in_.channels_in, p, count, l.d);
-        if (!signs) load_chunk(in_.x, groups_in_, in_.channels_in, p, count, l.gx);
+        load_chunk(l, direction, groups_in_, in_.channels_in, p, count, l.d);
+        if (!signs) load_chunk(l, in_.x, groups_in_, in_.channels_in, p, count, l.gx);
         for (int64_t group = 0; group < groups_in_; ++group)
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (group * kPixels + i) * kLanes;
@@ -157,9 +169,9 @@ class Layer {
           }
         l.ahead->clear();
         multiply(l, count);
-        unload(l.y, groups_out_, in_.channels_out, p, count, grad_grad_out);
+        unload(l, l.y, groups_out_, in_.channels_out, p, count, grad_grad_out);
         if (!weights) return;
-        load_chunk(grad_out, groups_out_, in_.channels_out, p, count, l.g);
+        load_chunk(l, grad_out, groups_out_, in_.channels_out, p, count, l.g);
         add_weights(l, count);
       });
       if (weights) l.weights.add_up(0, padded_in_ * padded_out_);
@@ -180,6 +192,7 @@ class Layer {
     float* first;           // (2, padded_out) running sums
     WeightSums weights;     // [input][output]
     Ahead* ahead;
+    Clock* clock;
   };
 
   // work(local, block, begin, end) for every block of pixels.
@@ -203,7 +216,9 @@ class Layer {
     if (p < end) l.ahead->add(data + p * channels, std::min(kPixels, end - p) * channels / 16 + 1);
   }
 
-  static void load_chunk(const float* from, int64_t groups, int64_t channels, int64_t p, int64_t count, float* to) {
+  static void load_chunk(const Local& l, const float* from, int64_t groups, int64_t channels, int64_t p, int64_t count,
+                         float* to) {
+    const Section section(l.clock, Work::tiles);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t lanes = std::min(kLanes, channels - group * kLanes);
       const float* at = from + p * channels + group * kLanes;
@@ -212,7 +227,9 @@ class Layer {
     }
   }
 
-  static void unload(const float* from, int64_t groups, int64_t channels, int64_t p, int64_t count, float* to) {
+  static void unload(const Local& l, const float* from, int64_t groups, int64_t channels, int64_t p, int64_t count,
+                     float* to) {
+    const Section section(l.clock, Work::nodes);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t lanes = std::min(kLanes, channels - group * kLanes);
       float* at = to + p * channels + group * kLanes;
@@ -224,6 +241,7 @@ class Layer {
   }
 
   void load_relu(const Local& l, int64_t p, int64_t count, Bits* signs) const {
+    const Section section(l.clock, Work::tiles);
     for (int64_t group = 0; group < groups_in_; ++group) {
       const int64_t lanes = std::min(kLanes, in_.channels_in - group * kLanes);
       const float* at = in_.x + p * in_.channels_in + group * kLanes;
@@ -235,11 +253,20 @@ class Layer {
     }
   }
 
+  int64_t adds(int64_t count) const { return count * in_.channels_in * in_.channels_out; }
+
   void multiply(const Local& l, int64_t count) const {
+    const Section section(l.clock, Work::pointwise, adds(count));
     pointwise<false>(l.d, kPixels * kLanes, groups_in_, weights_, groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
   }
 
+  void to_input(const Local& l, int64_t count) const {
+    const Section section(l.clock, Work::pointwise_input, adds(count));
+    pointwise<false>(l.g, kPixels * kLanes, groups_out_, transposed_, groups_in_, l.gx, kPixels * kLanes, count, *l.ahead);
+  }
+
   void add_weights(const Local& l, int64_t count) const {
+    const Section section(l.clock, Work::pointwise_weight, adds(count));
     pointwise_weight(l.d, kPixels * kLanes, groups_in_, l.g, kPixels * kLanes, groups_out_, count, l.weights.now);
   }
 
@@ -292,11 +319,12 @@ class Layer {
   // (y - mean) / sigma of a chunk, into l.y: the output itself where the norm has no affine parameters.
   void normalised(const Local& l, const float* out, int64_t p, int64_t count) const {
     if (!in_.gamma && !in_.beta) {
-      load_chunk(out, groups_out_, in_.channels_out, p, count, l.y);
+      load_chunk(l, out, groups_out_, in_.channels_out, p, count, l.y);
       return;
     }
     load_relu(l, p, count, nullptr);
-    pointwise<false>(l.d, kPixels * kLanes, groups_in_, unscaled(), groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
+    multiply(l, count);
+    const Section section(l.clock, Work::norms);
     for (int64_t group = 0; group < groups_out_; ++group) {
       const Vector mean = load(mean_ + group * kLanes), inverse = load(inverse_ + group * kLanes);
       for (int64_t i = 0; i < count; ++i) {
@@ -306,8 +334,6 @@ class Layer {
     }
   }
 
-  const float* unscaled() const { return weights_; }
-
   // Sums over all pixels of g * normalised and of g, by channel.
   void gradient_sums(const float* out, const float* grad_out, double* dot, double* sum) {
     // On fixed statistics the packed weights carry the scale; here the plain ones are needed.
@@ -316,8 +342,9 @@ class Layer {
       std::memset(l.first, 0, 2 * padded_out_ * sizeof(float));
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
         l.ahead->clear();
-        load_chunk(grad_out, groups_out_, in_.channels_out, p, count, l.g);
+        load_chunk(l, grad_out, groups_out_, in_.channels_out, p, count, l.g);
         normalised(l, out, p, count);
+        const Section section(l.clock, Work::norms);
         for (int64_t group = 0; group < groups_out_; ++group) {
           Vector a = load(l.first + group * kLanes), b = load(l.first + padded_out_ + group * kLanes);
           for (int64_t i = 0; i < count; ++i) {
@@ -424,6 +451,7 @@ ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int6
 
 void relu_conv_norm_forward(const ReluConvNorm& in, Keep keep, float* out, float* mean, float* variance, void* kept,
                             void* workspace, int threads) {
+  const Whole whole(threads);
   RNAS_SELECT(relu_conv_norm_forward)(in, keep, out, mean, variance, kept, workspace, threads);
 }
 
@@ -432,6 +460,7 @@ void relu_conv_norm_backward(const ReluConvNorm& in, Keep keep, const float* out
                              float* grad_beta, void* workspace, int threads) {
   if (keep == Keep::masks && (in.batch_statistics || grad_weight || grad_gamma || grad_beta))
     throw std::invalid_argument("relu_conv_norm_backward: masks give only the gradient to x, on fixed statistics");
+  const Whole whole(threads);
   RNAS_SELECT(relu_conv_norm_backward)
   (in, keep, out, kept, grad_out, grad_x, grad_weight, grad_gamma, grad_beta, workspace, threads);
 }
@@ -440,6 +469,7 @@ void relu_conv_norm_double_backward(const ReluConvNorm& in, Keep keep, const voi
                                     const float* direction, float* grad_grad_out, float* grad_weight,
                                     float* grad_gamma, void* workspace, int threads) {
   if (in.batch_statistics) throw std::invalid_argument("relu_conv_norm_double_backward takes fixed statistics");
+  const Whole whole(threads);
   RNAS_SELECT(relu_conv_norm_double_backward)
   (in, keep, kept, grad_out, direction, grad_grad_out, grad_weight, grad_gamma, workspace, threads);
 }

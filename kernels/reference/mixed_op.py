@@ -31,21 +31,24 @@ def mixed_cell(
     nodes: int,
     stride: int = 1,
     pool_norm: bool = True,
+    partial: int = 1,
+    edge_weights: Tensor | None = None,
 ) -> Tensor:
     """All nodes of a cell, (N, nodes * C, H', W'); what `rnas.kernels.mixed_cell` computes. No argument checks.
 
     Node j is the sum of the edges from the S input states (of the given stride) and the nodes before it (of stride 1).
-    The rows of `weights` (E, K), `parameters` and `norms` are the edges, node by node and source by source.
+    The rows of `weights` (E, K), `parameters`, `norms` and the numbers of `edge_weights` (E,), by which the edges are
+    multiplied, are the edges, node by node and source by source.
     """
     inputs = len(states)
     states, edges = list(states), iter(zip(weights.unbind(), parameters, norms))
+    scales = iter([None] * len(weights) if edge_weights is None else edge_weights.unbind())
     for _ in range(nodes):
         total = 0
         for source, state in enumerate(states):
-            edge_stride = stride if source < inputs else 1
-            total = total + mixed_op(
-                state, *next(edges), primitives=primitives, stride=edge_stride, pool_norm=pool_norm
-            )
+            options = {"stride": stride if source < inputs else 1, "pool_norm": pool_norm, "partial": partial}
+            edge, scale = mixed_op(state, *next(edges), primitives=primitives, **options), next(scales)
+            total = total + (edge if scale is None else scale * edge)
         states.append(total)
     return torch.cat(states[inputs:], dim=1)
 
@@ -59,15 +62,34 @@ def mixed_op(
     primitives: tuple[str, ...],
     stride: int = 1,
     pool_norm: bool = True,
+    partial: int = 1,
 ) -> Tensor:
     """One mixed edge, `sum_k weights[k] * primitive_k(x)`: x (N, C, H, W), weights (K,) -> (N, C, H', W').
 
     H' is ceil(H / stride). Parameters and BN modules are taken in the order in which the primitives meet them.
+    Only the first C / partial channels of x are mixed; the others go around the candidates.
     """
+    if partial > 1:
+        x, around = split_channels(x, partial, stride)
     parameters, norms, total = iter(parameters), iter(norms), 0
     for weight, name in zip(weights.unbind(), primitives):
         total = total + weight * _primitive(name, x, parameters, norms, stride, pool_norm)
-    return total
+    return total if partial == 1 else join_channels(total, around)
+
+
+def split_channels(x: Tensor, partial: int, stride: int) -> tuple[Tensor, Tensor]:
+    """What goes through the candidates of a partial edge, and what goes around them, at the resolution of the output.
+
+    x (N, C, H, W) -> its first C / partial channels, and the others, at stride 2 max-pooled (2x2).
+    """
+    channels = x.shape[1] // partial
+    through, around = x.split([channels, x.shape[1] - channels], dim=1)
+    return through, around if stride == 1 else F.max_pool2d(around, 2, 2, ceil_mode=True)
+
+
+def join_channels(mixed: Tensor, around: Tensor) -> Tensor:
+    """Both parts of a partial edge, shuffled: channel 0 of each C / partial channels, then channel 1 of each, ..."""
+    return F.channel_shuffle(torch.cat([mixed, around], dim=1), 1 + around.shape[1] // mixed.shape[1])
 
 
 def parameter_shapes(primitives: tuple[str, ...], channels: int, stride: int) -> list[tuple[int, ...]]:

@@ -15,14 +15,13 @@ class Batch {
     const int64_t n = plan.shape.batch, image = plan.image_out();
     norms_ = take_norms(arena_, plan);
     packed_ = take_packed(arena_, plan);
-    for (int thread = 0; thread < threads; ++thread) scratch_.push_back(take_scratch(arena_, plan));
+    for (int thread = 0; thread < threads; ++thread) scratch_.push_back(take_scratch(arena_, plan, thread));
     int64_t branches = 0;
     for (const Edge& edge : plan.edges) branches = std::max<int64_t>(branches, edge.branches.size());
     for (int64_t slot = 0; slot < branches; ++slot) {
       y_.push_back(arena_.take<float>(n * image));
       sums_.push_back(arena_.take<double>(2 * n * plan.padded));
     }
-    for (int64_t slot = 0; slot < two_stage_branches(); ++slot) mid_.push_back(arena_.take<float>(n * image));
     for (int64_t node = 0; node < plan.shape.nodes; ++node) nodes_.push_back(arena_.take<float>(n * image));
     max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
     avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
@@ -62,10 +61,10 @@ class Batch {
       for (size_t e = 0; e < plan_.edges.size(); ++e)
         if (plan_.edges[e].source == source) forward_edge(plan_.edges[e], e, state);
     }
-    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        add_pending(n);
-        store_node(plan_.states() - 1, n);
+        add_pending(scratch_[thread], n);
+        store_node(scratch_[thread], plan_.states() - 1, n);
       }
     });
     pending_.any = false;
@@ -112,17 +111,15 @@ class Batch {
 
   float* node(int64_t state) const { return nodes_[state - plan_.shape.inputs]; }
   // A finished node, to where the caller wants it.
-  void store_node(int64_t state, int64_t n) const {
+  void store_node(const Scratch& s, int64_t state, int64_t n) const {
+    const Section section(s.clock, Work::nodes);
     const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
     store_state<false>(plan_, node(state) + n * plan_.image_out(),
                        out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel, pixels);
   }
-  // Separable convolutions of one edge.
-  int64_t two_stage_branches() const { return plan_.kept / static_cast<int64_t>(plan_.edges.size()); }
-  // Where nothing is kept, the edges take turns in the workspace.
-  float* kept(int64_t index, int64_t n) const {
-    float* all = kept_ ? kept_ + index * images() * plan_.image_out() : mid_[index % two_stage_branches()];
-    return all + n * plan_.image_out();
+  // What enters the second stage of a branch. Where it is not kept, the output will take its place.
+  float* mid(const Edge& edge, size_t b, int64_t n) const {
+    return kept_ ? kept_ + (edge.branches[b].kept * images() + n) * plan_.image_out() : spare(b, n);
   }
   // Which of the kept outputs a branch's is, -1 where it is not kept.
   int64_t output_of(const Branch& branch) const {
@@ -132,6 +129,10 @@ class Batch {
   float* y(const Edge& edge, size_t b, int64_t n) const {
     const int64_t output = output_of(edge.branches[b]);
     return output >= 0 ? kept_ + ((plan_.kept + output) * images() + n) * plan_.image_out() : spare(b, n);
+  }
+  // Where the first convolution of a branch goes.
+  float* first_output(const Edge& edge, size_t b, int64_t n) const {
+    return edge.branches[b].stages.size() > 1 ? mid(edge, b, n) : y(edge, b, n);
   }
   // The branch's part of the workspace.
   float* spare(size_t b, int64_t n) const { return y_[b] + n * plan_.image_out(); }
@@ -153,8 +154,9 @@ class Batch {
   }
 
   // The moments of one image, gathered as its rows are made.
-  auto moments(const float* y, double* sums) const {
-    return [=, this](int64_t row, int64_t rows) {
+  auto moments(const Scratch& s, const float* y, double* sums) const {
+    return [=, &s, this](int64_t row, int64_t rows) {
+      const Section section(s.clock, Work::norms);
       add_moments(plan_.groups, y + row * plan_.width_out * kLanes, plan_.plane_out(), rows * plan_.width_out,
                   row * plan_.width_out, {sums, sums + plan_.padded});
     };
@@ -182,14 +184,15 @@ class Batch {
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       for (int64_t n = begin; n < end; ++n) {
-        if (forward) add_pending(n);  // before the pools it refers to change
-        if (node_done) store_node(source, n);
+        if (forward) add_pending(s, n);  // before the pools it refers to change
+        if (node_done) store_node(s, source, n);
         const float* image_in = state.data + n * state.image;
         if (!state.dense() && (plan_.max || plan_.avg)) {
           load_dense(plan_, state, n, s.state_grad);
           image_in = s.state_grad;
         }
         for (int64_t group = 0; group < plan_.groups; ++group) {
+          const Section section(s.clock, Work::pools);
           const float* in = image_in + group * pixels * kLanes;
           const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
           if (plan_.max)
@@ -199,8 +202,8 @@ class Batch {
         }
         if (!forward || !plan_.shape.pool_norm) continue;
         const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-        if (plan_.max) moments(max_ + image, max_sums + row)(0, plan_.height_out);
-        if (plan_.avg) moments(avg_ + image, avg_sums + row)(0, plan_.height_out);
+        if (plan_.max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
+        if (plan_.avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
       }
     });
     if (forward) pending_.any = false;
@@ -221,22 +224,21 @@ class Batch {
         const Tile tile = sized(s.state, state.height, state.width);
         clear(tile, plan_.groups);
         for (int64_t n = begin; n < end; ++n) {
-          add_pending(n);
-          load_relu(plan_, state, n, tile, nullptr);
+          add_pending(s, n);
+          load_state(s, state, n, tile);
           s.ahead->clear();
           if (n + 1 < end) {
             announce_pending(s, n + 1);
             announce(s, plan_, state, n + 1);
             for (size_t b = 0; b < edge.branches.size(); ++b) {
-              const int64_t index = edge.branches[b].kept;
-              announce(s, plan_, index >= 0 ? kept(index, n + 1) : y(edge, b, n + 1), plan_.pixels_out());
+              if (!is_pending(first_output(edge, b, 0))) announce(s, plan_, first_output(edge, b, n + 1), plan_.pixels_out());
             }
           }
           for (size_t b = 0; b < edge.branches.size(); ++b) {
             const Branch& branch = edge.branches[b];
-            float* to = branch.kept >= 0 ? kept(branch.kept, n) : y(edge, b, n);
+            float* to = first_output(edge, b, n);
             convolve<false>(plan_, branch.stages[0], packed_.forward, tile, s, to,
-                            moments(to, sums_[b] + 2 * n * plan_.padded));
+                            moments(s, to, sums_[b] + 2 * n * plan_.padded));
           }
         }
       });
@@ -247,9 +249,7 @@ class Batch {
         second |= edge.branches[b].stages.size() > 1;
       }
       if (second) {
-        second_stage(edge, [&](size_t b, int64_t n) {
-          return moments(y(edge, b, n), sums_[b] + 2 * n * plan_.padded);
-        });
+        second_stage(edge);
         for (size_t b = 0; b < edge.branches.size(); ++b)
           if (edge.branches[b].stages.size() > 1) settle(edge.branches[b].last().norm, sums_[b]);
       }
@@ -258,7 +258,7 @@ class Batch {
   }
 
   // The second stages of the separable convolutions, into y.
-  template <typename After> void second_stage(const Edge& edge, const After& after) {
+  void second_stage(const Edge& edge) {
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       clear(s.mid, plan_.groups);
@@ -266,20 +266,27 @@ class Batch {
         for (size_t b = 0; b < edge.branches.size(); ++b) {
           const Branch& branch = edge.branches[b];
           if (branch.stages.size() < 2) continue;
-          load_mid_of(branch, n, s);
+          load_mid_of(edge, b, n, s);
           s.ahead->clear();
           if (n + 1 < end) {
-            announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
-            announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
+            announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
+            if (y(edge, b, n + 1) != mid(edge, b, n + 1)) announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n), after(b, n));
+          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n),
+                          moments(s, y(edge, b, n), sums_[b] + 2 * n * plan_.padded));
         }
     });
   }
 
-  void load_mid_of(const Branch& branch, int64_t n, const Scratch& s) const {
-    const int64_t norm = branch.stages[0].norm;
-    load_mid(plan_, kept(branch.kept, n), norms_.row(norms_.scale, norm), norms_.row(norms_.shift, norm), s.mid,
+  void load_state(const Scratch& s, const State& state, int64_t n, const Tile& tile) const {
+    const Section section(s.clock, Work::tiles);
+    load_relu(plan_, state, n, tile, nullptr);
+  }
+
+  void load_mid_of(const Edge& edge, size_t b, int64_t n, const Scratch& s) const {
+    const Section section(s.clock, Work::tiles);
+    const int64_t norm = edge.branches[b].stages[0].norm;
+    load_mid(plan_, mid(edge, b, n), norms_.row(norms_.scale, norm), norms_.row(norms_.shift, norm), s.mid,
              nullptr);
   }
 
@@ -327,10 +334,15 @@ class Batch {
   // Adds the pending edge to its node, for all images.
   void settle_pending() {
     if (!pending_.any) return;
-    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_pending(n);
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) add_pending(scratch_[thread], n);
     });
     pending_.any = false;
+  }
+
+  bool is_pending(const float* data) const {
+    return pending_.any && std::any_of(pending_.terms.begin(), pending_.terms.end(),
+                                       [&](const Term& term) { return term.data == data; });
   }
 
   void announce_pending(const Scratch& s, int64_t n) const {
@@ -341,8 +353,9 @@ class Batch {
     announce(s, plan_, pending_.target + n * plan_.image_out(), pixels);
   }
 
-  void add_pending(int64_t n) const {
+  void add_pending(const Scratch& s, int64_t n) const {
     if (!pending_.any) return;
+    const Section section(s.clock, Work::nodes);
     const Pending& left = pending_;
     const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels;
     const Vector skip = set(left.skip);
@@ -387,7 +400,8 @@ class Batch {
 
   void begin_gradients(const float* grad_out) {
     const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, h = plan_.height_out, w = plan_.width_out;
-    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Section section(scratch_[thread].clock, Work::nodes);
       for (int64_t n = begin; n < end; ++n)
         for (int64_t state = 0; state < plan_.states(); ++state) {
           if (state < plan_.shape.inputs) {
@@ -414,6 +428,7 @@ class Batch {
 
   // to[c] = sum over the pixels of an image of g * (y - pivot).
   void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
+    const Section section(s.clock, Work::norms);
     std::fill_n(to, plan_.padded, 0.0);
     add_dot(plan_, g, y, pivot, s.sums, to);
   }
@@ -483,13 +498,13 @@ class Batch {
           }
           const bool two = branch.stages.size() > 1;
           if (two)
-            load_mid_of(branch, n, s);
+            load_mid_of(edge, b, n, s);
           else if (!loaded)
-            load_relu(plan_, state, n, tile, nullptr), loaded = true;
+            load_state(s, state, n, tile), loaded = true;
           s.ahead->clear();
           if (n + 1 < end) {
             if (two)
-              announce(s, plan_, kept(branch.kept, n + 1), plan_.pixels_out());
+              announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
             else if (b + 1 == branches)
               announce(s, plan_, state, n + 1);
             if (b == 0) announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
@@ -498,6 +513,7 @@ class Batch {
           std::fill_n(to, plan_.padded, 0.0);
           convolve<false>(plan_, branch.last(), packed_.forward, two ? s.mid : tile, s, out,
                           [&](int64_t row, int64_t rows) {
+                            const Section section(s.clock, Work::norms);
                             const int64_t at = row * plan_.width_out * kLanes;
                             std::memset(sum, 0, plan_.padded * sizeof(float));
                             add_dot(plan_, g + at, plan_.plane_out(), out + at, plan_.plane_out(),
@@ -533,7 +549,7 @@ class Batch {
             if (edge.branches[b].stages.size() < 2) continue;
             s.ahead->clear();
             if (n + 1 < end) {
-              announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
+              announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
               announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
               announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
             }
@@ -563,7 +579,7 @@ class Batch {
           for (size_t b = 0; b < branches; ++b) {
             const bool two = edge.branches[b].stages.size() > 1;
             announce(s, plan_, two ? spare(b, n + 1) : y(edge, b, n + 1), plan_.pixels_out());
-            if (two) announce(s, plan_, kept(edge.branches[b].kept, n + 1), plan_.pixels_out());
+            if (two) announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
           }
           announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
           announce(s, plan_, state, n + 1);
@@ -579,10 +595,11 @@ class Batch {
     const float* g = gradient(edge.target, n);
     const float* out = y(edge, b, n);
     float* behind = spare(b, n);
-    load_mid_of(branch, n, s);
+    load_mid_of(edge, b, n, s);
     convolve_backward<false>(
         plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
         [&](int64_t row, int64_t rows, int64_t& plane) {
+          const Section section(s.clock, Work::norms);
           const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
           apply(plan_, last_[b], g + at, out + at, plan_.plane_out(), pixels, s.chunk);
           plane = pixels * kLanes;
@@ -590,6 +607,15 @@ class Batch {
         },
         s.mid_grad, sums_of(thread));
     if (grad_.theta && flush_weights) flush(thread, branch.last());
+    through_mid(s, behind);
+    const int64_t to = n * plan_.padded;
+    dot(s, behind, mid(edge, b, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
+    dot(s, behind, nullptr, nullptr, sums_[b] + images() * plan_.padded + to);
+  }
+
+  // The gradient behind the second ReLU, in mid_grad, to that in front of it.
+  void through_mid(const Scratch& s, float* behind) const {
+    const Section section(s.clock, Work::nodes);
     for (int64_t group = 0; group < plan_.groups; ++group)
       for (int64_t row = 0; row < plan_.height_out; ++row) {
         const float* mid = s.mid.data + group * s.mid.plane + row * s.mid.row;
@@ -597,22 +623,20 @@ class Batch {
         for (int64_t x = 0; x < plan_.width_out; ++x)
           store(behind + at + x * kLanes, keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes)));
       }
-    const int64_t to = n * plan_.padded;
-    dot(s, behind, kept(branch.kept, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
-    dot(s, behind, nullptr, nullptr, sums_[b] + images() * plan_.padded + to);
   }
 
   void backward_state(const Edge& edge, const State& state, int64_t n, int thread, const Scratch& s, const Tile& tile,
                       bool flush_weights) {
     const bool of_state = wanted(edge.source);
-    load_relu(plan_, state, n, tile, nullptr);
+    load_state(s, state, n, tile);
     for (size_t b = 0; b < edge.branches.size(); ++b) {
       const Branch& branch = edge.branches[b];
       const bool two = branch.stages.size() > 1;
       const float* g = two ? spare(b, n) : gradient(edge.target, n);
-      const float* of = two ? kept(branch.kept, n) : y(edge, b, n);
+      const float* of = two ? mid(edge, b, n) : y(edge, b, n);
       const Affine& affine = two ? first_[b] : last_[b];
       const auto gradient_of = [&](int64_t row, int64_t rows, int64_t& plane) {
+        const Section section(s.clock, Work::norms);
         const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
         apply(plan_, affine, g + at, of + at, plan_.plane_out(), pixels, s.chunk);
         plane = pixels * kLanes;
@@ -629,6 +653,7 @@ class Batch {
       if (grad_.theta && flush_weights) flush(thread, branch.stages[0]);
     }
     if (!of_state) return;
+    const Section section(s.clock, Work::nodes);
     float* to = gradient(edge.source, n);
     for (int64_t group = 0; group < plan_.groups; ++group)
       for (int64_t row = 0; row < state.height; ++row) {
@@ -711,6 +736,7 @@ class Batch {
       const Scratch& s = scratch_[thread];
       for (int64_t n = begin; n < end; ++n)
         for (int64_t group = 0; group < plan_.groups; ++group) {
+          const Section section(s.clock, Work::pools);
           float* to = gradient(source, n) + group * pixels * kLanes;
           const int64_t plane = group * plan_.plane_out();
           // What goes back through each pool: a weighted sum of the gradients, the pooled state and a constant.
@@ -766,7 +792,8 @@ class Batch {
     for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
       if (!grad_.states[state]) continue;
       const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
-      parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
+      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+        const Section section(scratch_[thread].clock, Work::nodes);
         for (int64_t n = begin; n < end; ++n)
           store_state<false>(plan_, gradient(state, n), grad_.states[state] + n * pixels * c, c, pixels);
       });
@@ -793,7 +820,6 @@ class Batch {
   Packed packed_{};
   std::vector<Scratch> scratch_;
   std::vector<float*> y_;        // per branch of an edge: its output, later the gradient in front of its second ReLU
-  std::vector<float*> mid_;      // what enters the second stages, where it is not kept
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
   std::vector<float*> nodes_;    // the nodes, dense: the caller's lie side by side, far apart for the loops
   float *max_ = nullptr, *avg_ = nullptr;

@@ -41,7 +41,7 @@ class Fixed {
     ones_ = arena_.take<float>(plan.padded);
     for (int thread = 0; thread < threads; ++thread) {
       Local local{};
-      local.scratch = take_scratch(arena_, plan);
+      local.scratch = take_scratch(arena_, plan, thread);
       for (int64_t state = 0; state < plan.states(); ++state)
         local.states.push_back(arena_.take<float>(plan.height(state) * plan.width(state) * plan.padded));
       local.plane = arena_.take<float>(plan.plane_out());
@@ -205,12 +205,15 @@ class Fixed {
       const State v = linear ? state_of(source, direction_, direction_out_) : x;
       const Tile tile = tile_of(source, local);
       Bits* signs = mask + layout_.signs[source];
-      if (linear && masks_)
-        load_signed(v, n, signs, tile);
-      else if (linear)
-        load_relu_linear(plan_, x, v, n, tile);
-      else
-        load_relu(plan_, x, n, tile, masks_ ? signs : nullptr);
+      {
+        const Section section(s.clock, Work::tiles);
+        if (linear && masks_)
+          load_signed(v, n, signs, tile);
+        else if (linear)
+          load_relu_linear(plan_, x, v, n, tile);
+        else
+          load_relu(plan_, x, n, tile, masks_ ? signs : nullptr);
+      }
       for (size_t e = 0; e < plan_.edges.size(); ++e) {
         const Edge& edge = plan_.edges[e];
         if (edge.source != source) continue;
@@ -239,6 +242,7 @@ class Fixed {
   }
 
   void store_node(float* nodes, int64_t state, int64_t n, const Local& local) const {
+    const Section section(local.scratch.clock, Work::nodes);
     const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
     store_state<false>(plan_, local.states[state], nodes + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel,
                        pixels);
@@ -253,12 +257,15 @@ class Fixed {
     float* const all = linear ? direction_kept_ : kept_;
     float* z = all ? kept(all, branch.kept, n) : s.mid_grad;
     convolve<false>(plan_, branch.stages[0], packed, tile, s, z, nothing);
-    if (linear && masks_)
-      load_mid_signed(z, mask + layout_.mid[branch.kept], s.mid);
-    else if (linear)
-      load_mid_linear(plan_, kept(kept_, branch.kept, n), shift, z, s.mid);
-    else
-      load_mid(plan_, z, ones_, shift, s.mid, masks_ ? mask + layout_.mid[branch.kept] : nullptr);
+    {
+      const Section section(s.clock, Work::tiles);
+      if (linear && masks_)
+        load_mid_signed(z, mask + layout_.mid[branch.kept], s.mid);
+      else if (linear)
+        load_mid_linear(plan_, kept(kept_, branch.kept, n), shift, z, s.mid);
+      else
+        load_mid(plan_, z, ones_, shift, s.mid, masks_ ? mask + layout_.mid[branch.kept] : nullptr);
+    }
     convolve<true>(plan_, branch.last(), packed, s.mid, s, to, nothing);
   }
 
@@ -266,6 +273,7 @@ class Fixed {
   void forward_pools(int64_t source, const State& x, const State& v, int64_t n, const Local& local, Bits* mask,
                      bool linear) const {
     const Scratch& s = local.scratch;
+    const Section section(s.clock, Work::pools);
     const PoolShape shape = pool_shape(source);
     const int64_t pixels = x.height * x.width;
     if (!linear || !masks_) load_dense(plan_, x, n, s.state_grad);
@@ -357,6 +365,7 @@ class Fixed {
 
   // to[c] += sum over the pixels of an output image of g * y (y null: of g).
   void add_sum(const float* g, const float* y, const Scratch& s, double* to) const {
+    const Section section(s.clock, Work::norms);
     add_dot(plan_, g, y, nullptr, s.sums, to);
   }
 
@@ -368,6 +377,7 @@ class Fixed {
     Bits* signs = mask + layout_.signs[source];
     const Tile tile = tile_of(source, local);
     if (!masks_) {
+      const Section section(s.clock, Work::tiles);
       load_relu(plan_, x, n, tile, signs);
       if (linear) load_relu_linear(plan_, x, v, n, tile);
     }
@@ -398,9 +408,11 @@ class Fixed {
       }
     }
     float* to = local.states[source];
-    if (any && of_state)
+    if (any && of_state) {
+      const Section section(s.clock, Work::nodes);
       for (int64_t at = 0; at < plan_.groups * pixels; ++at)
         add_to(to + at * kLanes, keep(signs[at], load(s.state_grad + at * kLanes)));
+    }
     backward_pools(source, x, v, n, local, mask, parameters, linear);
   }
 
@@ -410,6 +422,7 @@ class Fixed {
     const Scratch& s = local.scratch;
     Bits* signs = mask + layout_.mid[branch.kept];
     if (!masks_) {
+      const Section section(s.clock, Work::tiles);
       const float* shift = norms_.row(norms_.shift, branch.stages[0].norm);
       const float* z = kept(kept_, branch.kept, n);
       load_mid(plan_, z, ones_, shift, s.mid, signs);
@@ -422,14 +435,18 @@ class Fixed {
           return g + row * plan_.width_out * kLanes;
         },
         s.mid_grad, now);
-    for (int64_t at = 0; at < plan_.groups * plan_.pixels_out(); ++at)
-      store(s.mid_grad + at * kLanes, keep(signs[at], load(s.mid_grad + at * kLanes)));
+    {
+      const Section section(s.clock, Work::nodes);
+      for (int64_t at = 0; at < plan_.groups * plan_.pixels_out(); ++at)
+        store(s.mid_grad + at * kLanes, keep(signs[at], load(s.mid_grad + at * kLanes)));
+    }
     if (now) add_sum(s.mid_grad, nullptr, s, local.mid_sum + branch.kept * plan_.padded);
   }
 
   void backward_pools(int64_t source, const State& x, const State& v, int64_t n, const Local& local, Bits* mask,
                       bool parameters, bool linear) const {
     const Scratch& s = local.scratch;
+    const Section section(s.clock, Work::pools);
     const PoolShape shape = pool_shape(source);
     const int64_t pixels = x.height * x.width, plane = plan_.plane_out();
     if (!masks_) {

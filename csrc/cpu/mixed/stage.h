@@ -6,6 +6,7 @@
 
 #include "mixed/plan.h"
 #include "mixed/pool.h"
+#include "mixed/section.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
@@ -44,11 +45,12 @@ struct Scratch {
   float* pool_rows;            // (height + height_out, width_out)
   float* sums;                 // (4, padded) running sums
   Ahead* ahead;                // what the next image will read
+  Clock* clock;                // of this thread; null where no profile is taken
 };
 
 inline int64_t chunk_rows(int64_t width) { return width >= kChunk ? 1 : kChunk / width; }
 
-inline Scratch take_scratch(Arena& arena, const Plan& plan) {
+inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   const MixedShape& s = plan.shape;
   Scratch scratch{};
   const int64_t chunk = plan.padded * chunk_rows(plan.width_out) * plan.width_out;
@@ -64,6 +66,7 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan) {
   scratch.sums = arena.take<float>(4 * plan.padded);
   scratch.ahead = arena.take<Ahead>(1);
   if (scratch.ahead) new (scratch.ahead) Ahead();
+  scratch.clock = clock_of(thread);
   return scratch;
 }
 
@@ -186,6 +189,11 @@ inline void gather(const Plan& plan, const Convolution& conv, const Part& part, 
   }
 }
 
+// Multiply-adds of the depthwise part of a convolution.
+inline int64_t depthwise_adds(const Plan& plan, const Convolution& conv, int64_t pixels) {
+  return pixels * conv.kernel * conv.kernel * plan.shape.channels;
+}
+
 // Calls use(first row, rows) for the chunks of an output image.
 template <typename Use> RNAS_INLINE void chunks(const Plan& plan, const Use& use) {
   const int64_t step = chunk_rows(plan.width_out);
@@ -201,8 +209,12 @@ RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float
     const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
     bool add = Add;
     for (const Part& part : conv.parts) {
-      gather(plan, conv, part, packed, in, first, rows, scratch.d);
+      {
+        const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
+        gather(plan, conv, part, packed, in, first, rows, scratch.d);
+      }
       float* to = y + first * plan.width_out * kLanes;
+      const Section section(scratch.clock, Work::pointwise, pixels * plan.shape.channels * part.count);
       if (add)
         pointwise<true>(scratch.d, plane, plan.groups, packed + part.packed, plan.groups, to, plan.plane_out(), pixels,
                         *scratch.ahead);
@@ -240,16 +252,22 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
     }
     for (const Part& part : conv.parts) {
       if (now) {
-        gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
+        {
+          const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
+          gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
+        }
+        const Section section(scratch.clock, Work::pointwise_weight, pixels * plan.shape.channels * part.count);
         pointwise_weight(scratch.d, plane, groups, g, g_plane, groups, pixels, now + part.packed);
       }
       const float* transposed = packed.backward + part.packed;
+      if (!depthwise && !in_grad) continue;
+      const Section section(scratch.clock, Work::pointwise_input, pixels * plan.shape.channels * part.count);
       if (depthwise) {
         for (int64_t r = 0; r < rows; ++r)
           pointwise<false>(g + r * out_width * kLanes, g_plane, groups, transposed, groups,
                            scratch.grad.data + (first + r) * scratch.grad.row, scratch.grad.plane, out_width,
                            *scratch.ahead);
-      } else if (in_grad) {
+      } else {
         pointwise<false>(g, g_plane, groups, transposed, groups, scratch.shifted, plane, pixels,
                          *scratch.ahead);
         for (int64_t group = 0; group < groups; ++group)
@@ -268,12 +286,15 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t weights = conv.packed + group * taps * kLanes;
     const float* plane = grad.data + group * grad.plane;
+    const int64_t adds = plan.pixels_out() * taps * std::min(kLanes, plan.shape.channels - group * kLanes);
     for (int64_t y = 0; now && y < plan.height_out; y += band) {
+      const Section section(scratch.clock, Work::depthwise_weight, y == 0 ? adds : 0);
       if (y > 0) sums->add_up(weights, weights + taps * kLanes);
       conv.loops.weight(in.data + group * in.plane + (y * conv.stride - half) * in.row - half * kLanes, in.row,
                         plane + y * grad.row, grad.row, std::min(band, plan.height_out - y), out_width, now + weights);
     }
     if (!in_grad) continue;
+    const Section section(scratch.clock, Work::depthwise_input, adds);
     float* to = in_grad + group * height * width * kLanes;
     if (conv.stride == 1) {
       const auto rows = Add ? conv.loops.backward_add : conv.loops.backward_set;
@@ -293,48 +314,49 @@ struct Moments {
   double *mean, *squares;  // (padded)
 };
 
-// Adds a run of pixels to the moments of `before` values. Short runs are summed in float32 around their own mean, so that
-// no value far from the others takes digits away, and merged in double (Chan, Golub, LeVeque 1979).
+// Adds a run of pixels to the moments of `before` values. Short runs are summed in float32 around a value among their
+// own, the mean of their first pixels, so that no value far from the others takes digits away, and merged in double
+// (Chan, Golub, LeVeque 1979).
 inline void add_moments(int64_t groups, const float* y, int64_t y_plane, int64_t pixels, int64_t before,
                         const Moments& to) {
+  constexpr int kFirst = 8;
   if (before == 0) {
     std::memset(to.mean, 0, groups * kLanes * sizeof(double));
     std::memset(to.squares, 0, groups * kLanes * sizeof(double));
   }
   for (int64_t start = 0; start < pixels; start += kChunk) {
     const int64_t count = std::min(kChunk, pixels - start), total = before + start + count;
-    const float share = 1.0f / static_cast<float>(count);
     const double weight = static_cast<double>(count) / static_cast<double>(total);
     const double between = static_cast<double>(before + start) * weight, exact = 1.0 / static_cast<double>(count);
     for (int64_t group = 0; group < groups; ++group) {
       const float* at = y + group * y_plane + start * kLanes;
-      Vector sum[4] = {};
+      Vector pivot = load(at);
+      if (count >= kFirst) {
+#pragma GCC unroll 8
+        for (int i = 1; i < kFirst; ++i) pivot += load(at + i * kLanes);
+        pivot *= set(1.0f / kFirst);
+      }
+      Vector sum[4] = {}, square[4] = {};
       int64_t p = 0;
       for (; p + 4 <= count; p += 4)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[i] += load(at + (p + i) * kLanes);
-      for (; p < count; ++p) sum[0] += load(at + p * kLanes);
-      const Vector center = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * set(share);
-      Vector first[4] = {}, second[4] = {};
-      for (p = 0; p + 4 <= count; p += 4)
-#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const Vector v = load(at + (p + i) * kLanes) - center;
-          first[i] += v;
-          second[i] = fma(v, v, second[i]);
+          const Vector v = load(at + (p + i) * kLanes) - pivot;
+          sum[i] += v;
+          square[i] = fma(v, v, square[i]);
         }
       for (; p < count; ++p) {
-        const Vector v = load(at + p * kLanes) - center;
-        first[0] += v;
-        second[0] = fma(v, v, second[0]);
+        const Vector v = load(at + p * kLanes) - pivot;
+        sum[0] += v;
+        square[0] = fma(v, v, square[0]);
       }
-      float centers[kLanes], rests[kLanes], squares[kLanes];
-      store(centers, center);
-      store(rests, (first[0] + first[1]) + (first[2] + first[3]));
-      store(squares, (second[0] + second[1]) + (second[2] + second[3]));
+      float pivots[kLanes], rests[kLanes], squares[kLanes];
+      store(pivots, pivot);
+      store(rests, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+      store(squares, (square[0] + square[1]) + (square[2] + square[3]));
       double *mean = to.mean + group * kLanes, *all = to.squares + group * kLanes;
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const double rest = rests[lane], own = centers[lane] + rest * exact, delta = own - mean[lane];
+        const double rest = rests[lane], own = pivots[lane] + rest * exact, delta = own - mean[lane];
         mean[lane] += delta * weight;
         all[lane] += squares[lane] - rest * rest * exact + delta * delta * between;
       }
