@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import measure
+import profiles
 from providers import CapturedGraph, Prepared
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class Row:
     error: distance to the reference in the job's measure. first_call_seconds: with compilation, capture and warm-up.
     peak_bytes: memory of a run beside images and weights. saved_bytes: most that autograd holds for backward.
     launches: by the host, a CUDA graph counting as one. flops: of convolutions, a multiply-add being two.
-    bytes_moved: the fewest that the job must read and write.
+    bytes_moved: the fewest that the job must read and write. profile: of a run of the sample, from profiles.take.
     """
 
     job: str
@@ -37,6 +38,7 @@ class Row:
     launches: int | None = None
     flops: int | None = None
     bytes_moved: int | None = None
+    profile: dict | None = None
     note: str = ""
 
     def as_dict(self) -> dict:
@@ -72,11 +74,13 @@ def compare(
     network: nn.Module | None = None,
     sample_of: int = 1,
     repeats: int = 1,
+    profiled: Collection[str] = (),
 ) -> list[Row]:
     """One row per candidate; the first candidate is the reference, and an error of it is raised.
 
     budget_seconds: time for the timed rounds, of which there are at least two. network: whose parameters do not count
     as saved for backward (None: nothing is saved). sample_of: samples in a run. repeats: calls per timed round.
+    profiled: candidates whose sample runs once more after the timed rounds, under the profile of the CPU kernels.
     """
     rows = {name: Row(job, name, batch) for name in candidates}
     ready: dict[str, Prepared] = {}
@@ -100,6 +104,8 @@ def compare(
     )
     for name in times:
         rows[name].seconds = times[name]
+        if name in profiled:
+            rows[name].profile = profiles.take(ready[name].sample)
     if gate.outcome is not None:
         _check_outcomes(rows, {name: gate.outcome(output) for name, output in outputs.items()})
     return list(rows.values())
@@ -134,7 +140,7 @@ def _check_outcomes(rows: dict[str, Row], outcomes: dict[str, float]) -> None:
     expected = next(iter(outcomes.values()))
     for name, outcome in outcomes.items():
         if not abs(outcome - expected) <= 0.1 * abs(expected):
-            rows[name].status, rows[name].seconds = REFUSED, []
+            rows[name].status, rows[name].seconds, rows[name].profile = REFUSED, [], None
             rows[name].note = f"a whole run ends at {outcome:.3g}, the reference's at {expected:.3g}"
 
 

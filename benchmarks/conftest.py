@@ -5,8 +5,8 @@
     python -m pytest benchmarks --quick         tiny sizes, to see that everything runs; written only with --results
 
 Providers of a job are compared with eager PyTorch first, and one that disagrees gets no time. The rest are timed in
-turns in one process. Rows go into benchmarks/results/<device>.json after every job, and scripts/render_readme.py makes
-the table of them.
+turns in one process; on a CPU the fused supernet then runs once more, under the profile of its kernels. Rows go into
+benchmarks/results/<device>.json after every job, and scripts/render_readme.py makes the tables of them.
 """
 
 from __future__ import annotations

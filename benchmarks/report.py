@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import machine
+import profiles
 from comparison import FAILED, MEASURED, REFUSED, Row
 from problem import FULL, QUICK, Size
 
@@ -68,9 +69,16 @@ class Session:
             rows = measure_group()
             self.groups[group] = {row.provider: row for row in rows}
             for row in rows:
-                print(self.line(row), flush=True)
+                print("\n".join(self.lines(row)), flush=True)
             self.write(complete=False)
         return self.groups[group][provider]
+
+    def lines(self, row: Row) -> list[str]:
+        """A row for the terminal, and below it where its time goes, if that was measured."""
+        if row.profile is None:
+            return [self.line(row)]
+        peak = self.head["ceilings"]["flops_per_second"]
+        return [self.line(row), *profiles.lines(row.profile, self.head["threads"], peak)]
 
     def line(self, row: Row) -> str:
         """A row for the terminal, with its distance to the machine's ceilings."""

@@ -65,6 +65,7 @@ def measure_job(session: Session, job: Job, batch: int) -> list[Row]:
         budget_seconds=session.budget_seconds,
         network=problem.supernet,
         sample_of=job.repeats,
+        profiled=("rnas",) if session.device == "cpu" else (),
     )
     flops = batch * job.repeats * flops_per_image(job, problem) if job.countable else None
     for row in rows:

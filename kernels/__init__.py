@@ -7,15 +7,18 @@ and `rnas.kernels.backend` to say which of them serves a call and why.
 from rnas.kernels.fused import empty_cache
 from rnas.kernels.mixed_op import arrange, mixed_cell, mixed_op
 from rnas.kernels.pgd_step import pgd_step, random_start
+from rnas.kernels.profile import Profile, profile
 from rnas.kernels.relu_conv_norm import factorized_reduce, relu_conv_norm
 
 __all__ = [
+    "Profile",
     "arrange",
     "empty_cache",
     "factorized_reduce",
     "mixed_cell",
     "mixed_op",
     "pgd_step",
+    "profile",
     "random_start",
     "relu_conv_norm",
 ]

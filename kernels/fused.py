@@ -233,6 +233,8 @@ def obstacle(x: Tensor, norms: Norms) -> str | None:
     lengths = [(norm.num_features,) for norm in norms.modules]
     for tensors in (norms.weights, norms.biases, norms.means, norms.variances):
         there = [tensor for tensor in tensors if tensor is not None]
+        if not there:
+            continue
         if {tensor.dtype for tensor in there} - {x.dtype} or {tensor.device for tensor in there} - {x.device}:
             return f"a norm's tensors are not {x.dtype} on {x.device}"
         expected = [length for length, tensor in zip(lengths, tensors) if tensor is not None]

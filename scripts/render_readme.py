@@ -42,6 +42,18 @@ computed a second time does not count. Kernels: bytes that must move, and their 
 place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, which cost a CPU page faults; the others
 work in place."""
 EDGES = "mixed_edge_"
+KINDS = {  # of work, in a profile
+    "tiles": "ReLU, into tiles",
+    "depthwise": "depthwise",
+    "depthwise_input": "depthwise, to the input",
+    "depthwise_weight": "depthwise, to the weights",
+    "pointwise": "pointwise",
+    "pointwise_input": "pointwise, to the input",
+    "pointwise_weight": "pointwise, to the weights",
+    "norms": "norms",
+    "pools": "pools",
+    "nodes": "sums at nodes",
+}
 
 
 def main() -> int:
@@ -114,7 +126,7 @@ def render(results: list[dict]) -> str:
 
 
 def device_section(result: dict) -> str:
-    """One device: what it is, the supernet's table, the kernels' table."""
+    """One device: what it is, the supernet's tables, the kernels' table."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     threads = f"{result['cpu_capability']}, {result['threads']} threads, " if result["kind"] == "cpu" else ""
     load = f"load {result['load_before'][0]:.2f} before the start, " if result["kind"] == "cpu" else ""
@@ -132,6 +144,7 @@ def device_section(result: dict) -> str:
     networks = [row for row in rows if row["bytes_moved"] is None and row not in edges]
     kernels = [row for row in rows if row["bytes_moved"] is not None]
     tables = [supernet_table(networks, flops)] if networks else []
+    tables += profile_table(networks, flops, result["threads"])
     tables += [edge_table(edges, flops)] if edges else []
     tables += [kernel_table(kernels, stream)] if kernels else []
     return "\n\n".join([head, *tables, *remarks(rows)])
@@ -164,6 +177,44 @@ def both(group: dict[str, dict], field: str) -> str:
     text = size(group.get("eager", {}).get(field))
     ours = group.get("rnas", {}).get(field)
     return text if ours is None else f"{text}, rnas {size(ours)}"
+
+
+def profile_table(rows: list[dict], peak: float, threads: int) -> list[str]:
+    """Where the time of rnas goes, one column per job at its largest batch; nothing where no row has a profile."""
+    largest: dict[str, dict] = {}
+    for row in rows:  # there is none in files older than profiles, nor in those of GPUs
+        if row.get("profile") and row["batch"] >= largest.get(row["job"], row)["batch"]:
+            largest[row["job"]] = row
+    columns = [largest[job] for job in JOBS if job in largest]
+    if not columns:
+        return []
+    profiles = [row["profile"] for row in columns]
+    table = [["where the time goes", *(f"{JOBS[row['job']]}, {row['batch']}" for row in columns)]]
+    for kind in dict.fromkeys(kind for profile in profiles for kind in profile["seconds"]):
+        cells = [share_and_rate(profile, kind, peak, threads) for profile in profiles]
+        if any(cell != "-" for cell in cells):
+            table.append([KINDS.get(kind, kind), *cells])
+    whole = [threads * profile["wall_seconds"] for profile in profiles]
+    inside = [profile["total_seconds"] for profile in profiles]
+    waiting = [max(0, total - sum(profile["seconds"].values())) for profile, total in zip(profiles, inside)]
+    table.append(["waiting, tables", *(f"{part / wall:.1%}" for part, wall in zip(waiting, whole))])
+    table.append(["outside the kernels", *(f"{1 - part / wall:.1%}" for part, wall in zip(inside, whole))])
+    note = (
+        "Where the time of rnas goes, by job and batch: share of all threads' time in one run; in brackets the rate of "
+        "the convolutions meanwhile, as a share of the arithmetic ceiling, for which what is computed a second time "
+        "counts. *To the input*, *to the weights*: gradients. *Outside the kernels*: Python, stem, classifier, loss, "
+        "`pgd_step`. Of PGD-7, one step."
+    )
+    return [f"{note}\n\n{markdown(table)}"]
+
+
+def share_and_rate(profile: dict, kind: str, peak: float, threads: int) -> str:
+    """A cell such as 31.2% (64%): of the time, and of the peak meanwhile; the latter only where there is arithmetic."""
+    seconds, multiply_adds = profile["seconds"].get(kind, 0), profile["multiply_adds"].get(kind, 0)
+    if not seconds:
+        return "-"
+    text = f"{seconds / (threads * profile['wall_seconds']):.1%}"
+    return f"{text} ({2 * multiply_adds / seconds / (peak / threads):.0%})" if multiply_adds else text
 
 
 def edge_table(rows: list[dict], peak: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from rnas import kernels
+from rnas.kernels.profile import KINDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOBS = ("forward", "training_step", "alpha_gradient", "pgd_7", "jacobian_norm")
 PROVIDERS = ("eager", "channels_last", "compile", "rnas")
 KERNEL_PROVIDERS = ("eager", "eager_in_place", "compile", "rnas")
+BUILT = not isinstance(kernels.backend.load("cpu"), str)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +33,12 @@ def benchmarks():
         import jobs
         import measure
         import problem
+        import profiles
         import providers
         import report
 
-        yield {module.__name__: module for module in (comparison, jobs, measure, problem, providers, report)}
+        modules = (comparison, jobs, measure, problem, profiles, providers, report)
+        yield {module.__name__: module for module in modules}
     finally:
         torch.set_num_threads(threads)
         sys.path.remove(str(REPOSITORY / "benchmarks"))
@@ -91,6 +96,27 @@ def test_a_row_has_every_number(results):
         if row["job"] in JOBS:
             assert (row["saved_bytes"] > 0) == (row["job"] != "forward")
             assert row["peak_bytes"] is not None or not Path("/proc/self/statm").exists()
+        assert (row["profile"] is not None) == (BUILT and row["job"] in JOBS and row["provider"] == "rnas")
+
+
+@pytest.mark.skipif(not BUILT, reason="rnas._cpu is not built")
+def test_rows_of_the_fused_supernet_say_where_the_time_goes(results):
+    flops = {row["job"]: row["flops"] for row in results["rows"] if row["provider"] == "rnas"}
+    found = {row["job"]: row["profile"] for row in results["rows"] if row.get("profile")}
+    assert set(found) == set(JOBS)
+    for job, profile in found.items():
+        assert list(profile["seconds"]) == list(profile["multiply_adds"]) == list(KINDS)
+        assert min(profile["seconds"].values()) >= 0
+        inside = profile["total_seconds"]
+        assert 0 < sum(profile["seconds"].values()) <= 1.05 * inside
+        assert inside <= 1.05 * results["threads"] * profile["wall_seconds"]
+        adds = profile["multiply_adds"]
+        gradients = {kind for kind in KINDS if kind.endswith(("_input", "_weight")) and adds[kind]}
+        to_input, to_weight = {"depthwise_input", "pointwise_input"}, {"depthwise_weight", "pointwise_weight"}
+        expected = {"forward": set(), "pgd_7": to_input, "alpha_gradient": to_input}
+        assert gradients == expected.get(job, to_input | to_weight), job
+    # The stem's convolution is outside the kernels; the halves of a reduction are computed with zeros for each other.
+    assert 0.5 < 2 * sum(found["forward"]["multiply_adds"].values()) / flops["forward"] < 1.5
 
 
 def test_jobs_cost_what_they_should_in_proportion(results):
@@ -199,6 +225,36 @@ class TestComparison:
         eager, weak = comparison.compare("job", 1, candidates, gate, device="cpu", budget_seconds=0.0)
         assert eager.status == "measured"
         assert (weak.status, weak.seconds) == ("refused", [])
+
+    def test_profiles_are_of_the_sample_and_of_what_was_asked_for(self, benchmarks, monkeypatch):
+        comparison, prepared = benchmarks["comparison"], benchmarks["providers"].Prepared
+        samples = []
+
+        def sample():
+            samples.append(1)
+            return [torch.ones(1)]
+
+        def candidate(outcome):
+            return lambda: prepared(lambda: [torch.full((1,), outcome)], sample, sample)
+
+        def row(outcome, profiled):
+            samples.clear()
+            candidates = {"eager": candidate(1.0), "other": candidate(outcome)}
+            gate = comparison.Gate(lambda found, wanted: 0.0, 0.0, outcome=lambda output: float(output[0]))
+            options = {"device": "cpu", "budget_seconds": 0.0, "profiled": profiled}
+            eager, other = comparison.compare("job", 1, candidates, gate, **options)
+            assert eager.profile is None
+            return other
+
+        assert row(1.0, ()).profile is None
+        without = len(samples)
+        assert row(1.0, ("other",)).profile is None, "no kernel has run"
+        assert len(samples) == without + 1
+        monkeypatch.setattr(benchmarks["profiles"], "take", lambda run: run() and PROFILE)
+        assert row(1.0, ("other",)).as_dict()["profile"] == PROFILE
+        assert len(samples) == without + 1
+        refused = row(0.5, ("other",))
+        assert (refused.status, refused.profile) == ("refused", None)
 
     def test_a_refused_row_fails_its_test(self, benchmarks):
         row = benchmarks["comparison"].Row("job", "wrong", 1, status="refused")
@@ -350,6 +406,33 @@ class TestInstruments:
             assert counter.total == factor * forward
 
 
+PROFILE = {  # on two threads, that is of one second
+    "seconds": {"tiles": 0.1, "pointwise": 0.5, "depthwise_input": 0.0},
+    "multiply_adds": {"tiles": 0, "pointwise": 10**10, "depthwise_input": 0},
+    "total_seconds": 0.75,
+    "wall_seconds": 0.5,
+}
+
+
+def test_the_terminal_shows_where_the_time_goes(benchmarks, capsys):
+    session = benchmarks["report"].Session("cpu", True, None, "")
+    session.head |= {"threads": 2, "ceilings": {"flops_per_second": 100e9}}
+    rows = [
+        benchmarks["comparison"].Row("forward", name, 16, seconds=[0.5], profile=profile)
+        for name, profile in (("eager", None), ("rnas", PROFILE))
+    ]
+    session.row(("forward", 16), "rnas", lambda: rows)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        "forward batch 16 eager 500.000 ms".split(),
+        "forward batch 16 rnas 500.000 ms".split(),
+        "of one sample, 500.000 ms, threads: 2".split(),
+        "tiles 10.0%".split(),
+        "pointwise 50.0% 80% of the ceiling".split(),
+        "waiting, tables 15.0%".split(),
+        "outside the kernels 25.0%".split(),
+    ]
+
+
 DEMO = "<!-- demo:begin -->\nstale demo\n<!-- demo:end -->\n"
 
 
@@ -374,7 +457,50 @@ def test_readme_is_rendered_from_the_results(tmp_path, quick_run):
         torch.__version__,
     ):
         assert words in text
+    assert ("| outside the kernels |" in text) == BUILT
     assert render("--readme", readme, "--results", quick_run, "--check").returncode == 0
+
+
+def test_the_readme_shows_where_the_time_goes_at_the_largest_batch(tmp_path, results):
+    readme = tmp_path / "README.md"
+    (like,) = (row for row in results["rows"] if (row["job"], row["provider"]) == ("forward", "rnas"))
+
+    def table(*profiles):
+        readme.write_text(f"{DEMO}<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+        rows = [like | {"job": job, "batch": batch, "profile": profile} for job, batch, profile in profiles]
+        head = {"threads": 2, "ceilings": results["ceilings"] | {"flops_per_second": 100e9}}
+        (tmp_path / "cpu.json").write_text(json.dumps(results | head | {"rows": rows}))
+        done = render("--readme", readme, "--results", tmp_path)
+        assert done.returncode == 0, done.stderr
+        _, found, rest = readme.read_text().partition("| where the time goes")
+        return (found + rest).partition("\n\n")[0].splitlines()
+
+    gradients = PROFILE | {
+        "seconds": {"tiles": 0.2, "pointwise": 0.0, "depthwise_input": 0.25},
+        "multiply_adds": {"tiles": 0, "pointwise": 0, "depthwise_input": 5 * 10**9},
+        "wall_seconds": 1.0,
+    }
+    smaller = PROFILE | {"wall_seconds": 7.0}
+    profiles = [("pgd_7", 64, gradients), ("forward", 16, smaller), ("forward", 64, PROFILE), ("pgd_7", 16, smaller)]
+    assert table(*profiles, ("jacobian_norm", 16, None)) == [
+        "| where the time goes | forward, 64 | PGD-7, 64 |",
+        "| --- | ---: | ---: |",
+        "| ReLU, into tiles | 10.0% | 10.0% |",
+        "| pointwise | 50.0% (80%) | - |",
+        "| depthwise, to the input | - | 12.5% (80%) |",
+        "| waiting, tables | 15.0% | 15.0% |",
+        "| outside the kernels | 25.0% | 62.5% |",
+    ]
+    assert table(("forward", 64, None)) == [], "as in the results of a GPU"
+    older = {name: value for name, value in like.items() if name != "profile"}
+    (tmp_path / "cpu.json").write_text(json.dumps(results | {"rows": [older]}))
+    assert render("--readme", readme, "--results", tmp_path).returncode == 0, "as in older files"
+    assert "| forward | 2 |" in readme.read_text() and "here the time" not in readme.read_text()
+
+
+def test_every_kind_of_work_has_words_in_the_readme():
+    words = (REPOSITORY / "scripts" / "render_readme.py").read_text().partition("KINDS = {")[2].partition("}")[0]
+    assert re.findall(r'"(\w+)": ', words) == list(KINDS)
 
 
 def test_the_demo_table_shows_the_evaluation(tmp_path):

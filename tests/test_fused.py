@@ -284,6 +284,50 @@ def test_averages_move_as_those_of_pytorch(way, monkeypatch):
     assert all(distance([b], [a]) <= 1e-5 for a, b in zip(found[0][0], found[1][0]))
 
 
+@pytest.mark.parametrize("way", ["watched", "strided", "float64 elsewhere"])
+def test_averages_that_compiled_code_may_not_move_are_moved_by_pytorch(way, monkeypatch):
+    found = []
+    for changed in (False, True):
+        norms = [draw_norm(3, "train", torch.Generator().manual_seed(index)) for index in range(4)]
+        norms[1].momentum = None
+        if changed and way == "watched":
+            monkeypatch.setattr(fused, "is_plain", lambda tensors, dtype: False)
+        elif changed and way == "strided":
+            norms[0].running_mean = norms[0].running_mean.repeat_interleave(2)[::2]
+            norms[2].running_var = norms[2].running_var.repeat_interleave(2)[::2]
+        elif changed:
+            norms[3].num_batches_tracked = norms[3].num_batches_tracked.double()
+        for _ in range(2):
+            run_norms(norms, kernels)
+        found.append([t for norm in norms for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)])
+    assert all(distance([b], [a]) <= 1e-6 for a, b in zip(*found))
+
+
+def test_a_graph_that_has_saved_an_average_notices_that_it_moves():
+    norms = [draw_norm(3, "train", torch.Generator().manual_seed(index)) for index in range(4)]
+    scale = torch.rand(3, requires_grad=True)
+    for name in ("running_mean", "running_var"):
+        loss = (scale * getattr(norms[2], name)).sum()
+        run_norms(norms, kernels)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_results_stay_as_they_are_while_someone_holds_them():
+    draws = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(16, affine=False)
+    weight, size = torch.rand(16, 16, 1, 1, generator=draws), (5, 16, 64, 64)
+    assert 4 * torch.Size(size).numel() > fused.Pool.SMALLEST
+    xs = [torch.randn(size, generator=draws) for _ in range(3)]
+    held = [kernels.relu_conv_norm(x, weight, norm) for x in xs]
+    copies = [each.clone() for each in held]
+    del held[1]
+    held.append(kernels.relu_conv_norm(xs[1], weight, norm))  # into the memory that has become free
+    assert torch.equal(held[-1], copies.pop(1))
+    assert all(torch.equal(a, b) for a, b in zip(held, copies))
+    held[0].resize_(1)  # as any tensor
+
+
 def test_read_norms_reads_what_a_norm_holds():
     norms = [draw_norm(3, mode, torch.Generator()) for mode in ("train affine", "train")]
     read = fused.read_norms(norms)

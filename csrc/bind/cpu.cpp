@@ -207,6 +207,16 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "rnas/mixed_op.h");
 
+  for (bool gather : {true, false})
+    m.def(
+        gather ? "gather_pixels" : "scatter_pixels",
+        [gather](int64_t batch, int64_t height, int64_t width, int64_t channels, uintptr_t from, uintptr_t to,
+                 int threads) {
+          py::gil_scoped_release release;
+          const auto run = gather ? cpu::gather_pixels : cpu::scatter_pixels;
+          run({batch, height, width, channels}, pointer<const float>(from), pointer<float>(to), threads);
+        },
+        "rnas/relu_conv_norm.h");
   m.def(
       "relu_conv_norm_sizes",
       [](int64_t pixels, int64_t channels_in, int64_t channels_out, int threads) {

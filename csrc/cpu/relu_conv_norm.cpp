@@ -84,7 +84,8 @@ class Layer {
           for (int64_t group = 0; group < groups_out_; ++group)
             for (int64_t i = 0; i < count; ++i)
               store(l.y + (group * kPixels + i) * kLanes, load(shift_ + group * kLanes));
-          pointwise<true>(l.d, kPixels * kLanes, groups_in_, weights_, groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
+          pointwise<true>(l.d, kPixels * kLanes, groups_in_, weights_, padded_out_, groups_out_, l.y, kPixels * kLanes,
+                          count, *l.ahead);
         }
         unload(l, l.y, groups_out_, in_.channels_out, p, count, out);
       });
@@ -257,17 +258,20 @@ class Layer {
 
   void multiply(const Local& l, int64_t count) const {
     const Section section(l.clock, Work::pointwise, adds(count));
-    pointwise<false>(l.d, kPixels * kLanes, groups_in_, weights_, groups_out_, l.y, kPixels * kLanes, count, *l.ahead);
+    pointwise<false>(l.d, kPixels * kLanes, groups_in_, weights_, padded_out_, groups_out_, l.y, kPixels * kLanes, count,
+                     *l.ahead);
   }
 
   void to_input(const Local& l, int64_t count) const {
     const Section section(l.clock, Work::pointwise_input, adds(count));
-    pointwise<false>(l.g, kPixels * kLanes, groups_out_, transposed_, groups_in_, l.gx, kPixels * kLanes, count, *l.ahead);
+    pointwise<false>(l.g, kPixels * kLanes, groups_out_, transposed_, padded_in_, groups_in_, l.gx, kPixels * kLanes,
+                     count, *l.ahead);
   }
 
   void add_weights(const Local& l, int64_t count) const {
     const Section section(l.clock, Work::pointwise_weight, adds(count));
-    pointwise_weight(l.d, kPixels * kLanes, groups_in_, l.g, kPixels * kLanes, groups_out_, count, l.weights.now);
+    pointwise_weight(l.d, kPixels * kLanes, groups_in_, l.g, kPixels * kLanes, groups_out_, count, l.weights.now,
+                     padded_out_);
   }
 
   void merge_moments(float* batch_mean, float* batch_variance) {

@@ -174,6 +174,16 @@ class Batch {
     }
   }
 
+  // The norms behind the first or the second stages of an edge.
+  void settle_stage(const Edge& edge, bool second) {
+    parallel(threads_, edge.branches.size(), [&](int, int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const Branch& branch = edge.branches[b];
+        if (branch.stages.size() > 1 || !second) settle(branch.stages[second].norm, sums_[b]);
+      }
+    });
+  }
+
   // Pools of a state, for all its edges. On a forward pass also their moments, and what remains to be done for a node.
   void begin_source(int64_t source, const State& state, bool forward) {
     const bool node_done = forward && source >= plan_.shape.inputs;
@@ -244,14 +254,11 @@ class Batch {
       });
       pending_.any = false;
       bool second = false;
-      for (size_t b = 0; b < edge.branches.size(); ++b) {
-        settle(edge.branches[b].stages[0].norm, sums_[b]);
-        second |= edge.branches[b].stages.size() > 1;
-      }
+      for (const Branch& branch : edge.branches) second |= branch.stages.size() > 1;
+      settle_stage(edge, false);
       if (second) {
         second_stage(edge);
-        for (size_t b = 0; b < edge.branches.size(); ++b)
-          if (edge.branches[b].stages.size() > 1) settle(edge.branches[b].last().norm, sums_[b]);
+        settle_stage(edge, true);
       }
     }
     leave(edge, e, state);

@@ -28,9 +28,10 @@ RNAS_INLINE void depthwise_block(const float* in, int64_t row, const float* w, f
     constexpr int kColumns = P + Kernel - 1, kLast = Kernel + Rows - 2;
 #pragma GCC unroll 16
     for (int y = 0; y <= kLast; ++y) {
+      const float* from = opaque(in + y * row);
       Vector x[kColumns];
 #pragma GCC unroll 16
-      for (int c = 0; c < kColumns; ++c) x[c] = load(in + y * row + c * kLanes);
+      for (int c = 0; c < kColumns; ++c) x[c] = load(from + c * kLanes);
 #pragma GCC unroll 2
       for (int r = 0; r < Rows; ++r) {
         if (y < r || y - r >= Kernel) continue;
@@ -45,12 +46,12 @@ RNAS_INLINE void depthwise_block(const float* in, int64_t row, const float* w, f
   } else {
 #pragma GCC unroll 5
     for (int ky = 0; ky < Kernel; ++ky) {
-      const float* from = in + ky * Dilation * row;
+      const float* from = opaque(in + ky * Dilation * row);
       if constexpr (Stride == 1) {
         constexpr int kColumns = P + (Kernel - 1) * Dilation;
         Vector x[kColumns];
 #pragma GCC unroll 16
-        for (int c = 0; c < kColumns; ++c) x[c] = load(from + c * kLanes);
+        for (int c = 0; c < kColumns; ++c) x[c] = held(load(from + c * kLanes));
 #pragma GCC unroll 5
         for (int kx = 0; kx < Kernel; ++kx) {
           const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
@@ -58,11 +59,21 @@ RNAS_INLINE void depthwise_block(const float* in, int64_t row, const float* w, f
           for (int p = 0; p < P; ++p) sum[0][p] = fma(x[p + kx * Dilation], tap, sum[0][p]);
         }
       } else {
+        // A tap meets columns of one parity: first the even ones, then the odd ones, each loaded once.
+        static_assert(Stride == 2);
+        constexpr int kColumns = P + (Kernel - 1) * Dilation / 2;
+#pragma GCC unroll 2
+        for (int parity = 0; parity < (Dilation == 1 ? 2 : 1); ++parity) {
+          Vector x[kColumns];
+#pragma GCC unroll 16
+          for (int c = 0; c < kColumns - parity; ++c) x[c] = held(load(from + (2 * c + parity) * kLanes));
 #pragma GCC unroll 5
-        for (int kx = 0; kx < Kernel; ++kx) {
-          const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
+          for (int kx = 0; kx < Kernel; ++kx) {
+            if ((kx * Dilation - parity) % 2 != 0) continue;
+            const Vector tap = load(w + (ky * Kernel + kx) * kLanes);
 #pragma GCC unroll 8
-          for (int p = 0; p < P; ++p) sum[0][p] = fma(load(from + (p * Stride + kx * Dilation) * kLanes), tap, sum[0][p]);
+            for (int p = 0; p < P; ++p) sum[0][p] = fma(x[p + kx * Dilation / 2], tap, sum[0][p]);
+          }
         }
       }
     }
@@ -355,11 +366,10 @@ void pointwise_groups(const float* d, int64_t d_plane, int64_t groups_in, const 
 }
 
 // y[output] (+)= sum over inputs of d[input] * w[input][output] for a run of pixels that is dense in each plane.
-// w (groups_in * kLanes, groups_out * kLanes).
+// w (groups_in * kLanes, groups_out * kLanes), its rows w_row apart.
 template <bool Add>
-void pointwise(const float* d, int64_t d_plane, int64_t groups_in, const float* w, int64_t groups_out, float* y,
-               int64_t y_plane, int64_t pixels, Ahead& ahead) {
-  const int64_t w_row = groups_out * kLanes;
+void pointwise(const float* d, int64_t d_plane, int64_t groups_in, const float* w, int64_t w_row, int64_t groups_out,
+               float* y, int64_t y_plane, int64_t pixels, Ahead& ahead) {
   int64_t v = 0;
   for (; v + 2 <= groups_out; v += 2)
     pointwise_groups<2, Add>(d, d_plane, groups_in, w + v * kLanes, w_row, y + v * y_plane, y_plane, pixels, ahead);
@@ -393,10 +403,10 @@ RNAS_INLINE void pointwise_weight_block(const float* d, const float* g, int64_t 
     for (int v = 0; v < Groups; ++v) store(acc + c * acc_row + v * kLanes, sum[c][v]);
 }
 
-// acc (groups_in * kLanes, groups_out * kLanes) += sum over pixels of the outer product of d and g.
+// acc (groups_in * kLanes, groups_out * kLanes) += sum over pixels of the outer product of d and g. Its rows are `row`
+// apart.
 inline void pointwise_weight(const float* d, int64_t d_plane, int64_t groups_in, const float* g, int64_t g_plane,
-                             int64_t groups_out, int64_t pixels, float* acc) {
-  const int64_t row = groups_out * kLanes;
+                             int64_t groups_out, int64_t pixels, float* acc, int64_t row) {
   for (int64_t group = 0; group < groups_in; ++group) {
     int64_t v = 0;
     for (; v + 2 <= groups_out; v += 2)

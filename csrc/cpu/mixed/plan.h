@@ -16,7 +16,7 @@
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
 
-// Pixels of a chunk: what flows from one loop to the next stays in the first cache.
+// Pixels of a chunk, or twice as many: what flows from one loop to the next stays in the first cache.
 constexpr int64_t kChunk = 64;
 // Weight gradients are summed in float32 over at most about this many pixels, then added up in double.
 constexpr int64_t kFlush = 2048;
@@ -31,6 +31,8 @@ struct Part {
   int64_t theta, first, count, output_stride, input_stride;
   int64_t dy, dx;
   int64_t packed;
+  int64_t group, groups;  // those of the outputs
+  bool adds;              // to what another part has made of them
 };
 
 // ReLU, then a depthwise convolution (kernel 0: none), then the parts, then a norm.
@@ -82,7 +84,12 @@ struct Builder {
 
   Part part(int64_t first, int64_t count, int64_t output_stride, int64_t input_stride, int64_t theta, int64_t dy,
             int64_t dx) {
-    const Part made{theta, first, count, output_stride, input_stride, dy, dx, plan.packed};
+    Part made{theta, first, count, output_stride, input_stride, dy, dx, plan.packed, 0, plan.groups, false};
+    const bool aligned = first % kLanes == 0 && ((first + count) % kLanes == 0 || first + count == c);
+    if (aligned) {  // else it shares a group with another part, and writes zeros elsewhere
+      made.group = first / kLanes;
+      made.groups = (count + kLanes - 1) / kLanes;
+    }
     plan.packed += plan.padded * plan.padded;
     return made;
   }
@@ -103,6 +110,8 @@ struct Builder {
   }
 
   Convolution end(Convolution conv) {
+    for (size_t each = 1; each < conv.parts.size(); ++each)
+      conv.parts[each].adds = conv.parts[each].group < conv.parts[each - 1].group + conv.parts[each - 1].groups;
     conv.packed_end = plan.packed;
     conv.norm = plan.norms++;
     return conv;

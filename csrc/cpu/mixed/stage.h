@@ -39,7 +39,7 @@ template <typename Use> RNAS_INLINE void visit(const State& state, int64_t n, in
 struct Scratch {
   Tile state, mid;             // inputs of the first and of the second stage
   Tile grad;                   // gradient of a depthwise output
-  float *d, *chunk, *shifted;  // (groups, kChunk or one row) each
+  float *d, *chunk, *shifted;  // (groups, pixels of a chunk) each
   float* state_grad;           // (groups, height * width) gradient behind the first ReLU
   float* mid_grad;             // (groups, height_out * width_out) likewise of the second
   float* pool_rows;            // (height + height_out, width_out)
@@ -48,12 +48,15 @@ struct Scratch {
   Clock* clock;                // of this thread; null where no profile is taken
 };
 
-inline int64_t chunk_rows(int64_t width) { return width >= kChunk ? 1 : kChunk / width; }
+// Rows of a chunk: more pixels where there are few channels, as each chunk has a price of its own.
+inline int64_t chunk_rows(const Plan& plan) {
+  return std::max<int64_t>(1, std::max(kChunk, 2 * kChunk / plan.groups) / plan.width_out);
+}
 
 inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   const MixedShape& s = plan.shape;
   Scratch scratch{};
-  const int64_t chunk = plan.padded * chunk_rows(plan.width_out) * plan.width_out;
+  const int64_t chunk = plan.padded * chunk_rows(plan) * plan.width_out;
   scratch.state = take_tile(arena, plan.groups, s.height, s.width, kHalo);
   scratch.mid = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kMidHalo);
   scratch.grad = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kHalo);
@@ -196,7 +199,7 @@ inline int64_t depthwise_adds(const Plan& plan, const Convolution& conv, int64_t
 
 // Calls use(first row, rows) for the chunks of an output image.
 template <typename Use> RNAS_INLINE void chunks(const Plan& plan, const Use& use) {
-  const int64_t step = chunk_rows(plan.width_out);
+  const int64_t step = chunk_rows(plan);
   for (int64_t first = 0; first < plan.height_out; first += step)
     use(first, step < plan.height_out - first ? step : plan.height_out - first);
 }
@@ -207,21 +210,16 @@ RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float
                           const Scratch& scratch, float* y, const After& after) {
   chunks(plan, [&](int64_t first, int64_t rows) {
     const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
-    bool add = Add;
     for (const Part& part : conv.parts) {
       {
         const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
         gather(plan, conv, part, packed, in, first, rows, scratch.d);
       }
-      float* to = y + first * plan.width_out * kLanes;
+      float* to = y + part.group * plan.plane_out() + first * plan.width_out * kLanes;
       const Section section(scratch.clock, Work::pointwise, pixels * plan.shape.channels * part.count);
-      if (add)
-        pointwise<true>(scratch.d, plane, plan.groups, packed + part.packed, plan.groups, to, plan.plane_out(), pixels,
-                        *scratch.ahead);
-      else
-        pointwise<false>(scratch.d, plane, plan.groups, packed + part.packed, plan.groups, to, plan.plane_out(), pixels,
-                        *scratch.ahead);
-      add = true;
+      const auto multiply = Add || part.adds ? pointwise<true> : pointwise<false>;
+      multiply(scratch.d, plane, plan.groups, packed + part.packed + part.group * kLanes, plan.padded, part.groups, to,
+               plan.plane_out(), pixels, *scratch.ahead);
     }
     after(first, rows);
   });
@@ -257,19 +255,20 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
           gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
         }
         const Section section(scratch.clock, Work::pointwise_weight, pixels * plan.shape.channels * part.count);
-        pointwise_weight(scratch.d, plane, groups, g, g_plane, groups, pixels, now + part.packed);
+        pointwise_weight(scratch.d, plane, groups, g + part.group * g_plane, g_plane, part.groups, pixels,
+                         now + part.packed + part.group * kLanes, plan.padded);
       }
-      const float* transposed = packed.backward + part.packed;
+      const float* transposed = packed.backward + part.packed + part.group * kLanes * plan.padded;
       if (!depthwise && !in_grad) continue;
       const Section section(scratch.clock, Work::pointwise_input, pixels * plan.shape.channels * part.count);
       if (depthwise) {
         for (int64_t r = 0; r < rows; ++r)
-          pointwise<false>(g + r * out_width * kLanes, g_plane, groups, transposed, groups,
+          pointwise<false>(g + r * out_width * kLanes, g_plane, groups, transposed, plan.padded, groups,
                            scratch.grad.data + (first + r) * scratch.grad.row, scratch.grad.plane, out_width,
                            *scratch.ahead);
       } else {
-        pointwise<false>(g, g_plane, groups, transposed, groups, scratch.shifted, plane, pixels,
-                         *scratch.ahead);
+        pointwise<false>(g + part.group * g_plane, g_plane, part.groups, transposed, plan.padded, groups,
+                         scratch.shifted, plane, pixels, *scratch.ahead);
         for (int64_t group = 0; group < groups; ++group)
           for (int64_t p = 0; p < pixels; ++p) {
             const int64_t y = (first + p / out_width) * conv.stride + part.dy, x = p % out_width * conv.stride + part.dx;
@@ -324,8 +323,8 @@ inline void add_moments(int64_t groups, const float* y, int64_t y_plane, int64_t
     std::memset(to.mean, 0, groups * kLanes * sizeof(double));
     std::memset(to.squares, 0, groups * kLanes * sizeof(double));
   }
-  for (int64_t start = 0; start < pixels; start += kChunk) {
-    const int64_t count = std::min(kChunk, pixels - start), total = before + start + count;
+  for (int64_t start = 0; start < pixels; start += 2 * kChunk) {
+    const int64_t count = std::min(2 * kChunk, pixels - start), total = before + start + count;
     const double weight = static_cast<double>(count) / static_cast<double>(total);
     const double between = static_cast<double>(before + start) * weight, exact = 1.0 / static_cast<double>(count);
     for (int64_t group = 0; group < groups; ++group) {

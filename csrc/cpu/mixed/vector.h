@@ -39,6 +39,23 @@ constexpr Bits kAllBits = static_cast<Bits>((1u << kLanes) - 1);
 
 #define RNAS_INLINE inline __attribute__((always_inline))
 
+// The same pointer, of which the compiler knows nothing more. Without it GCC takes the addresses of an unrolled block for
+// induction variables of its own, runs out of registers and fetches them from the stack, one by one.
+RNAS_INLINE const float* opaque(const float* p) {
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
+// The same value, in a register: GCC would rather load it again wherever it is used.
+RNAS_INLINE Vector held(Vector v) {
+#if defined(RNAS_LEVEL_avx512) && defined(__GNUC__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 RNAS_INLINE Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 RNAS_INLINE void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 RNAS_INLINE Vector zero() { return Vector{}; }

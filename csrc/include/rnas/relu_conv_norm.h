@@ -48,5 +48,15 @@ void relu_conv_norm_double_backward(const ReluConvNorm& in, Keep keep, const voi
                                     const float* direction, float* grad_grad_out, float* grad_weight,
                                     float* grad_gamma, void* workspace, int threads);
 
+// An image batch (N, H, W, C).
+struct PixelShape {
+  int64_t batch, height, width, channels;
+};
+
+// What FactorizedReduce takes from an image, (N, ceil(H / 2), ceil(W / 2), 2, C): the pixels (2i, 2j), and those one
+// further in both directions, zeros beyond the border. scatter_pixels is the transpose; it writes all of the image.
+void gather_pixels(const PixelShape& shape, const float* image, float* pixels, int threads);
+void scatter_pixels(const PixelShape& shape, const float* pixels, float* image, int threads);
+
 }  // namespace cpu
 }  // namespace rnas
