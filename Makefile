@@ -3,6 +3,7 @@
 # make bench    time the supernet of this machine into benchmarks/results/, and render the README's table
 # make gpu      on a machine with a GPU: build, GPU tests, GPU benchmarks
 # make resources   registers, shared memory and spills of every CUDA kernel
+# make planted  plant one error after another in the CPU kernels: a test must turn red for each (15 to 20 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?= -c constraints.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu resources sanitize lint clean
+.PHONY: demo test bench gpu resources sanitize planted lint clean
 
 demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
@@ -30,6 +31,9 @@ resources: $(VENV)/.installed
 
 sanitize: $(VENV)/.tested
 	BIN=$(BIN) bash scripts/sanitize.sh
+
+planted: $(VENV)/.tested
+	$(BIN)/python scripts/planted_errors.py
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -998,6 +998,23 @@ def test_sums_over_a_large_image_keep_their_digits(training):
         assert (ours.double() - theirs).norm() <= 3e-6 * theirs.norm()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("primitive", ["sep_conv_3x3", "dil_conv_5x5", "conv_3x3"])
+def test_weight_gradients_of_a_huge_image_keep_their_digits(primitive, stride):
+    """All terms have one sign, so that float32 sums over the whole image would drift."""
+    results = []
+    for dtype, implementation in ((torch.float64, reference), (torch.float32, kernels)):
+        problem = draw(space=((primitive,), True), shape=(1, 1, 640, 600), stride=stride, mode="eval").copy(dtype)
+        problem.require(("parameters",))
+        with torch.no_grad():
+            for tensor in problem.leaves("parameters"):
+                tensor.abs_()
+        problem.run(implementation).sum().backward()
+        results.append([tensor.grad for tensor in problem.leaves("parameters")])
+    for found, expected in zip(*reversed(results), strict=True):
+        assert distance([found], [expected]) <= 3e-6
+
+
 def test_gradients_after_hooks_that_lose_the_layout():
     """Saved tensors may come back in another memory format, as from an offload to other memory."""
     states, weights, parameters, norms, primitives, noise = small_cell((2, 5, 6, 6), True)

@@ -23,6 +23,7 @@ TOLERANCE = {
 }
 BALLS = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.2)}  # norm -> epsilon, step size
 SHAPES = [(1, 1), (3, 17), (2, 3, 31, 33), (1, 3, 17, 1), (5, 1, 33, 31), (33, 3, 4, 4), (0, 3, 8, 8), (4, 0), (3,)]
+SHAPES += [(2, 2, 32, 32)]  # so many pixels that every part of a norm has some
 LARGE = [(3, 1, 129, 131), (70, 3, 17, 11)]  # enough pixels for several threads, within a sample and across samples
 
 

@@ -241,6 +241,14 @@ def test_one_pixel_far_from_the_others(layout, value):
         check(mode="train", shape=(3, 16, 18, 20), outputs=16, change=put, wanted=(), layout=layout)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_values_far_from_zero(layout):
+    def shift(layer):
+        layer.x.add_(100)
+
+    check(mode="train", shape=(3, 16, 18, 20), outputs=16, change=shift, wanted=(), layout=layout, kink=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_infinity_is_no_reason_to_crash(mode):
     layer = draw(mode=mode)

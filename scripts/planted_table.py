@@ -1,0 +1,352 @@
+"""The errors that planted_errors.py plants, by file in the order of the data flow.
+
+A row: what the error is; the tests that must notice (the file without "test_", then what -k selects); the function in
+which the original text occurs once ("" where that is the whole file); the original; its replacement; and, where the
+text counts for one instruction set only, its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Planted:
+    name: str
+    file: str
+    tests: tuple[str, str]
+    inside: str
+    original: str
+    replacement: str
+    level: str = ""
+
+
+def rows(file: str, *table: tuple[str, ...]) -> list[Planted]:
+    """The rows of one file of csrc/."""
+    found = []
+    for name, tests, *rest in table:
+        stem, expression = tests.split(" ", 1)
+        found.append(Planted(name, file, (f"tests/test_{stem}.py", expression), *rest))
+    return found
+
+
+ALONE = "mixed_op every_primitive_alone"
+EDGE = "mixed_op test_edge and (affine or other) and not skip"
+WIDE = "mixed_op every_simd_level_and_number_of_channels"
+TIES = "mixed_op ties_go"
+CELL = "mixed_op test_cell and (darts-train or darts-eval)"
+MASKS = "mixed_op second_derivatives_on_masks or (only_the_gradients and inputs)"
+TWICE = "mixed_op second_derivatives_of_an_edge"
+LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivatives"
+
+VECTOR = rows(
+    "cpu/mixed/vector.h",
+    ("vector: a tie goes to the last", TIES, "Bits beats(", "_CMP_GT_OQ", "_CMP_GE_OQ", "avx512"),
+    ("vector: a tie goes to the last, baseline", TIES, "Bits beats(", "candidate > best", "candidate >= best",
+     "baseline"),
+    ("vector: NaN is no maximum", "mixed_op nan_propagates", "Bits beats(",
+     " | _mm512_cmp_ps_mask(candidate, candidate, _CMP_UNORD_Q)", "", "avx512"),
+    ("vector: relu loses NaN", "mixed_op nan_propagates", "Vector relu(", "_mm512_setzero_ps(), x",
+     "x, _mm512_setzero_ps()", "avx512"),
+    ("vector: a gradient at zero", TIES, "Bits positive(", "_CMP_NLE_UQ", "_CMP_NLT_UQ", "avx512"),
+    ("vector: a gradient at zero, baseline", "relu_conv_norm relu_of_zero", "Bits positive(", "x <= Vector{}",
+     "x < Vector{}", "baseline"),
+    ("vector: no gradient at NaN", "relu_conv_norm nan_propagates", "Bits positive(", "_CMP_NLE_UQ", "_CMP_GT_OQ",
+     "avx512"),
+)  # fmt: skip
+
+CONVOLUTION = rows(
+    "cpu/mixed/convolution.h",
+    ("depthwise: pairs of rows lose the last row of the kernel", f"{ALONE} and sep_conv", "void depthwise_block(",
+     "y - r >= Kernel)", "y - r >= Kernel - 1)"),
+    ("depthwise: pairs of rows, second row on the taps of the first", f"{ALONE} and sep_conv", "void depthwise_block(",
+     "((y - r) * Kernel + kx)", "((y < Kernel ? y : y - r) * Kernel + kx)"),
+    ("depthwise: stride 1 without dilation", f"{ALONE} and dil_conv", "void depthwise_block(",
+     "fma(x[p + kx * Dilation]", "fma(x[p + kx]"),
+    ("depthwise: stride 2 without dilation", f"{ALONE} and dil_conv", "void depthwise_block(",
+     "fma(x[p + kx * Dilation / 2]", "fma(x[p + kx / 2]"),
+    ("depthwise: stride 2 on even columns alone", f"{ALONE} and sep_conv", "void depthwise_block(",
+     "(2 * c + parity) * kLanes", "2 * c * kLanes"),
+    ("depthwise: never adds", EDGE, "void depthwise_block(", "Add ? load(out + r * out_row + p * kLanes) : zero()",
+     "zero()"),
+    ("depthwise: pairs of rows add the first row twice", CELL, "void depthwise_block(", "Add ? load(out + r * out_row",
+     "Add ? load(out + 0 * out_row"),
+    ("depthwise: four last pixels without stride", "mixed_op large_images or threads_and_same", "void depthwise_row(",
+     "4, Rows, Add>(in + x * Stride * kLanes", "4, Rows, Add>(in + x * kLanes", "avx512"),
+    ("depthwise: single last pixels without stride", EDGE, "void depthwise_row(",
+     "1, Rows, Add>(in + x * Stride * kLanes", "1, Rows, Add>(in + x * kLanes"),
+    ("depthwise: an odd last row is written beside the others", f"{ALONE} and sep_conv", "void depthwise_rows(",
+     "1, Add>(in + r * Stride * row", "1, Add>(in + r * row"),
+    ("depthwise transposed: no dilation", f"{ALONE} and dil_conv", "void depthwise_transposed_row(",
+     "i + half - ky * Dilation", "i + half - ky"),
+    ("depthwise transposed: an odd last column is lost", f"{ALONE} and sep_conv", "void depthwise_transposed_row(",
+     "(width - parity + 1) / 2", "(width - parity) / 2"),
+    ("depthwise weights: a tap is dropped", f"{ALONE} and sep_conv", "void depthwise_weight_rows(",
+     "kx < Kernel; ++kx) sum[ky][kx] = fma(v[", "kx < Kernel - 1; ++kx) sum[ky][kx] = fma(v["),
+    ("depthwise weights: stride 2 without dilation", f"{ALONE} and dil_conv", "void depthwise_weight_rows(",
+     "fma(load(r + (p * Stride + kx * Dilation) * kLanes), gx", "fma(load(r + (p * Stride + kx) * kLanes), gx"),
+    ("depthwise weights: last pixels without stride", f"{ALONE} and sep_conv or test_edge",
+     "void depthwise_weight_rows(", "(x * Stride + kx * Dilation) * kLanes;", "(x + kx * Dilation) * kLanes;"),
+    ("depthwise weights: the rows of a kernel are split wrongly", f"{ALONE} and sep_conv_5x5", "",
+     "<5, 1, Stride, 3, 2>", "<5, 1, Stride, 3, 1>"),
+    ("depthwise weights: the last row of a dilated kernel", f"{ALONE} and dil_conv_5x5", "",
+     "<5, Dilation, Stride, 4, 1>", "<5, Dilation, Stride, 3, 1>"),
+    ("pointwise: two groups add the first twice", WIDE, "void pointwise_block(", "load(y + v * y_plane",
+     "load(y + 0 * y_plane"),
+    ("pointwise: eight last pixels", WIDE, "void pointwise_groups(", "8, Add>(d + p * kLanes", "8, Add>(d", "avx512"),
+    ("pointwise: four last pixels", ALONE, "void pointwise_groups(", "4, Add>(d + p * kLanes", "4, Add>(d", "avx512"),
+    ("pointwise: single last pixels", ALONE, "void pointwise_groups(", "1, Add>(d + p * kLanes",
+     "1, Add>(d + p / 4 * 4 * kLanes"),
+    ("pointwise: an odd last group has the weights of the first", WIDE, "void pointwise(",
+     "pointwise_groups<1, Add>(d, d_plane, groups_in, w + v * kLanes",
+     "pointwise_groups<1, Add>(d, d_plane, groups_in, w"),
+    ("pointwise weights: the last pixel is lost", ALONE, "void pointwise_weight_block(", "p < pixels;",
+     "p + 1 < pixels;"),
+    ("pointwise weights: both halves into one", WIDE, "inline void pointwise_weight(",
+     "acc + (group * kLanes + lane) * row", "acc + (group * kLanes + 0 * lane) * row"),
+    ("pointwise weights: an odd last group of outputs", WIDE, "inline void pointwise_weight(",
+     "kLanes>(d + group * d_plane, g + v * g_plane", "kLanes>(d + group * d_plane, g"),
+)  # fmt: skip
+
+POOL = rows(
+    "cpu/mixed/pool.h",
+    ("max pool: the middle wins against the last", f"{ALONE} and max_pool", "Vector of_second(", "w.second & ~w.third",
+     "w.second"),
+    ("max pool: the first wins whenever the middle does not", f"{ALONE} and max_pool", "Vector of_first(",
+     "~(w.second | w.third)", "~w.second"),
+    ("max pool: the same at stride 1", f"{ALONE} and max_pool", "Vector collect(", "~(after.second | after.third)",
+     "~after.second"),
+    ("pools: the border belongs to the image", f"{ALONE} and pool", "void along(",
+     "(size_out - 1) * stride + 1 < size", "(size_out - 1) * stride < size"),
+    ("max pool: winners above and below swapped along a direction", MASKS, "void max_pool_linear(",
+     "route(down[y * s.width_out + x], above, load(at), below)",
+     "route(down[y * s.width_out + x], below, load(at), above)"),
+    ("max pool: no stride along a direction", MASKS, "void max_pool_linear(",
+     "at = in + y * row + x * s.stride * kLanes", "at = in + y * row + x * kLanes"),
+    ("max pool backward: nothing above the second row", f"{ALONE} and max_pool", "void max_pool_backward(",
+     "if (y > 0) add_to(at - step, of_first", "if (y > 1) add_to(at - step, of_first"),
+    ("average pool: divides by nine", f"{ALONE} and avg_pool", "void average_pool(",
+     "set(1.0f / static_cast<float>(inside_rows * (1 + left.value + right.value)))",
+     "set(1.0f / static_cast<float>(3 * inside_rows))"),
+    ("average pool backward: divisors of stride 1", f"{ALONE} and avg_pool", "void average_pool_backward(",
+     "inside(y * s.stride, s.height)", "inside(y, s.height)"),
+    ("average pool backward: nothing from the next row", f"{ALONE} and avg_pool", "void average_pool_backward(",
+     "store(rows + y * step + x * kLanes, sum_of<first.value, last.value>",
+     "store(rows + y * step + x * kLanes, sum_of<first.value, false>"),
+    ("average pool backward: nothing to the last column", CELL, "void average_pool_backward(",
+     "if (x * s.stride + 1 < s.width) add_to", "if (x + 1 < s.width_out) add_to"),
+)  # fmt: skip
+
+PLAN = rows(
+    "cpu/mixed/plan.h",
+    ("factorized reduce: no offset to the right", f"{ALONE} and skip", "Convolution factorized_reduce(",
+     "part(even, odd, c, 1, plan.theta, 1, 1)", "part(even, odd, c, 1, plan.theta, 1, 0)"),
+    ("dense convolution: rows and columns swapped", f"{ALONE} and conv_3x3", "Convolution dense(",
+     "tap / kernel - kernel / 2, tap % kernel - kernel / 2", "tap % kernel - kernel / 2, tap / kernel - kernel / 2"),
+    ("parameters: the kernel is not flipped", f"{ALONE} and sep_conv", "inline void pack(", "(taps - 1 - tap)", "tap"),
+    ("parameters: no scale in the transposed matrix", EDGE, "inline void pack(",
+     "to.backward[part.packed + output * padded + input] = factor * from",
+     "to.backward[part.packed + output * padded + input] = from"),
+    ("parameters: gradients without the scale of the norm", EDGE, "inline void unpack(",
+     "(scale ? scale[output] : 1.0f)", "(scale && !output ? scale[output] : 1.0f)"),
+    ("parameters: gradients of the first thread alone", "mixed_op threads_and_same", "inline void unpack(",
+     "each < count", "each < 1"),
+    ("sums of weights: counted again at the next flush", "mixed_op threads_and_same or sums_over", "struct WeightSums",
+     "now[at] = 0;", ""),
+)  # fmt: skip
+
+STAGE = rows(
+    "cpu/mixed/stage.h",
+    ("state: masks of the first group alone", "mixed_op every_simd_level_in_a_cell or second_derivatives_on_masks",
+     "void load_relu(", "signs[group * pixels + y", "signs[y"),
+    ("state: a direction past the relu", TWICE, "void load_relu_linear(", "keep(positive(v), along)", "along"),
+    ("mid: masks in front of the shift", MASKS, "void load_mid(", "= positive(v)",
+     "= positive(load(from + x * kLanes))"),
+    ("mid: no scale", ALONE, "void load_mid(", "fma(load(from + x * kLanes), a, b)", "load(from + x * kLanes) + b"),
+    ("mid: a direction without the shift", TWICE, "void load_mid_linear(", "+ x * kLanes) + b)", "+ x * kLanes))"),
+    ("gather: no stride between chunks", "mixed_op large_images", "void gather(",
+     "(first * conv.stride - half) * in.row", "(first - half) * in.row"),
+    ("gather: no shift to the side", f"{ALONE} and conv_3x3", "void gather(", "+ part.dx * kLanes", ""),
+    ("convolve: every part overwrites", ALONE, "void convolve(", "Add || part.adds ?", "Add ?"),
+    ("convolve backward: shifted to the wrong side", f"{ALONE} and conv_3x3", "void convolve_backward(",
+     "conv.stride + part.dy", "conv.stride - part.dy"),
+    ("convolve backward: a chunk's first row", "mixed_op large_images", "void convolve_backward(",
+     "const int64_t y = (first + p / out_width)", "const int64_t y = (p / out_width)"),
+    ("convolve backward: sums in float32 alone, pointwise", "mixed_op huge_image", "void convolve_backward(",
+     "first - flushed >= band", "first - flushed >= band * 1000"),
+    ("convolve backward: sums in float32 alone, depthwise", "mixed_op huge_image", "void convolve_backward(",
+     "if (y > 0) sums->add_up(weights, weights + taps * kLanes);", ""),
+    ("convolve backward: a band of rows without stride", "mixed_op huge_image", "void convolve_backward(",
+     "(y * conv.stride - half) * in.row", "(y - half) * in.row"),
+    ("moments: runs at the same mean", "mixed_op large_images", "void add_moments(", " + delta * delta * between", ""),
+    ("moments: the own mean is not taken off", EDGE, "void add_moments(", " - rest * rest * exact", ""),
+    ("moments: short runs lose a pixel", EDGE, "void add_moments(", "for (; p < count; ++p)",
+     "for (; p + 1 < count; ++p)"),
+    ("moments: later runs count too much", "mixed_op sums_over_a_large or large_images", "void add_moments(",
+     "total = before + start + count", "total = before + count"),
+    ("moments: around zero", "relu_conv_norm far_from_zero", "void add_moments(", "pivot *= set(1.0f / kFirst)",
+     "pivot *= set(0.0f)"),
+    ("dots: no mean taken off the last pixels", EDGE,
+     "inline void add_dot(const Plan& plan, const float* g, int64_t g_plane",
+     "fma(v, load(ys + p * kLanes) - k, a[0])", "fma(v, load(ys + p * kLanes), a[0])"),
+    ("dots: only the first pixels of a large image", "mixed_op sums_over_a_large",
+     "inline void add_dot(const Plan& plan, const float* g, const float* y", "const int64_t at = start * kLanes;",
+     "const int64_t at = 0 * kLanes;"),
+)  # fmt: skip
+
+NORMS = rows(
+    "cpu/mixed/norms.h",
+    ("norm: no eps", EDGE, "void set_norm(", "variance[channel] + in.eps", "variance[channel]"),
+    ("norm: no gamma", EDGE, "void set_norm(", "static_cast<float>(gamma * inverse)", "static_cast<float>(inverse)"),
+    ("moments: images at the same mean", EDGE, "void merge_moments(", " + delta * delta * between", ""),
+    ("batch gradient: no mean term", EDGE, "void batch_gradient(", "-a * sum[c] / count + ", ""),
+    ("batch gradient: slope around zero", EDGE, "void batch_gradient(", " + slope * n.mean[at]", ""),
+    ("batch gradient: slope once normalised", EDGE, "void batch_gradient(", "a * inverse * inverse * dot",
+     "a * inverse * dot"),
+    ("batch gradient: outputs of the first group", WIDE, "inline void apply(", "*ys = y + group * plane", "*ys = y"),
+)  # fmt: skip
+
+BATCH = rows(
+    "cpu/mixed/batch.h",
+    ("batch: constants are not added", EDGE, "void add_pending(", "sum[i] = constant", "sum[i] = constant - constant"),
+    ("batch: last pixels of a term", EDGE, "void add_pending(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
+     "for (int64_t i = 1; i < size; ++i) sum[i] = fma("),
+    ("batch: every edge sets its node", CELL, "void add_pending(", "left.set_node ? v : v + load(to)", "v"),
+    ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
+    ("batch: all nodes at one place", CELL, "void store_node(",
+     "out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c",
+     "out_ + n * pixels * pixel + (state - plan_.shape.inputs) / 2 * c"),
+    ("batch: gradient of gamma without the mixing weight", EDGE, "void norm_gradients(", "(factor * normalised)",
+     "(normalised)"),
+    ("batch: mixing gradient without beta", EDGE, "void norm_gradients(", " + norms_.beta[at] * sum[channel]", ""),
+    ("batch: weights of second stages are not flushed", EDGE, "void backward_second(",
+     "if (grad_.theta && flush_weights) flush(thread, branch.last());", ""),
+    ("batch: through the mid without relu", EDGE, "void through_mid(",
+     "keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes))",
+     "load(s.mid_grad + at + x * kLanes)"),
+    ("batch: to the state without relu", EDGE, "void backward_state(",
+     "keep(positive(load(x + column * kLanes)), load(s.state_grad + at + column * kLanes))",
+     "load(s.state_grad + at + column * kLanes)"),
+    ("batch: the first branch's gradient is lost", EDGE, "void backward_state(", "convolve_backward<true>",
+     "convolve_backward<false>"),
+    ("batch: pools backward without the mean term", EDGE, "void pools_backward(", "constant += load(",
+     "constant -= load("),
+    ("batch: mixing gradient of a pool without norm", EDGE, "void pools_backward(", "mixing_grad += dots[c]",
+     "mixing_grad = dots[c]"),
+    ("batch: gradient past the last pixels", EDGE, "void weighted(",
+     "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
+)  # fmt: skip
+
+FIXED = rows(
+    "cpu/mixed/fixed.h",
+    ("fixed: constants without their weight", EDGE, "void prepare(", "+= mixing(e)[mix] * norms_.row", "+= norms_.row"),
+    ("fixed: no constant of the average pool", EDGE, "void prepare(", "add(edge.avg, edge.avg_norm);", ""),
+    ("fixed: the mixing weight on both stages", EDGE, "void prepare(", "(last ? mixing(e)[branch.mix] : 1.0f)",
+     "mixing(e)[branch.mix]"),
+    ("fixed: masks of a state overlap", MASKS, "explicit MaskLayout(",
+     "plan.groups * plan.height(state) * plan.width(state)));", "plan.groups * plan.pixels_out()));"),
+    ("fixed: masks of the winners overlap", MASKS, "explicit MaskLayout(",
+     "plan.max ? 2 * plan.groups * plan.pixels_out() : 0", "plan.max ? plan.groups * plan.pixels_out() : 0"),
+    ("fixed: masks of the first image", MASKS, "", "masks_ + n * layout_.size", "masks_ + 0 * n * layout_.size"),
+    ("fixed: to the state without relu", EDGE, "void backward_source(",
+     "keep(signs[at], load(s.state_grad + at * kLanes))", "load(s.state_grad + at * kLanes)"),
+    ("fixed: through the mid without relu", EDGE, "void backward_mid(",
+     "keep(signs[at], load(s.mid_grad + at * kLanes))", "load(s.mid_grad + at * kLanes)"),
+    ("fixed: sums of a mid set by the last image", EDGE, "void backward_mid(",
+     "local.mid_sum + branch.kept * plan_.padded", "local.mid_sum"),
+    ("fixed: the last image's weights are not flushed", EDGE, "void run_backward(", "(n + 1 == end || ",
+     "(n + 1 == 0 || "),
+    ("fixed: dots of one image", EDGE, "void backward_pools(", "at[lane] += lanes[lane]", "at[lane] = lanes[lane]"),
+    ("fixed: mixing gradient of all outputs from the first half", EDGE, "std::vector<double> output_dots(",
+     "input * plan_.padded + part.first + row]", "input * plan_.padded + row]"),
+    ("fixed: gradient of gamma without the mixing weight", EDGE, "void finish_parameters(", "(factor * normalised)",
+     "(normalised)"),
+    ("fixed: mixing gradient without beta", EDGE, "void finish_parameters(",
+     "(linear ? 0.0 : norms_.beta[at] * sum[channel])", "0.0 * norms_.beta[at]"),
+    ("double backward: constants along a direction", TWICE, "void forward_image(", "linear ? zero() : load(", "load("),
+    ("double backward: the mean counts", TWICE, "void finish_parameters(", "(linear ? 0.0 : norms_.mean[at]",
+     "(norms_.mean[at]"),
+    ("double backward: winners of the direction", TWICE, "void forward_pools(", "if (linear && !masks_ && plan_.max)",
+     "if (linear) load_dense(plan_, v, n, s.state_grad);\n    if (linear && !masks_ && plan_.max)"),
+    ("double backward: pools of the state", TWICE, "void backward_pools(",
+     "if (linear) load_dense(plan_, v, n, s.state_grad);", ""),
+    ("double backward: a mid past the relu, on masks", MASKS, "void load_mid_signed(",
+     "keep(signs[at], load(v + at * kLanes))", "load(v + at * kLanes)"),
+    ("double backward: a state past the relu, on masks", MASKS, "void load_signed(",
+     "keep(signs[(group * v.height + y) * v.width + x], value)", "value"),
+    ("double backward: weights on the state", TWICE, "void backward_source(",
+     "if (linear) load_relu_linear(plan_, x, v, n, tile);", ""),
+    ("double backward: weights on the mid", TWICE, "void backward_mid(", "if (linear) load_mid_linear(",
+     "if (false) load_mid_linear("),
+)  # fmt: skip
+
+RELU_CONV_NORM = rows(
+    "cpu/relu_conv_norm.cpp",
+    ("layer: no eps", LAYER, "void set_norm(", " + in_.eps", ""),
+    ("layer: blocks at the same mean", "relu_conv_norm large_images or one_pixel_far", "void merge_moments(",
+     " + delta * delta * count * size / total", ""),
+    ("layer: not shifted", LAYER, "void normalise(", "fma(load_part(at, lanes), scale, shift)",
+     "load_part(at, lanes) * scale"),
+    ("layer: mean not taken off", LAYER, "void normalised(", "(load(y) - mean) * inverse", "load(y) * inverse"),
+    ("layer: gradient sums of the first block", "relu_conv_norm large_images", "void gradient_sums(",
+     "block < blocks_; ++block", "block < 1; ++block"),
+    ("layer: gradient sums of one pixel", LAYER, "void gradient_sums(", "b += g;", "b = g;"),
+    ("layer: no mean term", LAYER, "void backward(", "(-a * sum[c] / in_.pixels)", "(-0.0 * sum[c] / in_.pixels)"),
+    ("layer: masks of the first group", "relu_conv_norm narrow_graph or second_derivatives_on_masks",
+     "void load_relu(", "signs[(p + i) * groups_in_ + group]", "signs[(p + i) * groups_in_]"),
+    ("layer: masks of the first chunk", "relu_conv_norm narrow_graph or second_derivatives_on_masks", "void backward(",
+     "signs[(p + i) * groups_in_ + group]", "signs[i * groups_in_ + group]"),
+    ("layer: weights without the scale of the norm", LAYER, "void finish_weights(", "(scale ? scale[k] : 1.0f)",
+     "(scale ? 1.0f : 1.0f)"),
+    ("layer: weights are not flushed", LAYER, "void backward(", "if (grad_weight) l.weights.add_up(",
+     "if (false) l.weights.add_up("),
+    ("layer: weights of the first thread alone", "relu_conv_norm threads_and_same", "void finish_weights(",
+     "for (const Local& l : locals_) sum += l.weights", "for (const Local& l : {locals_[0]}) sum += l.weights"),
+    ("layer double backward: a direction past the relu", LAYER, "void double_backward(", "keep(mask, load(l.d + at))",
+     "mask ? load(l.d + at) : zero()"),
+    ("layer double backward: gradient of gamma unnormalised", LAYER, "void double_backward(", "(sum * inverse_[k])",
+     "(sum)"),
+)  # fmt: skip
+
+PGD_MATH = rows(
+    "include/rnas/pgd_step_math.h",
+    ("pgd: the box before the ball", "pgd_step inside_the_ball or (equals_the_float64 and linf)",
+     "static RNAS_HOST_DEVICE T linf(", "box(clamp(moved, add(x, -epsilon), add(x, epsilon)), lower, upper)",
+     "clamp(box(moved, lower, upper), add(x, -epsilon), add(x, epsilon))"),
+    ("pgd: a step at a zero gradient", "pgd_step zero_gradient", "static RNAS_HOST_DEVICE T sign(", "g > T(0)",
+     "g >= T(0)"),
+    ("pgd: sign of NaN", "pgd_step nan_stays", "static RNAS_HOST_DEVICE T sign(", "g != g ? g : ", ""),
+    ("pgd: zeros keep their sign", "pgd_step zeros_come_out", "T box(", "add(clamp(v, lower, upper), T(0))",
+     "clamp(v, lower, upper)"),
+    ("pgd: NaN is clamped", "pgd_step nan_stays", "T clamp(", "return low != low ? low : both;", "return both;"),
+    ("pgd: divided by a zero norm", "pgd_step zero_gradient", "T divisor(", "norm == T(0) ? T(1) : norm", "norm"),
+    ("pgd: grown to the ball", "pgd_step equals_the_float64 and l2", "T shrink(", "norm <= epsilon ? T(1) : ", ""),
+    ("pgd: l2 without the perturbation so far", "pgd_step equals_the_float64 and l2", "T l2_delta(",
+     "add(add(x_adv, mul(", "add(add(x, mul("),
+)  # fmt: skip
+
+PGD = rows(
+    "cpu/pgd_step.cpp",
+    ("pgd: epsilon of the first sample", "pgd_step own_epsilon", "T epsilon(", "(step.epsilons)[n]",
+     "(step.epsilons)[0 * n]"),
+    ("pgd: the last values of a norm", "pgd_step equals_the_float64 and l2", "double sum_of_squares(",
+     "for (int64_t lane = 0; i < end; ++i, ++lane)", "for (int64_t lane = 0; i + 1 < end; ++i, ++lane)"),
+    ("pgd: the last part of a norm", "pgd_step equals_the_float64 and l2", "double norm(", "p < kParts; ++p) sum",
+     "p + 1 < kParts; ++p) sum"),
+    ("pgd: squares in float32", "pgd_step small_gradient", "void l2_sample(", "double(grad[i])",
+     "double(grad[i] * grad[i])"),
+)  # fmt: skip
+
+TABLES = rows(
+    "cpu/once/tables.cpp",
+    ("averages: biased variance", "fused averages_move", "", "share * unbias * norm", "share * norm"),
+    ("averages: cumulative with the old count", "fused averages_move", "", "static_cast<double>(*norm.batches)",
+     "static_cast<double>(*norm.batches - 1)"),
+    ("averages: batches are not counted", "fused averages_move", "", "++*norm.batches", "(void)*norm.batches"),
+    ("averages: momentum the wrong way round", "fused averages_move", "", "(1.0 - share) * norm.mean[c] + share",
+     "share * norm.mean[c] + (1.0 - share)"),
+    ("concatenate: all at the beginning", "mixed_op test_cell and nas", "", "out = std::copy_n", "std::copy_n"),
+)  # fmt: skip
+
+PLANTED = [*VECTOR, *CONVOLUTION, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
+PLANTED += [*PGD_MATH, *PGD, *TABLES]
