@@ -40,7 +40,7 @@ class Pool:
     """
 
     SMALLEST = 2**20  # bytes; below, the C library does well
-    MOST = 64  # free pieces
+    MOST = 256  # free pieces
 
     def __init__(self) -> None:
         # By address. Changed in single steps only: another thread, or the collector in the middle of a call, may too.

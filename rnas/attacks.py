@@ -170,9 +170,11 @@ def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module.training for module in modules]
     # The flag of a non-leaf (a weight computed from another tensor) cannot be set; its gradient is not computed anyway.
-    parameters = model.parameters() if isinstance(model, nn.Module) else []
-    trainable = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
-    tracking = [module for module in modules if getattr(module, "track_running_stats", False)]
+    parameters = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
+    trainable = [each for each in parameters.values() if each.requires_grad and each.is_leaf]
+    # Without nn.Module's own look-up, which raises and catches an error for all that have no such attribute.
+    name = "track_running_stats"
+    tracking = [each for each in modules if each.__dict__.get(name, getattr(type(each), name, False))]
     buffers = [
         (module, {name: module._buffers[name] for name in _STATISTICS if name in module._buffers})
         for module in (tracking if statistics == "batch" else [])
@@ -203,7 +205,12 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _set_training(module: nn.Module, training: bool) -> None:
-    if module.training != training:  # a supernet has thousands of modules, and setting an attribute of one is slow
+    if module.training == training:
+        return
+    if type(module).__setattr__ is nn.Module.__setattr__ and "training" in module.__dict__:
+        # A supernet has thousands of modules, and nn.Module looks through all it holds before it sets a flag.
+        module.__dict__["training"] = training
+    else:
         module.training = training
 
 
