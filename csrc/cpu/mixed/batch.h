@@ -191,9 +191,9 @@ class Batch {
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
     double *max_sums = pool_sums_, *avg_sums = pool_sums_ + 2 * images() * plan_.padded;
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       const Scratch& s = scratch_[thread];
-      for (int64_t n = begin; n < end; ++n) {
+      for (int64_t n = take(); n >= 0; n = take()) {
         if (forward) add_pending(s, n);  // before the pools it refers to change
         if (node_done) store_node(s, source, n);
         const float* image_in = state.data + n * state.image;
@@ -229,15 +229,15 @@ class Batch {
     if (edge.branches.empty()) {
       settle_pending();
     } else {
-      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         const Scratch& s = scratch_[thread];
         const Tile tile = sized(s.state, state.height, state.width);
         clear(tile, plan_.groups);
-        for (int64_t n = begin; n < end; ++n) {
+        for (int64_t n = take(); n >= 0; n = take()) {
           add_pending(s, n);
           load_state(s, state, n, tile);
           s.ahead->clear();
-          if (n + 1 < end) {
+          if (n + 1 < images()) {
             announce_pending(s, n + 1);
             announce(s, plan_, state, n + 1);
             for (size_t b = 0; b < edge.branches.size(); ++b) {
@@ -266,16 +266,16 @@ class Batch {
 
   // The second stages of the separable convolutions, into y.
   void second_stage(const Edge& edge) {
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       const Scratch& s = scratch_[thread];
       clear(s.mid, plan_.groups);
-      for (int64_t n = begin; n < end; ++n)
+      for (int64_t n = take(); n >= 0; n = take())
         for (size_t b = 0; b < edge.branches.size(); ++b) {
           const Branch& branch = edge.branches[b];
           if (branch.stages.size() < 2) continue;
           load_mid_of(edge, b, n, s);
           s.ahead->clear();
-          if (n + 1 < end) {
+          if (n + 1 < images()) {
             announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
             if (y(edge, b, n + 1) != mid(edge, b, n + 1)) announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
@@ -486,12 +486,12 @@ class Batch {
     const size_t branches = edge.branches.size();
 
     // The products of outputs and gradient; the outputs that were not kept are computed again.
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       const Scratch& s = scratch_[thread];
       const Tile tile = sized(s.state, state.height, state.width);
       clear(tile, plan_.groups);
       clear(s.mid, plan_.groups);
-      for (int64_t n = begin; n < end; ++n) {
+      for (int64_t n = take(); n >= 0; n = take()) {
         const float* g = gradient(edge.target, n);
         bool loaded = false;
         for (size_t b = 0; b < branches; ++b) {
@@ -509,7 +509,7 @@ class Batch {
           else if (!loaded)
             load_state(s, state, n, tile), loaded = true;
           s.ahead->clear();
-          if (n + 1 < end) {
+          if (n + 1 < images()) {
             if (two)
               announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
             else if (b + 1 == branches)
@@ -686,9 +686,9 @@ class Batch {
     const int64_t stride = images() * plan_.padded;
     const auto sums = [&](size_t i, int kind) { return pool_sums_ + (2 * i + kind) * stride; };
     std::vector<double> skip_dots(leaving.size() * (any_skip ? stride : 0));
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       const Scratch& s = scratch_[thread];
-      for (int64_t n = begin; n < end; ++n) {
+      for (int64_t n = take(); n >= 0; n = take()) {
         const float* x = state.data + n * state.image;
         if (any_skip && !state.dense()) {
           load_dense(plan_, state, n, s.state_grad);
@@ -739,9 +739,9 @@ class Batch {
     if (!wanted(source)) return;
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       const Scratch& s = scratch_[thread];
-      for (int64_t n = begin; n < end; ++n)
+      for (int64_t n = take(); n >= 0; n = take())
         for (int64_t group = 0; group < plan_.groups; ++group) {
           const Section section(s.clock, Work::pools);
           float* to = gradient(source, n) + group * pixels * kLanes;

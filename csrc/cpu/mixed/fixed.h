@@ -65,9 +65,9 @@ class Fixed {
     out_ = out;
     kept_ = keep >= Keep::activations ? static_cast<float*>(kept) : nullptr;
     masks_ = keep == Keep::masks ? static_cast<Bits*>(kept) : nullptr;
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       begin_thread(locals_[thread]);
-      for (int64_t n = begin; n < end; ++n) forward_image(n, locals_[thread], false);
+      for (int64_t n = take(); n >= 0; n = take()) forward_image(n, locals_[thread], false);
     });
   }
 
@@ -94,9 +94,9 @@ class Fixed {
     direction_ = direction;
     direction_out_ = grad_grad_out;
     direction_kept_ = static_cast<float*>(direction_kept);
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       begin_thread(locals_[thread]);
-      for (int64_t n = begin; n < end; ++n) forward_image(n, locals_[thread], true);
+      for (int64_t n = take(); n >= 0; n = take()) forward_image(n, locals_[thread], true);
     });
     if (wants_parameters()) run_backward(true);
   }
@@ -324,16 +324,23 @@ class Fixed {
       std::memset(local.mid_sum, 0, plan_.kept * plan_.padded * sizeof(double));
       std::memset(local.dots, 0, plan_.edges.size() * per_edge * sizeof(double));
     }
+    if (!parameters) {
+      parallel_shared(threads_, images(), [&](int thread, const auto& take) {
+        begin_thread(locals_[thread]);
+        for (int64_t n = take(); n >= 0; n = take()) backward_image(n, locals_[thread], false, linear);
+      });
+      return;
+    }
     const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Local& local = locals_[thread];
       begin_thread(local);
       for (int64_t n = begin; n < end; ++n) {
-        backward_image(n, local, parameters, linear);
-        if (parameters && (n + 1 == end || (n + 1) % every == 0)) local.weights.add_up(0, plan_.packed);
+        backward_image(n, local, true, linear);
+        if (n + 1 == end || (n + 1) % every == 0) local.weights.add_up(0, plan_.packed);
       }
     });
-    if (parameters) finish_parameters(linear);
+    finish_parameters(linear);
   }
 
   void backward_image(int64_t n, const Local& local, bool parameters, bool linear) const {

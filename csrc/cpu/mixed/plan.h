@@ -3,6 +3,7 @@
 // What a cell consists of: edges, their branches, and where each finds its parameters, norms and kept activations.
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <vector>
 
@@ -267,6 +268,30 @@ template <typename Work> void parallel(int threads, int64_t count, const Work& w
 #else
   work(0, int64_t{0}, count);
 #endif
+}
+
+// work(thread, take), where take() gives the next of [0, count) or -1. Each thread has a share of its own, front to back;
+// one that is done takes from the back of the others'. For work whose results do not depend on who does it.
+template <typename Work> void parallel_shared(int threads, int64_t count, const Work& work) {
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range;  // begin in the upper half, end in the lower
+  };
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+  std::vector<Share> shares(threads);
+  for (int64_t each = 0; each < threads; ++each)
+    shares[each].range = static_cast<uint64_t>(count * each / threads) << 32 | (count * (each + 1) / threads);
+  parallel(threads, threads, [&](int own, int64_t, int64_t) {
+    const auto take = [&]() -> int64_t {
+      for (int each = 0; each < threads; ++each) {
+        std::atomic<uint64_t>& range = shares[(own + each) % threads].range;
+        for (uint64_t now = range; now >> 32 < (now & 0xffffffff);)
+          if (range.compare_exchange_weak(now, each == 0 ? now + (uint64_t{1} << 32) : now - 1))
+            return static_cast<int64_t>(each == 0 ? now >> 32 : (now & 0xffffffff) - 1);
+      }
+      return -1;
+    };
+    work(own, take);
+  });
 }
 
 // ---- parameters ------------------------------------------------------------------------------------------------------
