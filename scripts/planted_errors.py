@@ -190,6 +190,7 @@ def run(errors: list[Planted]) -> int:
 
 
 def main() -> int:
+    """The command line; 1 where an error went unnoticed or can no longer be planted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="names of errors, or parts of them; all where none is given")
     parser.add_argument("--list", action="store_true", help="prints the errors")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Planted:
+    """One error: the file under csrc, the tests that are to notice it, and what to write in the place of what."""
+
     name: str
     file: str
     tests: tuple[str, str]
