@@ -278,7 +278,8 @@ def running_averages(norms: Norms) -> RunningAverages:
     means, variances = [norms.means[row] for row in rows], [norms.variances[row] for row in rows]
     counters, momenta = [counters[row] for row in rows], [norms.modules[row].momentum for row in rows]
     counted, found = [counter for counter in counters if counter is not None], None
-    if is_plain([*means, *variances], torch.float32) and is_plain(counted, torch.int64):
+    usual = all([momentum is None or momentum >= 0 for momentum in momenta])  # below 0 stands for None in compiled code
+    if usual and is_plain([*means, *variances], torch.float32) and is_plain(counted, torch.int64):
         found = [addresses(tensors) for tensors in (means, variances, counters)]
         torch.autograd.graph.increment_version([*means, *variances, *counted])
     return RunningAverages(rows, means, variances, counters, momenta, found)

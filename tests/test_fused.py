@@ -256,7 +256,7 @@ def run_norms(norms, implementation) -> None:
     problem.run(implementation)
 
 
-@pytest.mark.parametrize("way", ["momenta", "cumulative", "one in eval", "no counter", "shared", "not tracking"])
+@pytest.mark.parametrize("way", ["momenta", "cumulative", "one in eval", "no counter", "shared", "not tracking", "negative"])
 def test_averages_move_as_those_of_pytorch(way, monkeypatch):
     found = []
     for implementation in (reference, kernels):
@@ -273,6 +273,9 @@ def test_averages_move_as_those_of_pytorch(way, monkeypatch):
             norms[0].num_batches_tracked = None
         elif way == "shared":
             norms[3] = norms[0]
+        elif way == "negative":  # as odd as it is, PyTorch takes it
+            norms[0].momentum, norms[0].num_batches_tracked = -0.1, None
+            norms[1].momentum = -0.5
         elif way == "not tracking":
             norms[1].track_running_stats = False
         for _ in range(2):
