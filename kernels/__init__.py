@@ -8,11 +8,12 @@ from rnas.kernels.fused import empty_cache
 from rnas.kernels.mixed_op import arrange, mixed_cell, mixed_op
 from rnas.kernels.pgd_step import pgd_step, random_start
 from rnas.kernels.profile import Profile, profile
-from rnas.kernels.relu_conv_norm import factorized_reduce, relu_conv_norm
+from rnas.kernels.relu_conv_norm import conv_norm, factorized_reduce, relu_conv_norm
 
 __all__ = [
     "Profile",
     "arrange",
+    "conv_norm",
     "empty_cache",
     "factorized_reduce",
     "mixed_cell",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,32 +177,138 @@ def what_to_keep(x: Sequence[Tensor], others: Sequence[Tensor | None], on_batch:
 # ---- batch norms -----------------------------------------------------------------------------------------------------
 
 
-class Norms(NamedTuple):
+class Norms:
     """BN modules, and what they hold, read once."""
 
-    modules: list[nn.BatchNorm2d]
-    weights: list[Tensor | None]
-    biases: list[Tensor | None]
-    means: list[Tensor | None]  # running ones
-    variances: list[Tensor | None]
-    on_batch: bool  # whether any of them takes the statistics of the batch
-    differ: bool  # in eps, or in where they take the statistics from
+    def __init__(self, modules: list[nn.BatchNorm2d]) -> None:
+        self.modules = modules
+        self.weights, self.biases = _held(modules, "_parameters", "weight"), _held(modules, "_parameters", "bias")
+        self.means, self.variances = _held(modules, "_buffers", "running_mean"), _held(modules, "_buffers", "running_var")
+        on_batch = [norm.training or (m is None and v is None) for norm, m, v in zip(modules, self.means, self.variances)]
+        self.on_batch = any(on_batch)
+        """Whether any of them takes the statistics of the batch."""
+        self.differ = bool(modules) and (self.on_batch != all(on_batch) or len({norm.eps for norm in modules}) > 1)
+        """In eps, or in where they take the statistics from."""
+        self.eps = modules[0].eps if modules else 0.0
+
+    def obstacle(self, x: Tensor) -> str | None:
+        """Why no fused kernel covers them on these images, or None."""
+        if self.differ:
+            return "the norms differ in eps or in mode"
+        if any([kind.forward is not nn.BatchNorm2d.forward for kind in set(map(type, self.modules))]):
+            return "a norm has a forward of its own"
+        held = [norm.__dict__ for norm in self.modules]
+        if any([d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in held]):
+            return "a norm has hooks or a forward of its own"
+        if [m is None for m in self.means] != [v is None for v in self.variances]:
+            return "a norm has one running average without the other"
+        lengths = [(norm.num_features,) for norm in self.modules]
+        for tensors in (self.weights, self.biases, self.means, self.variances):
+            there = [tensor for tensor in tensors if tensor is not None]
+            if not there:
+                continue
+            if {tensor.dtype for tensor in there} - {x.dtype} or {tensor.device for tensor in there} - {x.device}:
+                return f"a norm's tensors are not {x.dtype} on {x.device}"
+            expected = [length for length, tensor in zip(lengths, tensors) if tensor is not None]
+            if [tensor.shape for tensor in there] != expected:
+                return "a norm's tensors have not one number per feature"  # plain PyTorch says which
+        return None
+
+    def affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Their scales and shifts (B, C) in the dtype and on the device of `x`; None where no norm has one."""
+        return _table(self.weights, x, 1.0), _table(self.biases, x, 0.0)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Their running means and variances (B, C); None where they take those of the batch."""
+        if self.on_batch:
+            return None, None
+        empty = x.new_empty(0, x.shape[1])
+        return tuple([_stack(rows) if rows else empty for rows in (self.means, self.variances)])
+
+    def move_averages(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Moves the running averages towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
+
+        variance: the biased one, of `count` values per channel.
+        """
+        counters = _held(self.modules, "_buffers", "num_batches_tracked")
+        # Without a counter an average of all batches does not move.
+        rows = [
+            row
+            for row, (norm, average, counter) in enumerate(zip(self.modules, self.means, counters))
+            if norm.training and norm.track_running_stats and average is not None
+            if counter is not None or norm.momentum is not None
+        ]
+        counted = [counters[row] for row in rows if counters[row] is not None]
+        with torch.no_grad():
+            if counted:
+                torch._foreach_add_(counted, [counted[0].new_ones(())] * len(counted))
+            for row in rows:
+                momentum = self.modules[row].momentum
+                share = counters[row].to(mean.dtype).reciprocal() if momentum is None else momentum
+                self.means[row].lerp_(mean[row], share)
+                self.variances[row].lerp_(variance[row] * (count / (count - 1)), share)
 
 
-def read_norms(modules: list[nn.BatchNorm2d]) -> Norms:
-    """What the modules hold."""
-    means, variances = _held(modules, "_buffers", "running_mean"), _held(modules, "_buffers", "running_var")
-    on_batch = [norm.training or (m is None and v is None) for norm, m, v in zip(modules, means, variances)]
-    differ = any(on_batch) != all(on_batch) if modules else False
-    return Norms(
-        modules,
-        _held(modules, "_parameters", "weight"),
-        _held(modules, "_parameters", "bias"),
-        means,
-        variances,
-        any(on_batch),
-        differ or any([norm.eps != modules[0].eps for norm in modules]),
-    )
+class CompiledNorms:
+    """`Norms` as compiled code has read them: of one mode and eps, without affine parameters, float32 on the CPU."""
+
+    def __init__(self, found, shape: tuple[int, int]) -> None:
+        self._found, self._shape = found, shape  # an rnas._cpu.Norms, and (B, C) of what it holds
+        self.on_batch, self.eps = found.on_batch, found.eps
+
+    def obstacle(self, x: Tensor) -> str | None:
+        """Why no fused kernel covers them on these images, or None."""
+        return None if x.is_cpu and x.dtype == torch.float32 else f"a norm's tensors are not {x.dtype} on {x.device}"
+
+    def affine(self, x: Tensor) -> tuple[None, None]:
+        """They have none."""
+        return None, None
+
+    def statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Their running means and variances (B, C); None where they take those of the batch."""
+        if self.on_batch:
+            return None, None
+        mean, variance = x.new_empty(self._shape), x.new_empty(self._shape)
+        self._found.averages(*addresses([mean, variance]))
+        return mean, variance
+
+    def move_averages(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """As `Norms.move_averages`."""
+        moved = self._found.moved
+        if moved:
+            self._found.update(*addresses([mean, variance]), count / (count - 1))
+            torch.autograd.graph.increment_version(moved)
+
+
+def read_norms(modules: list[nn.BatchNorm2d], channels: int) -> Norms | CompiledNorms:
+    """What the modules of so many channels hold."""
+    found = compiled_norms(modules, channels)
+    return Norms(modules) if found is None else found
+
+
+def compiled_norms(modules: list, channels: int) -> CompiledNorms | None:
+    """What the modules hold, if all are nn.BatchNorm2d of so many channels as compiled code takes them."""
+    reader = None if is_watched(()) else _reader()
+    found = None if reader is None or not modules else reader.norms(modules, channels)
+    return None if found is None else CompiledNorms(found, (len(modules), channels))
+
+
+def read_arrays(groups: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]):
+    """An rnas._cpu.Arrays of the tensors, float32 on the CPU and of these shapes; None where that cannot be said."""
+    reader = None if is_watched(()) else _reader()
+    return None if reader is None else reader.arrays(groups, shapes)
+
+
+def _reader():
+    """The rnas._cpu.Reader; None where it is not built or PyTorch does not show its tensors to compiled code."""
+    module = backend.load("cpu")
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return None if isinstance(module, str) or exchange is None else _make_reader(module, exchange)
+
+
+@functools.cache
+def _make_reader(module, exchange):
+    return module.Reader(exchange, Tensor, nn.Parameter, nn.BatchNorm2d)
 
 
 def _held(norms: list[nn.BatchNorm2d], store: str, name: str) -> list[Tensor | None]:
@@ -215,98 +321,28 @@ def _held(norms: list[nn.BatchNorm2d], store: str, name: str) -> list[Tensor | N
         return [getattr(norm, name) for norm in norms]
 
 
-def obstacle(x: Tensor, norms: Norms) -> str | None:
+def obstacle(x: Tensor, norms: Norms | CompiledNorms) -> str | None:
     """Why a fused kernel does not cover a call on these images and norms, or None."""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
     if 0 in x.shape:
         return "the batch is empty"
-    if norms.differ:
-        return "the norms differ in eps or in mode"
-    if any([kind.forward is not nn.BatchNorm2d.forward for kind in set(map(type, norms.modules))]):
-        return "a norm has a forward of its own"
-    held = [norm.__dict__ for norm in norms.modules]
-    if any([d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in held]):
-        return "a norm has hooks or a forward of its own"
-    if [m is None for m in norms.means] != [v is None for v in norms.variances]:
-        return "a norm has one running average without the other"
-    lengths = [(norm.num_features,) for norm in norms.modules]
-    for tensors in (norms.weights, norms.biases, norms.means, norms.variances):
-        there = [tensor for tensor in tensors if tensor is not None]
-        if not there:
-            continue
-        if {tensor.dtype for tensor in there} - {x.dtype} or {tensor.device for tensor in there} - {x.device}:
-            return f"a norm's tensors are not {x.dtype} on {x.device}"
-        expected = [length for length, tensor in zip(lengths, tensors) if tensor is not None]
-        if [tensor.shape for tensor in there] != expected:
-            return "a norm's tensors have not one number per feature"  # plain PyTorch says which
-    return None
+    return norms.obstacle(x)
 
 
-def table(rows: list[Tensor | None], x: Tensor, default: float) -> Tensor | None:
+def _stack(rows: list[Tensor]) -> Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def _table(rows: list[Tensor | None], x: Tensor, default: float) -> Tensor | None:
     """The rows (C,) as a table (B, C), `default` where there is none; None where there are none at all."""
     if all([row is None for row in rows]):
         return None
     if not any([row is None for row in rows]):  # `None in rows` would compare whole tensors
-        return torch.stack(rows)
+        return _stack(rows)
     length = next(row for row in rows if row is not None).shape[0]
     filler = x.new_full((length,), default)
     return torch.stack([filler if row is None else row for row in rows])
-
-
-class RunningAverages(NamedTuple):
-    """The running averages that a forward pass in training mode moves."""
-
-    rows: list[int]  # of the norms in question
-    means: list[Tensor]
-    variances: list[Tensor]
-    counters: list[Tensor | None]
-    momenta: list[float | None]  # None: the average of all batches
-    addresses: list[list[int]] | None  # of means, variances and counters, where compiled code may move them
-
-
-def running_averages(norms: Norms) -> RunningAverages:
-    """Those of the norms. To be read before the pass, when the modules are still in the cache from being checked."""
-    counters = _held(norms.modules, "_buffers", "num_batches_tracked")
-    # Without a counter an average of all batches does not move.
-    rows = [
-        row
-        for row, (norm, mean, counter) in enumerate(zip(norms.modules, norms.means, counters))
-        if norm.training and norm.track_running_stats and mean is not None
-        if counter is not None or norm.momentum is not None
-    ]
-    means, variances = [norms.means[row] for row in rows], [norms.variances[row] for row in rows]
-    counters, momenta = [counters[row] for row in rows], [norms.modules[row].momentum for row in rows]
-    counted, found = [counter for counter in counters if counter is not None], None
-    usual = all([momentum is None or momentum >= 0 for momentum in momenta])  # below 0 stands for None in compiled code
-    if usual and is_plain([*means, *variances], torch.float32) and is_plain(counted, torch.int64):
-        found = [addresses(tensors) for tensors in (means, variances, counters)]
-        torch.autograd.graph.increment_version([*means, *variances, *counted])
-    return RunningAverages(rows, means, variances, counters, momenta, found)
-
-
-@torch.no_grad()
-def update_averages(averages: RunningAverages, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Moves them towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
-
-    variance: the biased one, of `count` values per channel.
-    """
-    rows, means, variances, counters, momenta, found = averages
-    if not rows:
-        return
-    unbias = count / (count - 1)
-    if found is not None:
-        shares = [-1.0 if momentum is None else momentum for momentum in momenta]
-        tables = addresses([mean, variance])
-        backend.module("cpu").update_averages(*found, shares, rows, *tables, mean.shape[1], unbias)
-        return
-    counted = [counter for counter in counters if counter is not None]
-    if counted:
-        torch._foreach_add_(counted, [counted[0].new_ones(())] * len(counted))
-    for row, average, other, momentum, counter in zip(rows, means, variances, momenta, counters):
-        share = counter.to(mean.dtype).reciprocal() if momentum is None else momentum
-        average.lerp_(mean[row], share)
-        other.lerp_(variance[row] * unbias, share)
 
 
 # ---- second derivatives ----------------------------------------------------------------------------------------------

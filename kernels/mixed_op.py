@@ -141,11 +141,12 @@ def mixed_cell(
     x = states[0]
     channels = _check_partial(partial, int(x.shape[1]))
     edges = _edges(names, len(states), nodes, stride, bool(pool_norm), channels)
-    _check_edges(x, channels, weights, parameters, norms, names, edges)
+    _check_weights(x, weights, names, len(edges.shapes))
+    _check_groups(parameters, norms, len(edges.shapes))
+    read = _read(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         _check_edge_weights(x, edge_weights, len(edges.shapes))
-    read = fused.read_norms([norm for edge in norms for norm in edge])
-    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), partial, edge_weights, read)
+    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), partial, edge_weights, *read)
     if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
         raise ValueError(
             f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "
@@ -180,7 +181,8 @@ class _Call(NamedTuple):
     pool_norm: bool
     partial: int
     edge_weights: Tensor | None
-    norms_read: fused.Norms
+    arrays: object | None  # the parameters as compiled code has read them
+    norms_read: fused.Norms | fused.CompiledNorms
 
 
 class _Settings(NamedTuple):
@@ -197,7 +199,8 @@ class _Settings(NamedTuple):
 def _fused(call: _Call) -> Tensor:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
-        return _cell(call.states, weights, call.parameters, call.norms_read, call.nodes, call.stride, call)
+        theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
+        return _cell(call.states, weights, theta, call.norms_read, call.nodes, call.stride, call)
     return _partial_cell(call, weights)
 
 
@@ -220,8 +223,9 @@ def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
         for sources, stride in ((through[:inputs], call.stride), (through[inputs:], 1)):
             if sources:
                 rows = slice(edge, edge + len(sources))
-                read = fused.read_norms([norm for each in norms[rows] for norm in each])
-                total = total + _cell(sources, weights[rows], parameters[rows], read, 1, stride, call)
+                read = fused.read_norms([norm for each in norms[rows] for norm in each], sources[0].shape[1])
+                theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0])
+                total = total + _cell(sources, weights[rows], theta, read, 1, stride, call)
                 edge = rows.stop
         nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))
     return torch.cat(nodes, dim=1)
@@ -236,24 +240,18 @@ def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Te
     return total
 
 
-def _cell(states, weights, parameters, norms: fused.Norms, nodes: int, stride: int, call: _Call) -> Tensor:
+def _cell(states, weights, theta, norms, nodes: int, stride: int, call: _Call) -> Tensor:
     """A cell all of whose channels are mixed, with the other options of `call`."""
     x = states[0]
-    theta = _flat([parameter for edge in parameters for parameter in edge], x)
-    gamma, beta = fused.table(norms.weights, x, 1.0), fused.table(norms.biases, x, 0.0)
-    mean = variance = None
-    if not norms.on_batch:
-        mean = torch.stack(norms.means) if norms.means else x.new_empty(0, x.shape[1])
-        variance = torch.stack(norms.variances) if norms.variances else x.new_empty(0, x.shape[1])
+    gamma, beta = norms.affine(x)
+    mean, variance = norms.statistics(x)
     keep = fused.what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
     if keep == fused.ACTIVATIONS and norms.on_batch and not theta.requires_grad:
         keep = fused.OUTPUTS  # without gradients to weights, computing them again would be most of the backward pass
-    eps = norms.modules[0].eps if norms.modules else 0.0
-    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, eps, keep)
-    averages = fused.running_averages(norms) if norms.on_batch else None
+    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep)
     out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
-    if averages is not None:
-        fused.update_averages(averages, mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
+    if norms.on_batch:
+        norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
     return out
 
 
@@ -272,23 +270,22 @@ def _reference(call: _Call) -> Tensor:
     )
 
 
-def _flat(tensors: list[Tensor], x: Tensor) -> Tensor:
-    """All of them behind one another, as a tensor of one dimension."""
+def _flat(tensors: list[Tensor], x: Tensor, arrays=None) -> Tensor:
+    """All of them behind one another, as a tensor of one dimension. arrays: them, as compiled code has read them."""
     if not tensors:
         return x.new_empty(0)
     if len(tensors) == 1 or torch.compiler.is_compiling():
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        return _Flat.apply(*tensors)
-    return _flatten(tensors)
+        return _Flat.apply(arrays, *tensors)
+    return _flatten(arrays, tensors)
 
 
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    if not fused.is_plain(tensors, torch.float32):
+def _flatten(arrays, tensors: Sequence[Tensor]) -> Tensor:
+    if arrays is None:
         return torch._C._nn.flatten_dense_tensors(tensors)
-    sizes = [tensor.numel() for tensor in tensors]
-    out = torch.empty(sum(sizes))
-    backend.module("cpu").concatenate(fused.addresses(tensors), sizes, out.data_ptr())
+    out = torch.empty(arrays.size, device="cpu", dtype=torch.float32)
+    arrays.copy(out.data_ptr())
     return out
 
 
@@ -296,17 +293,17 @@ class _Flat(torch.autograd.Function):
     """`_flat` as one node of the graph, where concatenating reshaped tensors would make two per tensor."""
 
     @staticmethod
-    def forward(*tensors):
-        return _flatten(tensors)
+    def forward(arrays, *tensors):
+        return _flatten(arrays, tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.like = inputs  # for their shapes
+        ctx.like = inputs[1:]  # for their shapes
 
     @staticmethod
     def backward(ctx, gradient):
         found = torch._C._nn.unflatten_dense_tensors(gradient, ctx.like)
-        return tuple([each if need else None for each, need in zip(found, ctx.needs_input_grad)])
+        return None, *[each if need else None for each, need in zip(found, ctx.needs_input_grad[1:])]
 
 
 # ---- the registered ops ----------------------------------------------------------------------------------------------
@@ -751,7 +748,6 @@ class _Edges(NamedTuple):
 
     shapes: list[list[tuple[int, ...]]]  # of the parameters of each edge
     norms: list[int]  # how many each edge has
-    flat_shapes: list[tuple[int, ...]]
 
 
 @backend.constant_when_traced
@@ -764,11 +760,10 @@ def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
     strides = [stride if source < inputs else 1 for node in range(nodes) for source in range(inputs + node)]
     shapes = [reference.parameter_shapes(names, channels, each) for each in strides]
     norms = [reference.norm_count(names, each, pool_norm) for each in strides]
-    return _Edges(shapes, norms, [shape for edge in shapes for shape in edge])
+    return _Edges(shapes, norms)
 
 
-def _check_edges(x, channels, weights, parameters, norms, names, expected: _Edges) -> None:
-    edges = len(expected.shapes)
+def _check_weights(x: Tensor, weights: Tensor, names: tuple[str, ...], edges: int) -> None:
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({edges}, {len(names)}), got {type(weights).__name__}")
     if tuple(weights.shape) != (edges, len(names)):
@@ -780,6 +775,9 @@ def _check_edges(x, channels, weights, parameters, norms, names, expected: _Edge
         raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")
     if weights.device != x.device:
         raise ValueError(f"weights must be on the device of the states, {x.device}; got {weights.device}")
+
+
+def _check_groups(parameters, norms, edges: int) -> None:
     for name, given, unit in (("parameters", parameters, "tensors"), ("norms", norms, "BN modules")):
         if not hasattr(given, "__len__"):
             raise TypeError(f"{name} must be a sequence of {unit} for each edge, got {type(given).__name__}")
@@ -789,20 +787,23 @@ def _check_edges(x, channels, weights, parameters, norms, names, expected: _Edge
             if not hasattr(members, "__len__"):
                 where = _of_edge(edge, edges)
                 raise TypeError(f"{name}{where} must be a sequence of {unit}, got {type(members).__name__}")
-    # Lists are compared as a whole: one by one, only to say what is wrong.
-    flat, dtype, device = [tensor for edge in parameters for tensor in edge], x.dtype, x.device
-    good = [len(edge) for edge in parameters] == [len(shapes) for shapes in expected.shapes]
-    good = good and all([isinstance(tensor, Tensor) for tensor in flat])
-    good = good and [tensor.shape for tensor in flat] == expected.flat_shapes
-    if not good or not all([tensor.dtype == dtype and tensor.device == device for tensor in flat]):
+
+
+def _read(x: Tensor, channels: int, parameters, norms, expected: _Edges):
+    """The parameters and norms, checked and read: by compiled code where they are as usual, else one by one."""
+    edges, arrays = len(expected.shapes), None
+    if x.is_cpu and x.dtype == torch.float32:
+        arrays = fused.read_arrays(list(parameters), expected.shapes)
+    if arrays is None:
         for edge, (members, shapes) in enumerate(zip(parameters, expected.shapes)):
             _check_parameters(x, members, shapes, _of_edge(edge, edges))
-    good = [len(edge) for edge in norms] == expected.norms
-    if not good or not all(
-        [isinstance(norm, nn.BatchNorm2d) and norm.num_features == channels for edge in norms for norm in edge]
-    ):
+    modules = [norm for edge in norms for norm in edge]
+    read = fused.compiled_norms(modules, channels)
+    if read is None or [len(edge) for edge in norms] != expected.norms:
         for edge, (members, count) in enumerate(zip(norms, expected.norms)):
             _check_norms(channels, members, count, _of_edge(edge, edges))
+    read = fused.Norms(modules) if read is None else read
+    return arrays, read
 
 
 def _of_edge(edge: int, edges: int) -> str:

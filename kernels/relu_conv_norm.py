@@ -1,4 +1,4 @@
-"""ReLU, 1x1 convolution and batch norm in one op: what a cell does to each of its inputs first."""
+"""Convolution and batch norm in one op: behind a ReLU, what a cell does to each of its inputs; without, the stem."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused
+from rnas.kernels import backend, fused, pixels
 from rnas.kernels.reference import relu_conv_norm as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 
@@ -40,12 +40,12 @@ def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """
     _check_weight(x, "weight", weight)
     _check_norm(norm, weight.shape[0])
-    norms = fused.read_norms([norm])
+    norms = fused.read_norms([norm], norm.num_features)
     n, _, h, w = x.shape
     if norms.on_batch and n * h * w == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
     run = OP.choose(x.device, x.dtype, fused.obstacle(x, norms))
-    return run(x, weight, norms).contiguous(memory_format=fused.layout(x))
+    return run(x, weight, norm, norms).contiguous(memory_format=fused.layout(x))
 
 
 def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:
@@ -74,82 +74,71 @@ def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.Batc
             _check_weight(x, name, weight)
     outputs = even.shape[0] + (0 if odd is None else odd.shape[0])
     _check_norm(norm, outputs)
-    norms = fused.read_norms([norm])
+    norms = fused.read_norms([norm], norm.num_features)
     n, _, h, w = x.shape
     if norms.on_batch and n * -(-h // 2) * -(-w // 2) == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
     if OP.choose(x.device, x.dtype, fused.obstacle(x, norms)) is _reference:
         out = reference.factorized_reduce(x, even, odd, norm)
     elif odd is None:
-        out = _fused(_Gather.apply(x)[:, :channels], even, norms)
+        out = _fused(pixels.gather(x)[:, :channels], even, norm, norms)
     else:
-        pixels = _Gather.apply(x)
         weight = torch.block_diag(even.flatten(1), odd.flatten(1))[:, :, None, None]
-        out = _fused(pixels, weight, norms)
+        out = _fused(pixels.gather(x), weight, norm, norms)
     return out.contiguous(memory_format=fused.layout(x))
 
 
-class _Gather(torch.autograd.Function):
-    """The even pixels and those one further side by side: (N, C, H, W) -> (N, 2C, H', W'), channels_last."""
+def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """A batch norm of a convolution, for images of few channels: the stem of a network.
 
-    @staticmethod
-    def forward(ctx, x):
-        ctx.shape = x.shape
-        n, c, h, w = x.shape
-        out = fused.empty_image(x, 2 * c, -(-h // 2), -(-w // 2))
-        image = fused.pixels_first(x)
-        if fused.is_plain([image], torch.float32):
-            addresses = fused.addresses([image, out])
-            backend.module("cpu").gather_pixels(n, h, w, c, *addresses, torch.get_num_threads())
-            return out
-        out[:, :c] = x[:, :, ::2, ::2]
-        odd = out[:, c:]
-        odd[:, :, : h // 2, : w // 2] = x[:, :, 1::2, 1::2]
-        if h % 2:
-            odd[:, :, -1] = 0
-        if w % 2:
-            odd[:, :, :, -1] = 0
-        return out
+    Args:
+        x: (N, C, H, W), float32 or float64, contiguous or channels_last.
+        weight: (K, C, h, w), as PyTorch stores it; h <= H + 2 padding, w <= W + 2 padding.
+        norm: the BN module of the K channels, used as in `relu_conv_norm`.
+        stride, padding: of the convolution, in both directions.
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return _Scatter.apply(gradient, ctx.shape)
+    Returns:
+        (N, K, H', W') with H' = floor((H + 2 padding - h) / stride) + 1 and W' likewise, channels_last where `x` is and
+        else contiguous.
 
+    The fused form multiplies patches (N, C * h * w, H', W') of the images, which are what it keeps for backward besides
+    the result; for many channels that is more memory than the convolution takes elsewhere. Derivatives, coverage and
+    errors are those of `relu_conv_norm`.
 
-class _Scatter(torch.autograd.Function):
-    """The transpose of _Gather."""
-
-    @staticmethod
-    def forward(ctx, pixels, shape):
-        n, c, h, w = shape
-        out = fused.empty_image(pixels, c, h, w)
-        gathered = fused.pixels_first(pixels)
-        if fused.is_plain([gathered], torch.float32):
-            addresses = fused.addresses([gathered, out])
-            backend.module("cpu").scatter_pixels(n, h, w, c, *addresses, torch.get_num_threads())
-            return out
-        out.zero_()
-        out[:, :, ::2, ::2] = pixels[:, :c]
-        out[:, :, 1::2, 1::2] = pixels[:, c:, : h // 2, : w // 2]
-        return out
-
-    @staticmethod
-    def backward(ctx, direction):
-        return _Gather.apply(direction), None
+    Equivalent to: norm(conv2d(x, weight, stride=stride, padding=padding))
+    """
+    _check_images(x, "weight", weight)
+    _check_norm(norm, weight.shape[0])
+    (n, c, h, w), (k, channels, *kernel) = x.shape, weight.shape
+    if k == 0 or channels != c:
+        raise ValueError(f"weight must have shape (K, {c}, h, w), got {tuple(weight.shape)}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if kernel[0] > h + 2 * padding or kernel[1] > w + 2 * padding:
+        raise ValueError(f"a kernel of {tuple(kernel)} does not fit into images of {h} x {w} with padding {padding}")
+    height, width = (h + 2 * padding - kernel[0]) // stride + 1, (w + 2 * padding - kernel[1]) // stride + 1
+    norms = fused.read_norms([norm], norm.num_features)
+    if norms.on_batch and n * height * width == 1:
+        raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
+    if OP.choose(x.device, x.dtype, fused.obstacle(x, norms)) is _reference:
+        out = reference.conv_norm(x, weight, norm, stride=stride, padding=padding)
+    else:
+        shape = pixels.PatchShape(*kernel, stride, padding, height, width)
+        out = _fused(pixels.patches(x, shape), weight.reshape(k, -1, 1, 1), norm, norms, relu=False)
+    return out.contiguous(memory_format=fused.layout(x))
 
 
-def _reference(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
-    return reference.relu_conv_norm(x, weight, norms.modules[0])
+def _reference(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms) -> Tensor:
+    return reference.relu_conv_norm(x, weight, norm)
 
 
-def _fused(x: Tensor, weight: Tensor, norms: fused.Norms) -> Tensor:
-    (gamma,), (beta,), eps = norms.weights, norms.biases, norms.modules[0].eps
-    mean, variance = (None, None) if norms.on_batch else (norms.means[0], norms.variances[0])
-    settings = _Settings(eps, fused.what_to_keep([x], (weight, gamma, beta), norms.on_batch))
-    averages = fused.running_averages(norms) if norms.on_batch else None
-    out, mean, variance, _ = _forward_op(x, weight, gamma, beta, mean, variance, *settings)
-    if averages is not None:
-        fused.update_averages(averages, mean[None], variance[None], out.shape[0] * out.shape[2] * out.shape[3])
+def _fused(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms, relu: bool = True) -> Tensor:
+    tables = [None if table is None else table[0] for table in (*norms.affine(weight), *norms.statistics(weight))]
+    settings = _Settings(norms.eps, relu, fused.what_to_keep([x], (weight, *tables[:2]), norms.on_batch))
+    out, mean, variance, _ = _forward_op(x, weight, *tables, *settings)
+    if norms.on_batch:
+        norms.move_averages(mean[None], variance[None], out.shape[0] * out.shape[2] * out.shape[3])
     return out
 
 
@@ -157,41 +146,43 @@ class _Settings(NamedTuple):
     """The arguments of the registered ops that are not tensors. keep: as in rnas.kernels.fused."""
 
     eps: float
+    relu: bool
     keep: int
 
 
-def _sizes(x: Tensor, weight: Tensor) -> tuple[tuple[int, int, int], int, int]:
+def _sizes(x: Tensor, weight: Tensor, relu: bool) -> tuple[tuple[int, int, int], int, int]:
     """(pixels, C, K), bytes of the masks, bytes of the workspace."""
     n, c, h, w = (int(size) for size in x.shape)
     shape = (n * h * w, c, int(weight.shape[0]))
-    return shape, *_sizes_cached(shape, torch.get_num_threads(), backend.module("cpu").simd_level())
+    return shape, *_sizes_cached(shape, relu, torch.get_num_threads(), backend.module("cpu").simd_level())
 
 
 @functools.lru_cache(maxsize=256)
-def _sizes_cached(shape: tuple[int, int, int], threads: int, level: str) -> tuple[int, int]:
+def _sizes_cached(shape: tuple[int, int, int], relu: bool, threads: int, level: str) -> tuple[int, int]:
     """level: the instruction set in use, on which the memory layout depends."""
-    return backend.module("cpu").relu_conv_norm_sizes(*shape, threads)
+    return backend.module("cpu").relu_conv_norm_sizes(*shape, relu, threads)
 
 
-def _outputs(x, weight, batch_statistics, keep, take):
-    _, masks, _ = _sizes(x, weight)
+def _outputs(x, weight, batch_statistics, relu, keep, take):
+    _, masks, _ = _sizes(x, weight, relu)
     k, (_, _, h, w) = weight.shape[0], x.shape
     statistics = (k,) if batch_statistics else (0,)
     kept = take(masks if keep == fused.MASKS else 0)
     return fused.empty_image(x, k, h, w), x.new_empty(statistics), x.new_empty(statistics), kept
 
 
-def _forward(x, weight, gamma, beta, mean, variance, eps, keep):
-    shape, _, size = _sizes(x, weight)
+def _forward(x, weight, gamma, beta, mean, variance, eps, relu, keep):
+    shape, _, size = _sizes(x, weight, relu)
     if any(table is not None and table.shape != (shape[2],) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {shape[2]} channels")
-    outputs = _outputs(x, weight, mean is None, keep, fused.POOL.take)
+    outputs = _outputs(x, weight, mean is None, relu, keep, fused.POOL.take)
     tensors = fused.dense(fused.pixels_first(x), weight, gamma, beta, mean, variance)
     backend.module("cpu").relu_conv_norm_forward(
         *shape,
         fused.addresses(tensors),
         eps,
         mean is None,
+        relu,
         keep,
         *fused.addresses([*outputs, fused.workspace(size)]),
         torch.get_num_threads(),
@@ -199,8 +190,8 @@ def _forward(x, weight, gamma, beta, mean, variance, eps, keep):
     return outputs
 
 
-def _forward_fake(x, weight, gamma, beta, mean, variance, eps, keep):
-    return _outputs(x, weight, mean is None, keep, fused.empty_bytes)
+def _forward_fake(x, weight, gamma, beta, mean, variance, eps, relu, keep):
+    return _outputs(x, weight, mean is None, relu, keep, fused.empty_bytes)
 
 
 def _gradients(x, weight, gamma, beta, wanted) -> list[Tensor | None]:
@@ -210,8 +201,8 @@ def _gradients(x, weight, gamma, beta, wanted) -> list[Tensor | None]:
     return [fused.empty_image(x, c, h, w) if wanted[0] else None, *tables]
 
 
-def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, keep):
-    shape, _, size = _sizes(x, weight)
+def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, relu, keep):
+    shape, _, size = _sizes(x, weight, relu)
     gradients = _gradients(x, weight, gamma, beta, wanted)
     masks = keep == fused.MASKS
     images = [None if masks else fused.pixels_first(image) for image in (x, out)]
@@ -222,6 +213,7 @@ def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch
         fused.addresses([images[0], *tables]),
         eps,
         batch_statistics,
+        relu,
         keep,
         *fused.addresses([images[1], kept, grad_out, *gradients, fused.workspace(size)]),
         torch.get_num_threads(),
@@ -229,12 +221,12 @@ def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _backward_fake(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, keep):
+def _backward_fake(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, relu, keep):
     return [gradient for gradient in _gradients(x, weight, gamma, beta, wanted) if gradient is not None]
 
 
-def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, keep):
-    shape, _, size = _sizes(x, weight)
+def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, relu, keep):
+    shape, _, size = _sizes(x, weight, relu)
     _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
     _, k, h, w = grad_out.shape
     grad_grad_out = fused.empty_image(grad_out, k, h, w)
@@ -246,6 +238,7 @@ def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, va
         *shape,
         fused.addresses([image, *tables]),
         eps,
+        relu,
         keep,
         *fused.addresses([kept, grad_out, direction, *outputs, fused.workspace(size)]),
         torch.get_num_threads(),
@@ -253,7 +246,7 @@ def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, va
     return [output for output in outputs if output is not None]
 
 
-def _double_backward_fake(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, keep):
+def _double_backward_fake(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, relu, keep):
     _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
     _, k, h, w = grad_out.shape
     outputs = [fused.empty_image(grad_out, k, h, w), grad_weight, grad_gamma]
@@ -322,7 +315,7 @@ class _Backward(torch.autograd.Function):
 
         def layer(x, weight, gamma, beta):
             norm = functools.partial(_norm, *statistics, gamma, beta, ctx.settings.eps)
-            return reference.relu_conv_norm(x, weight, norm)
+            return reference.relu_conv_norm(x, weight, norm) if ctx.settings.relu else norm(F.conv2d(x, weight))
 
         positions = (_X, _WEIGHT, _GAMMA, _BETA)
         found = fused.differentiate_twice(
@@ -369,12 +362,12 @@ def _forward_autograd(x, weight, gamma, beta, mean, variance, *settings):
 
 
 def _backward_autograd(*arguments):
-    *tensors, batch_statistics, wanted, eps, keep = arguments
-    return list(_Backward.apply(batch_statistics, wanted, _Settings(eps, keep), *tensors, None))
+    *tensors, batch_statistics, wanted = arguments[:-3]
+    return list(_Backward.apply(batch_statistics, wanted, _Settings(*arguments[-3:]), *tensors, None))
 
 
 _TABLES = "Tensor weight, Tensor? gamma, Tensor? beta"
-_SETTINGS = "float eps, int keep"
+_SETTINGS = "float eps, bool relu, int keep"
 
 _forward_op = define_differentiable_op(
     f"relu_conv_norm_forward(Tensor x, {_TABLES}, Tensor? mean, Tensor? variance, {_SETTINGS}) "
@@ -406,22 +399,26 @@ OP = backend.Op(
 )
 
 
-def _check_weight(x: Tensor, name: str, weight: Tensor) -> None:
-    """Images and the weight of a 1x1 convolution of them."""
-    for argument, tensor, shape in (("x", x, "(N, C, H, W)"), (name, weight, "(K, C, 1, 1)")):
+def _check_images(x: Tensor, name: str, weight: Tensor, kernel: str = "h, w") -> None:
+    """Images and the weight of a convolution, as far as they do not depend on each other's sizes."""
+    for argument, tensor, shape in (("x", x, "(N, C, H, W)"), (name, weight, f"(K, C, {kernel})")):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a tensor of shape {shape}, got {type(tensor).__name__}")
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
             raise ValueError(f"{argument} must have shape {shape} without zeros, got {tuple(tensor.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert with .float()")
-    channels = x.shape[1]
-    if weight.shape[0] == 0 or weight.shape[1:] != (channels, 1, 1):
-        raise ValueError(f"{name} must have shape (K, {channels}, 1, 1), got {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}; got {weight.device}")
+
+
+def _check_weight(x: Tensor, name: str, weight: Tensor) -> None:
+    """Images and the weight of a 1x1 convolution of them."""
+    _check_images(x, name, weight, "1, 1")
+    if weight.shape[0] == 0 or weight.shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(f"{name} must have shape (K, {x.shape[1]}, 1, 1), got {tuple(weight.shape)}")
 
 
 def _check_norm(norm: nn.BatchNorm2d, outputs: int) -> None:

@@ -30,6 +30,22 @@ class ReLUConvBN(nn.Sequential):
         return kernels.relu_conv_norm(x, convolution.weight, norm)
 
 
+class ConvBN(nn.Sequential):
+    """Convolution and BN, the stem of a network: (N, channels_in, H, W) -> (N, channels_out, ceil(H / stride), ...)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, stride: int = 1) -> None:
+        padding = kernel_size // 2
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding, bias=False), nn.BatchNorm2d(channels_out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels_in, H, W) -> (N, channels_out, ceil(H / stride), ceil(W / stride))."""
+        convolution, norm = self
+        (stride, _), (padding, _) = convolution.stride, convolution.padding
+        return kernels.conv_norm(x, convolution.weight, norm, stride=stride, padding=padding)
+
+
 class SeparableConv(nn.Sequential):
     """`depth` times (ReLU, depthwise, pointwise, BN); the stride is in the first."""
 

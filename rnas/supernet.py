@@ -111,9 +111,7 @@ class Supernet(nn.Module):
         self.cell_types = [spec.cell_type for spec in specs]
         stem_channels = 3 * channels
         self.normalize = operations.Normalize(mean, std)
-        self.stem = nn.Sequential(
-            nn.Conv2d(len(mean), stem_channels, 3, stem_stride, padding=1, bias=False), nn.BatchNorm2d(stem_channels)
-        )
+        self.stem = operations.ConvBN(len(mean), stem_channels, 3, stem_stride)
         self.cells = nn.ModuleList()
         channels_in, previous_reduces = (stem_channels, stem_channels), False
         for spec in specs:

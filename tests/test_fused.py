@@ -294,7 +294,7 @@ def test_averages_that_compiled_code_may_not_move_are_moved_by_pytorch(way, monk
         norms = [draw_norm(3, "train", torch.Generator().manual_seed(index)) for index in range(4)]
         norms[1].momentum = None
         if changed and way == "watched":
-            monkeypatch.setattr(fused, "is_plain", lambda tensors, dtype: False)
+            monkeypatch.setattr(fused, "is_watched", lambda tensors: True)
         elif changed and way == "strided":
             norms[0].running_mean = norms[0].running_mean.repeat_interleave(2)[::2]
             norms[2].running_var = norms[2].running_var.repeat_interleave(2)[::2]
@@ -333,20 +333,20 @@ def test_results_stay_as_they_are_while_someone_holds_them():
 
 def test_read_norms_reads_what_a_norm_holds():
     norms = [draw_norm(3, mode, torch.Generator()) for mode in ("train affine", "train")]
-    read = fused.read_norms(norms)
+    read = fused.read_norms(norms, 3)
     assert read.weights == [norms[0].weight, None] and read.biases == [norms[0].bias, None]
     assert read.means[0] is norms[0].running_mean and read.variances[1] is norms[1].running_var
     assert read.on_batch and not read.differ
-    assert fused.read_norms([norms[0], copy.deepcopy(norms[1]).eval()]).differ
-    assert fused.read_norms([norms[0], draw_norm(3, "train, other numbers", torch.Generator())]).differ
-    nothing = fused.read_norms([])
+    assert fused.read_norms([norms[0], copy.deepcopy(norms[1]).eval()], 3).differ
+    assert fused.read_norms([norms[0], draw_norm(3, "train, other numbers", torch.Generator())], 3).differ
+    nothing = fused.read_norms([], 3)
     assert not nothing.on_batch and not nothing.differ
 
 
 def test_a_parametrized_weight_is_read_anew():
     norm = draw_norm(3, "eval affine", torch.Generator().manual_seed(0))
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
-    assert torch.equal(fused.read_norms([norm]).weights[0], norm.weight)
+    assert torch.equal(fused.read_norms([norm], 3).weights[0], norm.weight)
     x, weight = torch.rand(2, 5, 4, 4), torch.rand(3, 5, 1, 1)
     plain = norm(nn.functional.conv2d(x.relu(), weight))
     assert distance([kernels.relu_conv_norm(x, weight, norm)], [plain]) <= 1e-5

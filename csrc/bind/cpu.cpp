@@ -5,11 +5,11 @@
 #endif
 
 #include "bind/common.h"
+#include "bind/objects.h"
 #include "rnas/mixed_op.h"
 #include "rnas/pgd_step.h"
 #include "rnas/profile.h"
 #include "rnas/relu_conv_norm.h"
-#include "rnas/tables.h"
 #include "simd/simd.h"
 
 namespace py = pybind11;
@@ -42,10 +42,10 @@ static int threads() {
 
 // The layer and its pointers: x, weight, gamma, beta, mean, variance.
 static ReluConvNorm relu_conv_norm(int64_t pixels, int64_t channels_in, int64_t channels_out,
-                                   const std::vector<uintptr_t>& a, double eps, bool batch_statistics) {
+                                   const std::vector<uintptr_t>& a, double eps, bool batch_statistics, bool relu) {
   if (a.size() != 6) throw std::invalid_argument("6 addresses");
   const auto at = [&](int each) { return pointer<const float>(a[each]); };
-  return {pixels, channels_in, channels_out, at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
+  return {pixels, channels_in, channels_out, at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics, relu};
 }
 
 static Primitive primitive(const std::string& name) {
@@ -68,29 +68,6 @@ struct OwnedShape {
   std::vector<Primitive> primitives;
   MixedShape shape;
 };
-
-static void concatenate(const std::vector<uintptr_t>& arrays, const std::vector<int64_t>& sizes, uintptr_t out) {
-  if (arrays.size() != sizes.size()) throw std::invalid_argument("one size for each array");
-  std::vector<const float*> pointers;
-  for (uintptr_t each : arrays) pointers.push_back(pointer<const float>(each));
-  cpu::concatenate(pointers.data(), sizes.data(), static_cast<int64_t>(sizes.size()), pointer<float>(out));
-}
-
-// Norm `each` is row rows[each] of the tables (., channels) of the batch.
-static void update_averages(const std::vector<uintptr_t>& means, const std::vector<uintptr_t>& variances,
-                            const std::vector<uintptr_t>& batches, const std::vector<double>& momenta,
-                            const std::vector<int64_t>& rows, uintptr_t mean, uintptr_t variance, int64_t channels,
-                            double unbias) {
-  if (means.size() != rows.size() || variances.size() != rows.size() || batches.size() != rows.size() ||
-      momenta.size() != rows.size())
-    throw std::invalid_argument("one of each for each row");
-  std::vector<cpu::RunningAverages> norms;
-  for (size_t each = 0; each < rows.size(); ++each)
-    norms.push_back({pointer<float>(means[each]), pointer<float>(variances[each]), pointer<int64_t>(batches[each]),
-                     momenta[each], pointer<const float>(mean) + rows[each] * channels,
-                     pointer<const float>(variance) + rows[each] * channels});
-  cpu::update_averages(norms.data(), static_cast<int64_t>(norms.size()), channels, unbias);
-}
 
 static Keep keep(int value) {
   if (value < 0 || value > 3) throw std::invalid_argument("keep is 0 (nothing), 1 (masks), 2 (activations), 3 (outputs)");
@@ -151,8 +128,20 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "rnas/pgd_step.h");
 
-  m.def("concatenate", &concatenate, "rnas/tables.h");
-  m.def("update_averages", &update_averages, "rnas/tables.h");
+  using bind::Arrays;
+  using bind::Norms;
+  using bind::Reader;
+  py::class_<Arrays>(m, "Arrays", "bind/objects.h").def_property_readonly("size", &Arrays::size).def("copy", &Arrays::copy);
+  py::class_<Norms>(m, "Norms", "bind/objects.h")
+      .def_readonly("on_batch", &Norms::on_batch)
+      .def_readonly("eps", &Norms::eps)
+      .def_readonly("moved", &Norms::moved)
+      .def("averages", &Norms::averages)
+      .def("update", &Norms::update);
+  py::class_<Reader>(m, "Reader", "bind/objects.h")
+      .def(py::init<const py::capsule&, py::object, py::object, py::object>())
+      .def("arrays", &Reader::arrays)
+      .def("norms", &Reader::norms);
 
   using Sizes = std::vector<int64_t>;
   using Names = std::vector<std::string>;
@@ -217,19 +206,33 @@ PYBIND11_MODULE(_cpu, m) {
           run({batch, height, width, channels}, pointer<const float>(from), pointer<float>(to), threads);
         },
         "rnas/relu_conv_norm.h");
+  for (bool gather : {true, false})
+    m.def(
+        gather ? "gather_patches" : "scatter_patches",
+        [gather](const Sizes& image, const Sizes& strides, const Sizes& kernel, uintptr_t from, uintptr_t to,
+                 int threads) {
+          if (image.size() != 4 || strides.size() != 4 || kernel.size() != 6)
+            throw std::invalid_argument("4 sizes, 4 strides and 6 numbers of the kernel");
+          const cpu::PatchShape shape{image[0],  image[1],  image[2],  image[3],  {strides[0], strides[1], strides[2], strides[3]},
+                                 kernel[0], kernel[1], kernel[2], kernel[3], kernel[4], kernel[5]};
+          py::gil_scoped_release release;
+          const auto run = gather ? cpu::gather_patches : cpu::scatter_patches;
+          run(shape, pointer<const float>(from), pointer<float>(to), threads);
+        },
+        "rnas/relu_conv_norm.h");
   m.def(
       "relu_conv_norm_sizes",
-      [](int64_t pixels, int64_t channels_in, int64_t channels_out, int threads) {
-        const ReluConvNormSizes s = cpu::relu_conv_norm_sizes(pixels, channels_in, channels_out, threads);
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, bool relu, int threads) {
+        const ReluConvNormSizes s = cpu::relu_conv_norm_sizes(pixels, channels_in, channels_out, relu, threads);
         return py::make_tuple(s.kept_masks, s.workspace);
       },
       "rnas/relu_conv_norm.h");
   m.def(
       "relu_conv_norm_forward",
       [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps,
-         bool batch_statistics, int keeping, uintptr_t out, uintptr_t mean, uintptr_t variance, uintptr_t kept,
-         uintptr_t workspace, int threads) {
-        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics);
+         bool batch_statistics, bool relu, int keeping, uintptr_t out, uintptr_t mean, uintptr_t variance,
+         uintptr_t kept, uintptr_t workspace, int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics, relu);
         py::gil_scoped_release release;
         cpu::relu_conv_norm_forward(in, keep(keeping), pointer<float>(out), pointer<float>(mean),
                                     pointer<float>(variance), pointer(kept), pointer(workspace), threads);
@@ -238,9 +241,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "relu_conv_norm_backward",
       [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps,
-         bool batch_statistics, int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out, uintptr_t grad_x,
-         uintptr_t grad_weight, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t workspace, int threads) {
-        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics);
+         bool batch_statistics, bool relu, int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out,
+         uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t workspace,
+         int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, batch_statistics, relu);
         py::gil_scoped_release release;
         cpu::relu_conv_norm_backward(in, keep(keeping), pointer<float>(out), pointer(kept), pointer<float>(grad_out),
                                      pointer<float>(grad_x), pointer<float>(grad_weight), pointer<float>(grad_gamma),
@@ -249,10 +253,10 @@ PYBIND11_MODULE(_cpu, m) {
       "rnas/relu_conv_norm.h");
   m.def(
       "relu_conv_norm_double_backward",
-      [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps, int keeping,
-         uintptr_t kept, uintptr_t grad_out, uintptr_t direction, uintptr_t grad_grad_out, uintptr_t grad_weight,
-         uintptr_t grad_gamma, uintptr_t workspace, int threads) {
-        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, false);
+      [](int64_t pixels, int64_t channels_in, int64_t channels_out, const Addresses& inputs, double eps, bool relu,
+         int keeping, uintptr_t kept, uintptr_t grad_out, uintptr_t direction, uintptr_t grad_grad_out,
+         uintptr_t grad_weight, uintptr_t grad_gamma, uintptr_t workspace, int threads) {
+        const ReluConvNorm in = relu_conv_norm(pixels, channels_in, channels_out, inputs, eps, false, relu);
         py::gil_scoped_release release;
         cpu::relu_conv_norm_double_backward(in, keep(keeping), pointer(kept), pointer<float>(grad_out),
                                             pointer<float>(direction), pointer<float>(grad_grad_out),

@@ -48,7 +48,7 @@ class Layer {
   }
 
   int64_t workspace() const { return arena_.used(); }
-  int64_t masks() const { return in_.pixels * groups_in_; }
+  int64_t masks() const { return in_.relu ? in_.pixels * groups_in_ : 0; }
 
   void forward(Bits* signs, float* out, float* batch_mean, float* batch_variance) {
     if (in_.batch_statistics) {
@@ -116,7 +116,7 @@ class Layer {
     begin_weights(grad_weight);
     each_block([&](const Local& l, int64_t, int64_t begin, int64_t end) {
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
-        const bool needs_x = grad_weight || !signs || (in_.batch_statistics && in_.gamma);
+        const bool needs_x = grad_weight || (in_.relu && !signs) || (in_.batch_statistics && in_.gamma);
         if (needs_x) {
           load_relu(l, p, count, nullptr);
           announce(l, in_.x, in_.channels_in, p + count, end);
@@ -139,12 +139,7 @@ class Layer {
         if (grad_weight) add_weights(l, count);
         if (!grad_x) return;
         to_input(l, count);
-        for (int64_t group = 0; group < groups_in_; ++group)
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (group * kPixels + i) * kLanes;
-            const Bits mask = signs ? signs[(p + i) * groups_in_ + group] : positive(load(l.d + at));
-            store(l.gx + at, keep(mask, load(l.gx + at)));
-          }
+        if (in_.relu) mask(signs, l.d, p, count, l.gx);
         unload(l, l.gx, groups_in_, in_.channels_in, p, count, grad_x);
       });
       if (grad_weight) l.weights.add_up(0, padded_in_ * padded_out_);
@@ -161,13 +156,10 @@ class Layer {
     each_block([&](const Local& l, int64_t, int64_t begin, int64_t end) {
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
         load_chunk(l, direction, groups_in_, in_.channels_in, p, count, l.d);
-        if (!signs) load_chunk(l, in_.x, groups_in_, in_.channels_in, p, count, l.gx);
-        for (int64_t group = 0; group < groups_in_; ++group)
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (group * kPixels + i) * kLanes;
-            const Bits mask = signs ? signs[(p + i) * groups_in_ + group] : positive(load(l.gx + at));
-            store(l.d + at, keep(mask, load(l.d + at)));
-          }
+        if (in_.relu) {
+          if (!signs) load_chunk(l, in_.x, groups_in_, in_.channels_in, p, count, l.gx);
+          mask(signs, l.gx, p, count, l.d);
+        }
         l.ahead->clear();
         multiply(l, count);
         unload(l, l.y, groups_out_, in_.channels_out, p, count, grad_grad_out);
@@ -248,10 +240,20 @@ class Layer {
       const float* at = in_.x + p * in_.channels_in + group * kLanes;
       for (int64_t i = 0; i < count; ++i, at += in_.channels_in) {
         const Vector v = lanes == kLanes ? load(at) : load_part(at, lanes);
-        store(l.d + (group * kPixels + i) * kLanes, relu(v));
+        store(l.d + (group * kPixels + i) * kLanes, in_.relu ? relu(v) : v);
         if (signs) signs[(p + i) * groups_in_ + group] = positive(v);
       }
     }
+  }
+
+  // Zeros in a chunk of `values` where x is not positive. signs: null where the chunk x of images says so.
+  void mask(const Bits* signs, const float* x, int64_t p, int64_t count, float* values) const {
+    for (int64_t group = 0; group < groups_in_; ++group)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (group * kPixels + i) * kLanes;
+        const Bits mask = signs ? signs[(p + i) * groups_in_ + group] : positive(load(x + at));
+        store(values + at, keep(mask, load(values + at)));
+      }
   }
 
   int64_t adds(int64_t count) const { return count * in_.channels_in * in_.channels_out; }
@@ -409,13 +411,20 @@ class Layer {
   std::vector<double> means_, variances_;
 };
 
+// Where the signs of x are kept, or null.
+const Bits* signs(const ReluConvNorm& in, Keep keep, const void* kept) {
+  return keep == Keep::masks && in.relu ? static_cast<const Bits*>(kept) : nullptr;
+}
+
 }  // namespace
 
-ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, int threads) {
+ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, bool relu,
+                                       int threads) {
   ReluConvNorm in{};
   in.pixels = pixels;
   in.channels_in = channels_in;
   in.channels_out = channels_out;
+  in.relu = relu;
   const Layer layer(in, nullptr, threads);
   return {layer.masks() * static_cast<int64_t>(sizeof(Bits)), layer.workspace()};
 }
@@ -423,14 +432,14 @@ ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int6
 void relu_conv_norm_forward(const ReluConvNorm& in, Keep keep, float* out, float* mean, float* variance, void* kept,
                             void* workspace, int threads) {
   Layer(in, workspace, threads)
-      .forward(keep == Keep::masks ? static_cast<Bits*>(kept) : nullptr, out, mean, variance);
+      .forward(const_cast<Bits*>(signs(in, keep, kept)), out, mean, variance);
 }
 
 void relu_conv_norm_backward(const ReluConvNorm& in, Keep keep, const float* out, const void* kept,
                              const float* grad_out, float* grad_x, float* grad_weight, float* grad_gamma,
                              float* grad_beta, void* workspace, int threads) {
   Layer(in, workspace, threads)
-      .backward(keep == Keep::masks ? static_cast<const Bits*>(kept) : nullptr, out, grad_out, grad_x, grad_weight,
+      .backward(signs(in, keep, kept), out, grad_out, grad_x, grad_weight,
                 grad_gamma, grad_beta);
 }
 
@@ -438,7 +447,7 @@ void relu_conv_norm_double_backward(const ReluConvNorm& in, Keep keep, const voi
                                     const float* direction, float* grad_grad_out, float* grad_weight,
                                     float* grad_gamma, void* workspace, int threads) {
   Layer(in, workspace, threads)
-      .double_backward(keep == Keep::masks ? static_cast<const Bits*>(kept) : nullptr, grad_out, direction,
+      .double_backward(signs(in, keep, kept), grad_out, direction,
                        grad_grad_out, grad_weight, grad_gamma);
 }
 
@@ -447,10 +456,11 @@ void relu_conv_norm_double_backward(const ReluConvNorm& in, Keep keep, const voi
 #if defined(RNAS_LEVEL_baseline)
 namespace rnas::cpu {
 
-ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, int threads) {
+ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, bool relu,
+                                       int threads) {
   if (pixels < 1 || channels_in < 1 || channels_out < 1)
     throw std::invalid_argument("relu_conv_norm: sizes must be positive");
-  return RNAS_SELECT(relu_conv_norm_sizes)(pixels, channels_in, channels_out, threads);
+  return RNAS_SELECT(relu_conv_norm_sizes)(pixels, channels_in, channels_out, relu, threads);
 }
 
 void relu_conv_norm_forward(const ReluConvNorm& in, Keep keep, float* out, float* mean, float* variance, void* kept,

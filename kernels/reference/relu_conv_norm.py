@@ -1,4 +1,4 @@
-"""ReLU, 1x1 convolution and batch norm in plain PyTorch, and the same at half the resolution."""
+"""Convolutions with their batch norms in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch.nn import functional as F
 def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """`norm(conv(relu(x)))`: x (N, C, H, W), weight (K, C, 1, 1) -> (N, K, H, W). No argument checks."""
     return norm(F.conv2d(F.relu(x), weight))
+
+
+def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """`norm(conv(x))`: x (N, C, H, W), weight (K, C, h, w) -> (N, K, H', W'). No argument checks."""
+    return norm(F.conv2d(x, weight, stride=stride, padding=padding))
 
 
 def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:

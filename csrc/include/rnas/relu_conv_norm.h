@@ -2,14 +2,15 @@
 
 #include "rnas/types.h"
 
-// ReLU, 1x1 convolution, batch norm, fused: what stands in front of every cell of a supernet.
+// ReLU, 1x1 convolution, batch norm, fused: what stands in front of every cell of a supernet. Without the ReLU and on
+// patches of the images: its stem.
 //
 // P pixels (batch, height and width together), C channels in, K channels out; float32, channels last. weight (K, C);
 // gamma, beta, mean, variance (K), gamma and beta or either may be null.
 //
-// Keep::masks keeps the signs of x: enough for the gradient to x on fixed statistics. Keep::activations keeps nothing,
-// as x and out serve. Functions allocate nothing but small tables; `workspace` is memory of relu_conv_norm_sizes bytes,
-// aligned to 64; `threads` is the most to use.
+// Keep::masks keeps the signs of x, if there is a ReLU: enough for the gradient to x on fixed statistics.
+// Keep::activations keeps nothing, as x and out serve. Functions allocate nothing but small tables; `workspace` is
+// memory of relu_conv_norm_sizes bytes, aligned to 64; `threads` is the most to use.
 
 #include "rnas/mixed_op.h"
 
@@ -19,7 +20,7 @@ struct ReluConvNorm {
   int64_t pixels, channels_in, channels_out;  // P, C, K
   const float *x, *weight, *gamma, *beta, *mean, *variance;
   double eps;
-  bool batch_statistics;
+  bool batch_statistics, relu;
 };
 
 struct ReluConvNormSizes {
@@ -28,7 +29,8 @@ struct ReluConvNormSizes {
 
 namespace cpu {
 
-ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, int threads);
+ReluConvNormSizes relu_conv_norm_sizes(int64_t pixels, int64_t channels_in, int64_t channels_out, bool relu,
+                                         int threads);
 
 // out (P, K). On batch statistics mean and variance (K) receive the batch's mean and biased variance.
 void relu_conv_norm_forward(const ReluConvNorm& in, Keep keep, float* out, float* mean, float* variance, void* kept,
@@ -57,6 +59,19 @@ struct PixelShape {
 // further in both directions, zeros beyond the border. scatter_pixels is the transpose; it writes all of the image.
 void gather_pixels(const PixelShape& shape, const float* image, float* pixels, int threads);
 void scatter_pixels(const PixelShape& shape, const float* pixels, float* image, int threads);
+
+// Images (N, C, H, W) with strides of any kind, and what a kernel (kernel_height, kernel_width) sees of them at each of
+// its height_out x width_out positions.
+struct PatchShape {
+  int64_t batch, channels, height, width;
+  int64_t strides[4];
+  int64_t kernel_height, kernel_width, stride, padding, height_out, width_out;
+};
+
+// patches (N, H', W', C * kernel_height * kernel_width), in the order of a convolution's weight; zeros beyond the
+// border. scatter_patches is the transpose; it writes all of the image.
+void gather_patches(const PatchShape& shape, const float* image, float* patches, int threads);
+void scatter_patches(const PatchShape& shape, const float* patches, float* image, int threads);
 
 }  // namespace cpu
 }  // namespace rnas
