@@ -57,6 +57,7 @@ def resume(path: str | Path, *, quiet: bool = False) -> SearchResult:
 def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method]:
     """The untrained supernet and the method of a configuration, both decided by its seed."""
     space, device = _space(config), choose_device(config.device)
+    method = METHODS[config.method](config.options, space, config.seed)
     with seeded(seeding.derive(config.seed, "supernet"), device):
         supernet = Supernet(
             space,
@@ -66,8 +67,8 @@ def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method
             mean=dataset.mean,
             std=dataset.std,
             stem_stride=config.stem_stride,
+            partial=method.partial,
         )
-    method = METHODS[config.method](config.options, space, config.seed)
     return supernet.to(device, memory_format=torch.channels_last), method.to(device)
 
 
@@ -81,6 +82,9 @@ def _resolve(config: SearchConfig) -> tuple[SearchConfig, data.Dataset]:
     options = options_for(config.method) if config.options is None else config.options
     if not isinstance(options, METHODS[config.method].Options):
         raise ValueError(f"method {config.method!r} takes {METHODS[config.method].Options.__name__}; got {options!r}")
+    usable = METHODS[config.method].spaces
+    if usable and config.space not in usable:
+        raise ValueError(f"method {config.method!r} searches the space {' or '.join(usable)}; got {config.space!r}")
     check_run(config)
     at_least(0, "", config, "nodes", "warmup_epochs")
     check_attack(config.attack)

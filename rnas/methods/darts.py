@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import attacks
 from ..spaces import Space
-from ..supernet import FixedMixture, Supernet
+from ..supernet import Supernet
 from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
 from .unrolled import unrolled_gradients
 
@@ -47,12 +47,12 @@ class Darts(Method):
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
         if self.options.adversarial not in ("both", level):
             return Batch(x, y)
-        target = FixedMixture(supernet, self.mixing())
-        return Batch(x, y, attacks.perturb(target, x, y, step.attack, generator=step.generator(f"attack-{level}")))
+        generator = step.generator(f"attack-{level}")
+        return Batch(x, y, attacks.perturb(self.classifier(supernet), x, y, step.attack, generator=generator))
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the supernet on its batch of D_T."""
-        logits = supernet(train.inputs, {cell_type: weights.detach() for cell_type, weights in self.mixing().items()})
+        logits = self.logits(supernet, train.inputs, constant=True)
         return cross_entropy(logits, train.y), logits
 
     def architecture_step(self, supernet: Supernet, train: Batch, valid: Batch, step: SearchStep) -> LevelResult:
@@ -60,14 +60,14 @@ class Darts(Method):
         parameters = list(self.parameters())
         with attacks.frozen(supernet, statistics="batch"), torch.enable_grad():
             if self.options.order == 1:
-                logits = supernet(valid.inputs, self.mixing())
+                logits = self.logits(supernet, valid.inputs)
                 loss = cross_entropy(logits, valid.y)
                 gradients = torch.autograd.grad(loss, parameters)
             else:
 
                 def loss_on(batch: Batch):
                     def loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                        logits = functional_call(supernet, weights, (batch.inputs, self.mixing()))
+                        logits = functional_call(supernet, weights, (batch.inputs, self.mixing(), self.edge_weights()))
                         return cross_entropy(logits, batch.y), logits
 
                     return loss

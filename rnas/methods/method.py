@@ -18,7 +18,7 @@ from ..config import AttackConfig
 from ..genotype import Genotype
 from ..seeding import generator
 from ..spaces import Space
-from ..supernet import Supernet
+from ..supernet import FixedMixture, Supernet
 
 Mixing = dict[str, Tensor]
 Level = Literal["weights", "architecture"]
@@ -70,15 +70,36 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type]
+    spaces: ClassVar[tuple[str, ...]] = ()
+    """Names of the spaces it can search; empty: all."""
 
     def __init__(self, options: Any, space: Space, seed: int) -> None:
         super().__init__()
         self.options = options
         self.space = space
 
+    @property
+    def partial(self) -> int:
+        """K of partial channels (PC-DARTS) in the supernet that the method searches; 1: all channels."""
+        return 1
+
     @abstractmethod
     def mixing(self) -> Mixing:
         """Mixing weights of every cell type, (E, K), differentiable in the architecture parameters."""
+
+    def edge_weights(self) -> dict[str, Tensor] | None:
+        """Weights of the edges of every cell type, (E,), differentiable likewise; None: all edges weigh 1."""
+        return None
+
+    def logits(self, supernet: Supernet, x: Tensor, *, constant: bool = False) -> Tensor:
+        """Logits (N, classes) of the supernet on x under the method's weights; constant: without a graph to them."""
+        if constant:
+            return FixedMixture(supernet, self.mixing(), self.edge_weights())(x)
+        return supernet(x, self.mixing(), self.edge_weights())
+
+    def classifier(self, supernet: Supernet) -> FixedMixture:
+        """The supernet under the method's weights as they are now, as attacks want it."""
+        return FixedMixture(supernet, self.mixing(), self.edge_weights())
 
     @abstractmethod
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
@@ -98,7 +119,7 @@ class Method(nn.Module, ABC):
     def genotype(self) -> Genotype:
         """The architecture that the parameters stand for now."""
         with torch.no_grad():
-            return discretise(self.space, self.mixing())
+            return discretise(self.space, self.mixing(), self.edge_weights())
 
 
 def initial_alpha(space: Space, seed: int) -> nn.ParameterDict:
@@ -112,15 +133,20 @@ def initial_alpha(space: Space, seed: int) -> nn.ParameterDict:
     )
 
 
-def discretise(space: Space, mixing: Mixing, inputs_per_node: int = 2) -> Genotype:
+def discretise(
+    space: Space, mixing: Mixing, edge_weights: dict[str, Tensor] | None = None, inputs_per_node: int = 2
+) -> Genotype:
     """The DARTS rule: per node keep the edges whose strongest operation other than `none` weighs most, each with it.
 
-    mixing: cell type -> weights (E, K). Ties go to the earlier edge and operation.
+    mixing: cell type -> weights (E, K). edge_weights: cell type -> (E,), by which those count, as in PC-DARTS. Ties go
+    to the earlier edge and operation.
     """
     candidates = [index for index, primitive in enumerate(space.primitives) if primitive != "none"]
     cells = {}
     for cell_type in space.cell_types:
         strengths, winners = mixing[cell_type][:, candidates].max(dim=1)
+        if edge_weights is not None:
+            strengths = strengths * edge_weights[cell_type]
         nodes = []
         for state in space.concat:
             edges = [index for index, (_, target) in enumerate(space.edges) if target == state]
