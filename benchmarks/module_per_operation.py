@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rnas.kernels.reference.relu_conv_norm import factorized_reduce
-from rnas.operations import FactorizedReduce, ReLUConvBN
+from rnas.operations import ConvBN, FactorizedReduce, ReLUConvBN
 from rnas.spaces import NUM_INPUTS
 from rnas.supernet import MixedCell, MixedOperation, Supernet
 
@@ -29,7 +29,7 @@ def use(supernet: Supernet, run: Callable[[MixedOperation], Edge] = lambda mixed
     for module in supernet.modules():
         if isinstance(module, MixedCell):
             module.forward = partial(_cell, module, [run(mixed) for mixed in module.mixed])
-        elif isinstance(module, ReLUConvBN):
+        elif isinstance(module, (ConvBN, ReLUConvBN)):
             module.forward = partial(nn.Sequential.forward, module)
         elif isinstance(module, FactorizedReduce):
             module.forward = partial(_factorized_reduce, module)
@@ -49,7 +49,7 @@ def _cell(cell: MixedCell, runs: list[Edge], s0: Tensor, s1: Tensor, weights: Te
     return torch.cat(states[NUM_INPUTS:], dim=1)
 
 
-def _supernet(supernet: Supernet, x: Tensor, mixing: dict[str, Tensor]) -> Tensor:
+def _supernet(supernet: Supernet, x: Tensor, mixing: dict[str, Tensor], edge_weights: None = None) -> Tensor:
     s0 = s1 = supernet.stem(supernet.normalize(x))
     for cell, cell_type in zip(supernet.cells, supernet.cell_types):
         s0, s1 = s1, cell(s0, s1, mixing[cell_type])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,46 +26,39 @@ def workspace(size: int) -> Tensor:
     found = getattr(_memory, "buffer", None)
     if found is None or found.numel() < size:
         _memory.buffer = None  # the old one first
-        _memory.buffer = found = empty_bytes(size)
+        _memory.buffer = found = POOL.take(size)
     return found
 
 
 class Pool:
     """Memory of results and of what forward passes keep, handed on from one step of a search to the next.
 
-    Such memory is taken by the hundred megabytes and given back all at once, so that the C library would return it to
-    the system after every step: touching the fresh pages then costs a tenth of the next step.
+    Where the compiled module is not built, it is PyTorch's.
     """
 
     SMALLEST = 2**20  # bytes; below, the C library does well
     MOST = 256  # free pieces
 
     def __init__(self) -> None:
-        # By address. Changed in single steps only: another thread, or the collector in the middle of a call, may too.
-        self._free: dict[int, Tensor] = {}
+        self._memory = None  # an rnas._cpu.FreeMemory, made at the first use
 
     def take(self, size: int) -> Tensor:
         """An empty uint8 tensor of `size` bytes; its memory comes back when its last holder lets go of it."""
-        if size < self.SMALLEST:
-            return empty_bytes(size)
-        for address, free in list(self._free.items()):
-            if size <= free.numel() <= 1.1 * size and self._free.pop(address, None) is not None:
-                piece = free
-                break
-        else:
-            piece = empty_bytes(size)
-        memory = (ctypes.c_char * size).from_address(piece.data_ptr())
-        weakref.finalize(memory, self._give_back, piece).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        if size >= self.SMALLEST:
+            if self._memory is None and not isinstance(module := backend.load("cpu"), str):
+                self._memory = module.FreeMemory(self.MOST)
+            if self._memory is not None:
+                return torch.frombuffer(self._memory.take(size), dtype=torch.uint8)
+        return empty_bytes(size)
 
-    def _give_back(self, piece: Tensor) -> None:
-        self._free[piece.data_ptr()] = piece
-        for address in list(self._free)[: -self.MOST]:
-            self._free.pop(address, None)
+    def free(self) -> list[int]:
+        """The bytes of each free piece, oldest first."""
+        return [] if self._memory is None else self._memory.sizes
 
     def empty(self) -> None:
         """Gives free memory back to the C library."""
-        self._free.clear()
+        if self._memory is not None:
+            self._memory.empty()
 
 
 POOL = Pool()
@@ -83,8 +74,8 @@ def empty_cache() -> None:
 
     Of the memory that a call works in, that of the calling thread.
     """
-    POOL.empty()
     _memory.buffer = None
+    POOL.empty()
 
 
 def pixels_first(tensor: Tensor) -> Tensor:
@@ -183,8 +174,10 @@ class Norms:
     def __init__(self, modules: list[nn.BatchNorm2d]) -> None:
         self.modules = modules
         self.weights, self.biases = _held(modules, "_parameters", "weight"), _held(modules, "_parameters", "bias")
-        self.means, self.variances = _held(modules, "_buffers", "running_mean"), _held(modules, "_buffers", "running_var")
-        on_batch = [norm.training or (m is None and v is None) for norm, m, v in zip(modules, self.means, self.variances)]
+        self.means = _held(modules, "_buffers", "running_mean")
+        self.variances = _held(modules, "_buffers", "running_var")
+        running = [m is not None or v is not None for m, v in zip(self.means, self.variances)]
+        on_batch = [norm.training or not there for norm, there in zip(modules, running)]
         self.on_batch = any(on_batch)
         """Whether any of them takes the statistics of the batch."""
         self.differ = bool(modules) and (self.on_batch != all(on_batch) or len({norm.eps for norm in modules}) > 1)

@@ -146,7 +146,8 @@ def mixed_cell(
     read = _read(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         _check_edge_weights(x, edge_weights, len(edges.shapes))
-    call = _Call(states, weights, parameters, norms, names, nodes, stride, bool(pool_norm), partial, edge_weights, *read)
+    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights)
+    call = _Call(states, weights, parameters, norms, *options, *read)
     if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
         raise ValueError(
             f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "

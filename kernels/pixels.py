@@ -1,4 +1,4 @@
-"""What convolutions take from images, gathered in front of a fused multiplication; linear, so differentiable any often."""
+"""What a convolution takes from images, gathered in front of a fused multiplication. Linear: any derivative exists."""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
 from torch.autograd import forward_ad
+
+from rnas.kernels.fused import is_watched
 
 LIBRARY = torch.library.Library("rnas", "DEF")
 
@@ -39,23 +42,30 @@ def define_constant_op(
 
 
 def define_differentiable_op(schema: str, implementation: Callable, fake: Callable, autograd: Callable) -> Callable:
-    """Defines `rnas::<name>` with one implementation for all devices and derivatives. Returns the op overload.
+    """Defines `rnas::<name>` with one implementation for all devices and derivatives. Returns a function that calls it.
 
     schema, fake    as in define_constant_op
     autograd        takes the op's arguments where one of them requires a gradient, and returns its outputs in a graph;
-                    it calls the op under `torch._C._AutoDispatchBelowAutograd()`
+                    it calls the function that is returned here
+
+    The function passes the dispatcher by where nobody could tell: a call through it costs more than some kernels.
     """
     name, op = _define(schema, implementation, fake)
 
     def differentiate(*arguments):
         _refuse_tangents(name, arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+        if _needs_graph(arguments):
             return autograd(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    def call(*arguments):
+        if is_watched(_tensors(arguments)) or torch.autograd._profiler_enabled() or _len_torch_function_stack():
+            return op(*arguments)
+        return (autograd if _needs_graph(arguments) else implementation)(*arguments)
+
     LIBRARY.impl(name, differentiate, "Autograd")
-    return op
+    return call
 
 
 def _define(schema: str, implementation: Callable, fake: Callable) -> tuple[str, Callable]:
@@ -67,6 +77,10 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> tuple[str,
     torch.library.register_fake(f"rnas::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.rnas, name).default
     return name, op
+
+
+def _needs_graph(arguments: tuple) -> bool:
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in _tensors(arguments)])
 
 
 def _tensors(arguments: tuple) -> Iterator[Tensor]:
@@ -88,5 +102,7 @@ def _refuse_derivatives(name: str, arguments: tuple) -> None:
 
 
 def _refuse_tangents(name: str, arguments: tuple) -> None:
+    if forward_ad._current_level < 0:
+        return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in _tensors(arguments)):
         raise RuntimeError(f"{name} has no forward-mode derivative, and an input carries a tangent; detach it")

@@ -221,7 +221,7 @@ def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _backward_fake(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, relu, keep):
+def _backward_fake(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, *settings):
     return [gradient for gradient in _gradients(x, weight, gamma, beta, wanted) if gradient is not None]
 
 

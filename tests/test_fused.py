@@ -99,29 +99,29 @@ def test_a_pool_never_hands_out_memory_that_is_in_use(pool):
 
 def test_a_pool_does_not_waste_large_memory_on_small_needs(pool):
     address = pool.take(4 * LARGE).data_ptr()
-    assert len(pool._free) == 1
+    assert len(pool.free()) == 1
     small = pool.take(LARGE)
-    assert small.data_ptr() != address and len(pool._free) == 1
+    assert small.data_ptr() != address and len(pool.free()) == 1
     nearly = pool.take(4 * LARGE - LARGE // 4)
-    assert nearly.data_ptr() == address and not pool._free
+    assert nearly.data_ptr() == address and not pool.free()
 
 
 def test_small_memory_is_left_to_the_allocator(pool):
     for size in (0, 1, fused.Pool.SMALLEST - 1):
         assert pool.take(size).shape == (size,)
-    assert not pool._free
+    assert not pool.free()
 
 
 def test_a_pool_holds_so_many_pieces_and_gives_them_back(pool):
     held = [pool.take(fused.Pool.SMALLEST) for _ in range(fused.Pool.MOST + 6)]
     held.clear()
-    assert len(pool._free) == fused.Pool.MOST
+    assert len(pool.free()) == fused.Pool.MOST
     in_use = pool.take(fused.Pool.SMALLEST)
     in_use.fill_(3)
     pool.empty()
-    assert not pool._free and bool((in_use == 3).all())
+    assert not pool.free() and bool((in_use == 3).all())
     del in_use  # memory in use comes back afterwards
-    assert len(pool._free) == 1
+    assert len(pool.free()) == 1
 
 
 def test_a_pool_serves_several_threads(pool):
@@ -135,22 +135,26 @@ def test_a_pool_serves_several_threads(pool):
                 wrong.append(value)
 
     in_threads(*(partial(work, value) for value in range(4)))
-    assert not wrong and len(pool._free) <= 8
+    assert not wrong and len(pool.free()) <= 8
 
 
-def test_a_pool_gives_one_piece_to_one_of_two_threads(pool, monkeypatch):
-    """The second thread takes as the first has just found a piece that fits."""
-    free = pool.take(LARGE).data_ptr()
-    others, numel = [], torch.Tensor.numel
+def test_threads_that_take_at_once_get_different_memory(pool):
+    pool.take(LARGE)  # one free piece for all
+    held, barrier = [], threading.Barrier(4)
 
-    def interrupted(tensor):
-        monkeypatch.setattr(torch.Tensor, "numel", numel)
-        in_threads(lambda: others.append(pool.take(LARGE)))
-        return tensor.numel()
+    def work():
+        barrier.wait()
+        held.append(pool.take(LARGE))
 
-    monkeypatch.setattr(torch.Tensor, "numel", interrupted)
-    mine = pool.take(LARGE)
-    assert {mine.data_ptr(), others[0].data_ptr()} > {free} and not pool._free
+    in_threads(*[work] * 4)
+    assert len({piece.data_ptr() for piece in held}) == 4 and not pool.free()
+
+
+def test_memory_in_use_outlives_its_pool(pool):
+    piece = fused.Pool().take(LARGE)
+    gc.collect()
+    piece.fill_(7)
+    assert bool((piece == 7).all())
 
 
 def large_problem(**how):
@@ -159,17 +163,17 @@ def large_problem(**how):
 
 
 def held_bytes() -> int:
-    return sum(piece.numel() for piece in fused.POOL._free.values())
+    return sum(fused.POOL.free())
 
 
 def test_a_step_gets_the_memory_of_the_step_before_and_empty_cache_gives_it_back(compiled):
     if not compiled:
         pytest.skip("plain PyTorch keeps its own memory")
     kernels.empty_cache()
-    assert not fused.POOL._free and fused._memory.buffer is None
+    assert not fused.POOL.free() and fused._memory.buffer is None
     problem = large_problem().require(KINDS)
     output = problem.run()
-    assert not fused.POOL._free  # the graph holds it
+    assert not fused.POOL.free()  # the graph holds it
     output.sum().backward()
     del output
     assert held_bytes() >= fused.Pool.SMALLEST and fused._memory.buffer is not None
@@ -178,7 +182,7 @@ def test_a_step_gets_the_memory_of_the_step_before_and_empty_cache_gives_it_back
         problem.run().sum().backward()
         assert held_bytes() == before
     kernels.empty_cache()
-    assert not fused.POOL._free and fused._memory.buffer is None
+    assert not fused.POOL.free() and fused._memory.buffer is None
     problem.run().sum().backward()  # and on it goes
 
 
@@ -329,6 +333,107 @@ def test_results_stay_as_they_are_while_someone_holds_them():
     assert torch.equal(held[-1], copies.pop(1))
     assert all(torch.equal(a, b) for a, b in zip(held, copies))
     held[0].resize_(1)  # as any tensor
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A class of its own, though it does the same."""
+
+
+class OwnParameter(nn.Parameter):
+    """Likewise."""
+
+
+def change_norm(norm: nn.BatchNorm2d, way: str) -> nn.BatchNorm2d:
+    """The norm made unusual in one way."""
+    if way == "class":
+        other = OwnNorm(norm.num_features, affine=False)
+        other.load_state_dict(norm.state_dict())
+        return other
+    if way == "hook":
+        norm.register_forward_hook(lambda *_: None)
+    elif way == "pre-hook":
+        norm.register_forward_pre_hook(lambda *_: None)
+    elif way == "forward":
+        norm.forward = norm.forward
+    elif way == "eps":
+        norm.eps = 1e-3
+    elif way == "mode":
+        norm.train(not norm.training)
+    elif way == "float64":
+        norm.running_mean = norm.running_mean.double()
+    elif way == "strided":
+        norm.running_var = norm.running_var.repeat_interleave(2)[::2]
+    elif way == "length":
+        norm.running_mean = torch.zeros(4)
+    elif way == "one average":
+        norm.running_var = None
+    elif way == "affine":
+        norm.weight = nn.Parameter(torch.ones(3))
+    elif way == "meta":
+        norm.running_mean = norm.running_mean.to("meta")
+    elif way == "features":
+        norm.num_features = 4
+    elif way == "counter":
+        norm.num_batches_tracked = norm.num_batches_tracked.float()
+    elif way == "attribute":
+        del norm._buffers["running_mean"]
+        norm.running_mean = torch.zeros(3)
+    return norm
+
+
+WAYS = "class hook pre-hook forward eps mode float64 strided length affine meta features attribute".split()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("way", [*WAYS, "one average", "counter"])
+def test_compiled_code_leaves_unusual_norms_to_python(way, mode, compiled):
+    if not compiled:
+        pytest.skip("nothing is compiled")
+    if way == "counter" and mode == "eval":
+        pytest.skip("not read in eval mode")
+    norms = [draw_norm(3, mode, torch.Generator()) for _ in range(3)]
+    assert fused.compiled_norms(norms, 3) is not None
+    norms[1] = change_norm(norms[1], way)
+    assert fused.compiled_norms(norms, 3) is None
+    assert fused.compiled_norms([*norms, "no norm"], 3) is None
+
+
+@pytest.mark.parametrize("way", ["shape", "float64", "transposed", "class", "meta", "no tensor", "too few"])
+def test_compiled_code_leaves_unusual_parameters_to_python(way, compiled):
+    if not compiled:
+        pytest.skip("nothing is compiled")
+    groups = [[torch.rand(2, 3), nn.Parameter(torch.rand(4))], [torch.rand(5, 1, 2)]]
+    shapes = [[(2, 3), (4,)], [(5, 1, 2)]]
+    arrays = fused.read_arrays(groups, shapes)
+    out = torch.empty(20)
+    arrays.copy(out.data_ptr())
+    assert arrays.size == 20 and torch.equal(out, torch.cat([t.detach().flatten() for group in groups for t in group]))
+    changed = {
+        "shape": torch.rand(3, 2),
+        "float64": torch.rand(2, 3).double(),
+        "transposed": torch.rand(3, 2).t(),
+        "class": OwnParameter(torch.rand(2, 3)),
+        "meta": torch.rand(2, 3, device="meta"),
+        "no tensor": [1.0] * 6,
+    }
+    if way == "too few":
+        groups[0].pop()
+    else:
+        groups[0][0] = changed[way]
+    assert fused.read_arrays(groups, shapes) is None
+
+
+def test_read_parameters_stay_while_they_are_in_use(compiled):
+    if not compiled:
+        pytest.skip("nothing is compiled")
+    groups = [[torch.full((1000,), float(each)) for each in range(50)]]
+    arrays = fused.read_arrays(groups, [[(1000,)] * 50])
+    groups.clear()
+    gc.collect()
+    others = [torch.full((1000,), -1.0) for _ in range(50)]
+    out = torch.empty(50, 1000)
+    arrays.copy(out.data_ptr())
+    assert torch.equal(out[:, 0], torch.arange(50.0)) and len(others) == 50
 
 
 def test_read_norms_reads_what_a_norm_holds():

@@ -6,6 +6,7 @@
 
 #include "bind/common.h"
 #include "bind/objects.h"
+#include "bind/pool.h"
 #include "rnas/mixed_op.h"
 #include "rnas/pgd_step.h"
 #include "rnas/profile.h"
@@ -127,6 +128,17 @@ PYBIND11_MODULE(_cpu, m) {
         cpu::pgd_step(pointer(out), pointer(x_adv), pointer(grad), pointer(x), samples, sample_size, type, step);
       },
       "rnas/pgd_step.h");
+
+  using bind::FreeMemory;
+  using bind::Piece;
+  py::class_<Piece>(m, "Piece", "bind/pool.h", py::buffer_protocol()).def_buffer([](const Piece& piece) {
+    return py::buffer_info(static_cast<uint8_t*>(piece.data()), piece.size());
+  });
+  py::class_<FreeMemory, std::shared_ptr<FreeMemory>>(m, "FreeMemory", "bind/pool.h")
+      .def(py::init<size_t>())
+      .def("take", [](std::shared_ptr<FreeMemory> home, int64_t size) { return std::make_unique<Piece>(home, size); })
+      .def("empty", &FreeMemory::empty)
+      .def_property_readonly("sizes", &FreeMemory::sizes);
 
   using bind::Arrays;
   using bind::Norms;

@@ -1,0 +1,103 @@
+#pragma once
+
+// Memory of results and of what forward passes keep, handed on from one step of a search to the next.
+//
+// Such memory is taken by the hundred megabytes and given back all at once, so that the C library would return it to the
+// system after every step: touching the fresh pages then costs a tenth of the next step. It lies on huge pages where
+// Linux grants them.
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rnas::bind {
+
+// Free memory, oldest first. Any thread may take and give back.
+class FreeMemory {
+ public:
+  struct Block {
+    void* data;
+    int64_t size;
+  };
+
+  explicit FreeMemory(size_t most) : most_(most) {}
+  ~FreeMemory() { empty(); }
+  FreeMemory(const FreeMemory&) = delete;
+
+  Block take(int64_t size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto block = free_.begin(); block != free_.end(); ++block)
+        if (size <= block->size && block->size <= size + size / 10) {
+          const Block found = *block;
+          free_.erase(block);
+          return found;
+        }
+    }
+    return {allocate(size), size};
+  }
+
+  void give_back(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    if (free_.size() > most_) {
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+
+  void empty() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Block& block : free_) std::free(block.data);
+    free_.clear();
+  }
+
+  std::vector<int64_t> sizes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<int64_t> found;
+    for (const Block& block : free_) found.push_back(block.size);
+    return found;
+  }
+
+ private:
+  static void* allocate(int64_t size) {
+    constexpr int64_t kHugePage = 2 << 20;
+    const bool huge = size >= kHugePage;
+    void* data = nullptr;
+    if (posix_memalign(&data, huge ? kHugePage : 64, static_cast<size_t>(size))) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (huge) madvise(data, static_cast<size_t>(size / kHugePage * kHugePage), MADV_HUGEPAGE);  // a wish: may fail
+#endif
+    return data;
+  }
+
+  const size_t most_;
+  mutable std::mutex mutex_;
+  std::vector<Block> free_;
+};
+
+// Memory in use. It goes back where it came from, which lives as long as this.
+class Piece {
+ public:
+  Piece(std::shared_ptr<FreeMemory> home, int64_t size) : home_(std::move(home)), size_(size), block_(home_->take(size)) {}
+  ~Piece() { home_->give_back(block_); }
+  Piece(const Piece&) = delete;
+
+  void* data() const { return block_.data; }
+  int64_t size() const { return size_; }
+
+ private:
+  std::shared_ptr<FreeMemory> home_;
+  int64_t size_;
+  FreeMemory::Block block_;
+};
+
+}  // namespace rnas::bind
