@@ -40,6 +40,9 @@ CELL = "mixed_op test_cell and (darts-train or darts-eval)"
 MASKS = "mixed_op second_derivatives_on_masks or (only_the_gradients and inputs)"
 TWICE = "mixed_op second_derivatives_of_an_edge"
 LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivatives"
+UNUSUAL = "fused compiled_code_leaves"
+STEM = "conv_norm modes_and_layouts and contiguous or kernels"
+PATCHES = "conv_norm patches_are_those_of_unfold"
 
 VECTOR = rows(
     "cpu/mixed/vector.h",
@@ -296,16 +299,24 @@ RELU_CONV_NORM = rows(
     ("layer: no mean term", LAYER, "void backward(", "(-a * sum[c] / in_.pixels)", "(-0.0 * sum[c] / in_.pixels)"),
     ("layer: masks of the first group", "relu_conv_norm narrow_graph or second_derivatives_on_masks",
      "void load_relu(", "signs[(p + i) * groups_in_ + group]", "signs[(p + i) * groups_in_]"),
-    ("layer: masks of the first chunk", "relu_conv_norm narrow_graph or second_derivatives_on_masks", "void backward(",
+    ("layer: masks of the first chunk", "relu_conv_norm narrow_graph or second_derivatives_on_masks", "void mask(",
      "signs[(p + i) * groups_in_ + group]", "signs[i * groups_in_ + group]"),
+    ("layer: a relu where there is none", STEM, "void load_relu(", "in_.relu ? relu(v) : v", "relu(v)"),
+    ("layer: a gradient past a relu that is not there", STEM, "void backward(", "if (in_.relu) mask(", "mask("),
+    ("layer: no x for the weights of a stem", STEM, "void backward(", "grad_weight || (in_.relu && !signs)",
+     "(in_.relu && !signs)"),
+    ("layer: signs where there is no relu", "conv_norm gradient_to_the_images", "int64_t masks(",
+     "in_.relu ? in_.pixels * groups_in_ : 0", "in_.pixels * groups_in_"),
     ("layer: weights without the scale of the norm", LAYER, "void finish_weights(", "(scale ? scale[k] : 1.0f)",
      "(scale ? 1.0f : 1.0f)"),
     ("layer: weights are not flushed", LAYER, "void backward(", "if (grad_weight) l.weights.add_up(",
      "if (false) l.weights.add_up("),
     ("layer: weights of the first thread alone", "relu_conv_norm threads_and_same", "void finish_weights(",
      "for (const Local& l : locals_) sum += l.weights", "for (const Local& l : {locals_[0]}) sum += l.weights"),
-    ("layer double backward: a direction past the relu", LAYER, "void double_backward(", "keep(mask, load(l.d + at))",
-     "mask ? load(l.d + at) : zero()"),
+    ("layer double backward: a direction past the relu", LAYER, "void double_backward(",
+     "mask(signs, l.gx, p, count, l.d)", "(void)signs"),
+    ("layer double backward: a relu where there is none", "conv_norm second_derivatives", "void double_backward(",
+     "        if (in_.relu) {", "        if (true) {"),
     ("layer double backward: gradient of gamma unnormalised", LAYER, "void double_backward(", "(sum * inverse_[k])",
      "(sum)"),
 )  # fmt: skip
@@ -350,5 +361,36 @@ TABLES = rows(
     ("concatenate: all at the beginning", "mixed_op test_cell and nas", "", "out = std::copy_n", "std::copy_n"),
 )  # fmt: skip
 
+GATHERED = rows(
+    "cpu/once/patches.cpp",
+    ("patches: the border of the first row", PATCHES, "void gather_patches(", "- s.padding + ky", "+ ky"),
+    ("patches: zeros at the right border", PATCHES, "Inside(int64_t tap", "(size - 1 + padding - tap) / stride + 1",
+     "(size - 1 + padding - tap) / stride"),
+    ("patches: zeros at the left border", PATCHES, "Inside(int64_t tap", "(padding - tap + stride - 1) / stride",
+     "(padding - tap + stride) / stride"),
+    ("patches: rows beyond the border", PATCHES, "void gather_patches(", "y < 0 || y >= s.height", "y < 0"),
+    ("patches: of the first channel", PATCHES, "void gather_patches(", "c * s.strides[1]", "0 * c"),
+    ("patches transposed: rows between the strides", PATCHES, "void scatter_patches(", "above % s.stride || ", ""),
+    ("patches transposed: rows below", PATCHES, "void scatter_patches(", " || above / s.stride >= s.height_out", ""),
+    ("patches transposed: no sum", PATCHES, "void scatter_patches(", "+= from[x * size]", "= from[x * size]"),
+    ("patches transposed: onto what was there", PATCHES + " or modes_and_layouts", "void scatter_patches(",
+     "to[c * s.strides[1] + x * s.strides[3]] = 0", "(void)to"),
+)  # fmt: skip
+
+OBJECTS = rows(
+    "bind/objects.cpp",
+    ("objects: a hook unseen", UNUSUAL, "bool Reader::read(", " || !is_empty_dict(item(own, n.hooks))", ""),
+    ("objects: a forward unseen", UNUSUAL, "bool Reader::read(", "item(own, n.forward) || ", ""),
+    ("objects: another class", UNUSUAL, "bool Reader::read(", "!= batch_norm_.ptr()) return false;",
+     "!= batch_norm_.ptr() && !PyObject_HasAttrString(module, \"eps\")) return false;"),
+    ("objects: eps of the first norm", UNUSUAL, "bool Reader::read(", " || out.eps != PyFloat_AS_DOUBLE(eps)", ""),
+    ("objects: modes differ", UNUSUAL, "bool Reader::read(", "out.on_batch != on_batch || ", ""),
+    ("objects: rows of the norms that move", "fused averages_move", "bool Reader::read(",
+     "out.rows_.push_back(row_index)", "out.rows_.push_back(static_cast<int64_t>(out.rows_.size()))"),
+    ("objects: strides", UNUSUAL, "bool Reader::view(", "out.strides[each] != dense", "false"),
+    ("objects: any dtype", UNUSUAL, "bool Reader::view(", "out.dtype.bits != dtype.bits || ", ""),
+    ("objects: any shape", UNUSUAL, "bool has_shape(", "!= view.shape[each]", "< 0"),
+)  # fmt: skip
+
 PLANTED = [*VECTOR, *CONVOLUTION, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
-PLANTED += [*PGD_MATH, *PGD, *TABLES]
+PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *OBJECTS]
