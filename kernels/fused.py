@@ -111,7 +111,7 @@ _PLAIN = {Tensor, nn.Parameter}
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiler, a tracer, forward mode, a transform or a subclass must see what happens to these tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -301,7 +301,10 @@ def _reader():
 
 @functools.cache
 def _make_reader(module, exchange):
-    return module.Reader(exchange, Tensor, nn.Parameter, nn.BatchNorm2d)
+    try:
+        return module.Reader(exchange, Tensor, nn.Parameter, nn.BatchNorm2d)
+    except (TypeError, ValueError):  # of another kind or version
+        return None
 
 
 def _held(norms: list[nn.BatchNorm2d], store: str, name: str) -> list[Tensor | None]:

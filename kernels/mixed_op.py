@@ -214,6 +214,8 @@ def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
     scales = None if call.edge_weights is None else call.edge_weights.unbind()
     layout = fused.layout(call.states[0])  # kept, as most channels only go around
     nodes, through, around, edge = [], [], [], 0
+    channels = call.states[0].shape[1] // call.partial
+    shapes = _edges(call.primitives, len(call.states), call.nodes, call.stride, call.pool_norm, channels).shapes
     for node in range(call.nodes):
         for state in nodes[-1:] if node else call.states:
             mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
@@ -224,8 +226,9 @@ def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
         for sources, stride in ((through[:inputs], call.stride), (through[inputs:], 1)):
             if sources:
                 rows = slice(edge, edge + len(sources))
-                read = fused.read_norms([norm for each in norms[rows] for norm in each], sources[0].shape[1])
-                theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0])
+                read = fused.read_norms([norm for each in norms[rows] for norm in each], channels)
+                arrays = fused.read_arrays(parameters[rows], shapes[rows])
+                theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
                 total = total + _cell(sources, weights[rows], theta, read, 1, stride, call)
                 edge = rows.stop
         nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))

@@ -373,6 +373,8 @@ def change_norm(norm: nn.BatchNorm2d, way: str) -> nn.BatchNorm2d:
         norm.running_mean = norm.running_mean.to("meta")
     elif way == "features":
         norm.num_features = 4
+    elif way == "no memory":
+        norm.running_mean.untyped_storage().resize_(0)
     elif way == "counter":
         norm.num_batches_tracked = norm.num_batches_tracked.float()
     elif way == "attribute":
@@ -382,6 +384,7 @@ def change_norm(norm: nn.BatchNorm2d, way: str) -> nn.BatchNorm2d:
 
 
 WAYS = "class hook pre-hook forward eps mode float64 strided length affine meta features attribute".split()
+WAYS += ["no memory"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -421,6 +424,27 @@ def test_compiled_code_leaves_unusual_parameters_to_python(way, compiled):
     else:
         groups[0][0] = changed[way]
     assert fused.read_arrays(groups, shapes) is None
+
+
+@pytest.mark.parametrize("exchange", [None, 3, "older"])
+def test_without_dlpack_python_reads(exchange, monkeypatch, compiled):
+    if not compiled:
+        pytest.skip("nothing is compiled")
+    norms = [draw_norm(3, "train", torch.Generator()) for _ in range(2)]
+    assert fused.compiled_norms(norms, 3) is not None
+    if exchange is None:
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    else:
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", exchange)
+    assert fused.compiled_norms(norms, 3) is None and fused.read_arrays([[]], [[]]) is None
+    assert isinstance(fused.read_norms(norms, 3), fused.Norms)
+
+
+def test_a_trace_holds_the_numbers_that_compiled_code_reads():
+    norm, x, weight = draw_norm(4, "eval", torch.Generator()), torch.rand(2, 3, 5, 5), torch.rand(4, 3, 1, 1)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: kernels.relu_conv_norm(x, weight, norm), x)
+        assert distance([traced(x)], [kernels.relu_conv_norm(x, weight, norm)]) < 1e-6
 
 
 def test_read_parameters_stay_while_they_are_in_use(compiled):

@@ -26,10 +26,18 @@ PyObject* item(PyObject* dict, const py::str& name) {
 
 bool is_empty_dict(PyObject* object) { return object && PyDict_Check(object) && PyDict_Size(object) == 0; }
 
+// -1 for what is no such number.
+int64_t number(PyObject* object) {
+  if (!object || !PyLong_Check(object)) return -1;
+  const int64_t found = PyLong_AsLongLong(object);
+  if (found == -1) PyErr_Clear();
+  return found;
+}
+
 bool has_shape(const dlpack::View& view, PyObject* shape) {
   if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) != view.dimensions) return false;
   for (int32_t each = 0; each < view.dimensions; ++each)
-    if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape, each)) != view.shape[each]) return false;
+    if (number(PyTuple_GET_ITEM(shape, each)) != view.shape[each]) return false;
   return true;
 }
 
@@ -57,7 +65,7 @@ bool Reader::view(PyObject* object, dlpack::DataType dtype, dlpack::View& out) c
     if (out.strides && out.shape[each] != 1 && out.strides[each] != dense) return false;
     dense *= out.shape[each];
   }
-  return true;
+  return out.data || !dense;  // a tensor's memory may have been taken from it
 }
 
 float* Reader::row(PyObject* object, int64_t channels) const {
@@ -114,7 +122,7 @@ bool Reader::read(PyObject* module, Norms& out, bool first) const {
   PyObject *const eps = item(own, n.eps), *const momentum = item(own, n.momentum), *const features = item(own, n.features);
   if (!training || !PyBool_Check(training) || !track || !PyBool_Check(track) || !eps || !PyFloat_Check(eps)) return false;
   if (!momentum || !(momentum == Py_None || PyFloat_Check(momentum))) return false;
-  if (!features || !PyLong_Check(features) || PyLong_AsLongLong(features) != out.channels_) return false;
+  if (number(features) != out.channels_) return false;
   PyObject *const mean = item(buffers, n.mean), *const variance = item(buffers, n.variance);
   PyObject* const batches = item(buffers, n.batches);
   if (!mean || !variance || !batches || (mean == Py_None) != (variance == Py_None)) return false;
