@@ -6,14 +6,16 @@ import difflib
 from typing import Any
 
 from .darts import Darts
+from .dsara import Dsara
 from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts, Dsara)}
 
 __all__ = [
     "METHODS",
     "Batch",
     "Darts",
+    "Dsara",
     "LevelResult",
     "Method",
     "Mixing",

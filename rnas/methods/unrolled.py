@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,20 +55,40 @@ def unrolled_gradients(
         architecture: parameters to differentiate.
         optimizer: SGD with one learning rate (xi) for all.
     """
+    return unrolled_gradients_of_each(train_loss, [valid_loss], weights, architecture, optimizer, radius=radius)[0]
+
+
+def unrolled_gradients_of_each(
+    train_loss: Loss,
+    valid_losses: Sequence[Loss],
+    weights: Weights,
+    architecture: list[nn.Parameter],
+    optimizer: torch.optim.SGD,
+    *,
+    radius: float,
+) -> list[Unrolled]:
+    """`unrolled_gradients` of several validation losses behind one and the same step of the weights.
+
+    Equivalent to: [unrolled_gradients(train_loss, valid_loss, ...) for valid_loss in valid_losses], but w' is computed
+    once. For n losses that is 1 pass for w', n at w' and 2n for the differences, each along its own g_{w'} L_V.
+    """
     xi = optimizer.param_groups[0]["lr"]
     current = {name: w.detach().requires_grad_() for name, w in weights.items()}
     gradients = dict(zip(current, torch.autograd.grad(train_loss(current)[0], list(current.values()))))
     moved = {name: w.requires_grad_() for name, w in virtual_step(gradients, weights, optimizer).items()}
-    loss, logits = valid_loss(moved)
-    gradients = torch.autograd.grad(loss, architecture + list(moved.values()))
-    direct, directions = gradients[: len(architecture)], gradients[len(architecture) :]
-    length = torch.stack([direction.norm() for direction in directions]).norm()
-    step = radius / float(length.clamp_min(torch.finfo(length.dtype).tiny))
 
-    def architecture_gradient(sign: float) -> tuple[Tensor, ...]:
-        shifted = {name: w.detach() + sign * step * d for (name, w), d in zip(weights.items(), directions)}
+    def architecture_gradient(directions: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
+        shifted = {name: w.detach() + step * d for (name, w), d in zip(weights.items(), directions)}
         return torch.autograd.grad(train_loss(shifted)[0], architecture)
 
-    above, below = architecture_gradient(+1.0), architecture_gradient(-1.0)
-    result = [d - xi * (a - b) / (2 * step) for d, a, b in zip(direct, above, below)]
-    return Unrolled(result, loss.detach(), logits.detach())
+    results = []
+    for valid_loss in valid_losses:
+        loss, logits = valid_loss(moved)
+        gradients = torch.autograd.grad(loss, architecture + list(moved.values()))
+        direct, directions = gradients[: len(architecture)], gradients[len(architecture) :]
+        length = torch.stack([direction.norm() for direction in directions]).norm()
+        step = radius / float(length.clamp_min(torch.finfo(length.dtype).tiny))
+        above, below = architecture_gradient(directions, +step), architecture_gradient(directions, -step)
+        result = [d - xi * (a - b) / (2 * step) for d, a, b in zip(direct, above, below)]
+        results.append(Unrolled(result, loss.detach(), logits.detach()))
+    return results
