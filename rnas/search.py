@@ -133,10 +133,11 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
     device = choose_device(config.device)
     train, valid = data.halves(dataset.train, config.seed)
     batches = min(data.number_of_batches(half, config.batch_size, drop_last=True) for half in (train, valid))
+    epochs = config.epochs if parts.method.searches else 0
     loop = Loop(
         run,
         vars(parts),
-        epochs=config.epochs,
+        epochs=epochs,
         batches=batches,
         batch_size=config.batch_size,
         images=batches * config.batch_size,
@@ -175,6 +176,8 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
             found = parts.method.genotype().to_dict()["cells"]
             record = loop.end_epoch(entropy=entropy(parts.method.mixing()), genotype=found)
             loop.progress.note(describe(record))
+        if not epochs:
+            loop.save()
     return _finish(run, parts.method)
 
 
@@ -234,7 +237,8 @@ def _finish(run: Run, method: Method) -> SearchResult:
         pass
     try:
         files += plot.draw_cells(found, run.path / "cells")
-        files.append(plot.draw_curves(run.read_metrics(), run.path / "curves.png"))
+        if method.searches:
+            files.append(plot.draw_curves(run.read_metrics(), run.path / "curves.png"))
     except ImportError as error:  # matplotlib is missing: the search itself is complete
         print(f"no pictures: {error}")
     return SearchResult(found, run.path, (*files, run.checkpoint_path, run.metrics_path, run.config_path))

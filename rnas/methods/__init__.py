@@ -5,20 +5,28 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from .advrush import AdvRush
 from .darts import Darts
 from .dsara import Dsara
 from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
+from .pcdarts import PcDarts
+from .random import Random
+from .rnas import Rnas
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts, Dsara)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Rnas, Dsara, Darts, PcDarts, AdvRush, Random)}
 
 __all__ = [
     "METHODS",
+    "AdvRush",
     "Batch",
     "Darts",
     "Dsara",
     "LevelResult",
     "Method",
     "Mixing",
+    "PcDarts",
+    "Random",
+    "Rnas",
     "SearchStep",
     "discretise",
     "entropy",

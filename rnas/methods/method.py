@@ -72,6 +72,8 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type]
     spaces: ClassVar[tuple[str, ...]] = ()
     """Names of the spaces it can search; empty: all."""
+    searches: ClassVar[bool] = True
+    """Whether it learns. If not, the search job writes the architecture that the method starts with."""
 
     def __init__(self, options: Any, space: Space, seed: int) -> None:
         super().__init__()
