@@ -30,8 +30,9 @@ class AdvRushOptions:
     """First epoch with the curvature (of 60); before it the architecture learns from the cross entropy alone. In a
     search of no more epochs than this the curvature never counts."""
     statistics: Literal["running", "batch"] = "running"
-    """BN statistics of the curvature. running: images do not mix, and it is fast. batch: those of the cross entropy;
-    then an image's gradient also holds its influence on the others, and plain PyTorch computes it."""
+    """BN statistics of the curvature. running, as in the authors' code: images do not mix. batch: those of the cross
+    entropy; an image's gradient then holds its influence on the others too, and its second derivative is plain PyTorch,
+    8 times as slow (measured with C=8, 5 cells, 32 x 32 pixels, one thread)."""
 
     def __post_init__(self) -> None:
         at_least(0, "options", self, "gamma", "start_epoch")
