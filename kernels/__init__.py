@@ -5,6 +5,7 @@ and `rnas.kernels.backend` to say which of them serves a call and why.
 """
 
 from rnas.kernels.fused import empty_cache
+from rnas.kernels.jacobian_norm import jacobian_norm
 from rnas.kernels.mixed_op import arrange, mixed_cell, mixed_op
 from rnas.kernels.pgd_step import pgd_step, random_start
 from rnas.kernels.profile import Profile, profile
@@ -16,6 +17,7 @@ __all__ = [
     "conv_norm",
     "empty_cache",
     "factorized_reduce",
+    "jacobian_norm",
     "mixed_cell",
     "mixed_op",
     "pgd_step",

@@ -161,6 +161,7 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
                     attack=config.attack,
                     weight_optimizer=parts.weight_optimizer,
                     generator=seeding.purposes(config.seed, epoch, loop.batch, device=device),
+                    epochs=config.epochs,
                 )
                 searching = epoch >= config.warmup_epochs
                 numbers = search_step(

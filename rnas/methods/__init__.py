@@ -8,12 +8,15 @@ from typing import Any
 from .advrush import AdvRush
 from .darts import Darts
 from .dsara import Dsara
+from .dsrna import Dsrna
 from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
 from .pcdarts import PcDarts
 from .random import Random
 from .rnas import Rnas
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Rnas, Dsara, Darts, PcDarts, AdvRush, Random)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dsrna, Rnas, Dsara, Darts, PcDarts, AdvRush, Random)
+}
 
 __all__ = [
     "METHODS",
@@ -21,6 +24,7 @@ __all__ = [
     "Batch",
     "Darts",
     "Dsara",
+    "Dsrna",
     "LevelResult",
     "Method",
     "Mixing",

@@ -48,6 +48,8 @@ class SearchStep:
     weight_optimizer: torch.optim.Optimizer
     generator: Callable[[str], torch.Generator]
     """Gives the generator of a purpose; its numbers depend on seed, purpose, epoch and batch alone."""
+    epochs: int = 0
+    """Epochs of the whole search, for schedules; 0: not known."""
 
 
 @dataclass(frozen=True)
