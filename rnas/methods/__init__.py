@@ -11,11 +11,12 @@ from .dsara import Dsara
 from .dsrna import Dsrna
 from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
 from .pcdarts import PcDarts
+from .racl import Racl
 from .random import Random
 from .rnas import Rnas
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dsrna, Rnas, Dsara, Darts, PcDarts, AdvRush, Random)
+    method.name: method for method in (Dsrna, Racl, Rnas, Dsara, Darts, PcDarts, AdvRush, Random)
 }
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Method",
     "Mixing",
     "PcDarts",
+    "Racl",
     "Random",
     "Rnas",
     "SearchStep",
