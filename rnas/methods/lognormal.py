@@ -142,8 +142,7 @@ class LogNormalParameter(nn.Module):
         self.log_sigma_offset = nn.Parameter(torch.zeros_like(start))
         self.lower = nn.Parameter(start.new_zeros(start.numel(), start.numel())) if full else None
         self.log_sigma_start = math.log(sigma)
-        # in the precision of the offsets: clamp must let the gradient of one through that stands on its limit
-        self.limits = tuple(float(start.new_tensor(limit - self.log_sigma_start)) for limit in log_sigma_limits)
+        self.limits = tuple(limit - self.log_sigma_start for limit in log_sigma_limits)
 
     @property
     def mu(self) -> Tensor:
@@ -153,7 +152,10 @@ class LogNormalParameter(nn.Module):
     @property
     def sigma(self) -> Tensor:
         """Diagonal of L, in the shape of the tensor."""
-        return (self.log_sigma_start + self.log_sigma_offset.clamp(*self.limits)).exp()
+        offset = self.log_sigma_offset
+        # clamp has no gradient on its limits, where `project` puts what would leave: nothing would ever come back
+        offset = offset + (offset.clamp(*self.limits) - offset).detach()
+        return (self.log_sigma_start + offset).exp()
 
     def factor(self) -> Tensor:
         """L, (M, M)."""
@@ -176,5 +178,5 @@ class LogNormalParameter(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Put log sigma back between its limits: beyond them it would have no gradient to come back by."""
+        """Put log sigma back between its limits, so that it leaves them again as soon as its gradient turns."""
         self.log_sigma_offset.clamp_(*self.limits)
