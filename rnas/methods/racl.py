@@ -179,7 +179,7 @@ class Racl(Method):
         parameters, x = list(self.parameters()), valid.inputs.detach().requires_grad_(self.options.zeta > 0)
         with self.sampled(step.generator("sample")), torch.enable_grad():
             quantile = self.quantile(constants)
-            g = quantile - self.log_bound(float(quantile), step)
+            g = quantile - self.log_bound(quantile.item(), step)
             with attacks.frozen(supernet, statistics=self.options.statistics):
                 logits = self.logits(supernet, x)
                 losses = cross_entropy(logits, valid.y, reduction="none")
