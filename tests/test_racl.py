@@ -160,7 +160,7 @@ def test_the_gradient_is_that_of_the_augmented_lagrangian(search_config, level):
             loss = cross_entropy(logits, y)
             (grad_x,) = torch.autograd.grad(loss, images)
         lengths = len(x) * grad_x.flatten(1).norm(dim=1)
-        g = float(method.quantile(lambdas)) - bound
+        g = method.quantile(lambdas).item() - bound
         return loss.item() + 0.5 * float(lengths.mean()) + 0.7 * g + 0.15 * max(0.0, g) ** 2
 
     for parameter in (method.alpha["normal"].mu_offset, method.beta["reduction"].log_sigma_offset):
