@@ -14,6 +14,21 @@ from torch import Tensor
 TINY = 1e-30  # keeps the derivative of a square root finite where all weights of a row are zero
 
 
+def arranged(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) in the memory format in which its convolutions are fast: on a CPU 10 times in float32."""
+    if tensor.dim() != 4:
+        return tensor
+    double = tensor.dtype == torch.float64
+    return tensor.contiguous(memory_format=torch.contiguous_format if double else torch.channels_last)
+
+
+def products(rows: Tensor, values: Tensor) -> Tensor:
+    """<row, value> per margin and image: (S, N, ...), (N, ...) -> (S, N)."""
+    if values.dim() == 4:  # pixels first: as the numbers lie in memory, so that none are copied
+        rows, values = rows.permute(0, 1, 3, 4, 2), values.permute(0, 2, 3, 1)
+    return torch.einsum("snd,nd->sn", rows.flatten(2), values.flatten(1))
+
+
 @dataclass(frozen=True)
 class Ellipsoid:
     """All `center + epsilon * scale * z` with ||z||_2 <= 1: what an L2 ball becomes under scales per element."""
@@ -82,15 +97,10 @@ class Ball:
         over the box alone, in which the ball's own smallest and largest pixels count as a box.
         """
         count = self.x.shape[0]
-        rows = coefficients.unflatten(0, (-1, count)).flatten(2)
+        rows = coefficients.unflatten(0, (-1, count))
         interval = self.interval()
-        box = _product(rows, interval.center) - _product(rows.abs(), interval.radius)
+        box = products(rows, interval.center) - products(rows.abs(), interval.radius)
         if self.norm == "linf":
             return box.flatten()
-        ball = _product(rows, self.x) - self.epsilon.view(count) * torch.linalg.vector_norm(rows, dim=2)
-        return torch.maximum(box, ball).flatten()
-
-
-def _product(rows: Tensor, values: Tensor) -> Tensor:
-    """rows (S, N, D), values (N, ...) -> (S, N)."""
-    return torch.einsum("snd,nd->sn", rows, values.flatten(1))
+        length = torch.linalg.vector_norm(rows.flatten(2), dim=2)
+        return torch.maximum(box, products(rows, self.x) - self.epsilon.view(count) * length).flatten()

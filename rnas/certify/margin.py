@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack_inputs import check_choice, check_images, check_labels, check_per_image
-from .interval import Ball, Interval
+from .interval import Ball, Interval, arranged
 from .linear import Linear
 from .network import Mixture, Weights
 from .relaxation import SLOPES
@@ -41,7 +41,8 @@ def certified_margin(
     network     in eval mode, with running statistics: a Supernet, a FixedMixture of one, a derived Network, or an
                 nn.Sequential of modules that have rules (`rnas.certify.RULES`).
     mixing, edge_weights   of a Supernet: cell type -> (E, number of operations) and (E,), of any sign; else None.
-    x, y        images (N, C, H, W) inside the box, in the dtype of the network's weights, and their labels (N,).
+    x, y        images (N, C, H, W) inside the box, and their labels (N,). The bounds are computed in the dtype of x,
+                float32 or float64, whatever that of the weights.
     epsilon     radius of the ball in the units of x: a number, or (N,) with one per image.
     norm        "linf" or "l2": all x' with ||x' - x|| <= epsilon and lower <= x' <= upper; None for no bound.
     relu_slope  lower line of a ReLU of unknown sign: "adaptive", 0 or 1, or "cnn-cert", parallel to the upper line.
@@ -49,9 +50,10 @@ def certified_margin(
                 margins by either. "interval": the element-wise bounds alone, at about the cost of two forward passes.
     save_memory   compute parts of the linear pass again for the derivative rather than store them (our option).
 
-    Differentiable in mixing, edge_weights and the network's parameters, by autograd through the bounds; twice as well.
+    Differentiable in mixing, edge_weights and the network's parameters, by autograd through the bounds; once.
     With epsilon 0 the bounds are the margins. They hold in exact arithmetic: in floating point they are sound up to
-    rounding, in float32 to about 1e-6 of the logits' size, as no rounding is directed outwards.
+    rounding, as no rounding is directed outwards. Where they leave the range of the dtype the result is -inf and its
+    derivative NaN: the widths of the intervals grow by a factor with every layer. float64 reaches further.
 
     Raises ValueError for a network in training mode or with batch norms without running statistics (before any work),
     modules without a rule, weights of a wrong shape, and, as `rnas.attacks.pgd`, images, labels and epsilon.
@@ -72,9 +74,7 @@ def make_ball(
     check_images(x, -math.inf if lower is None else lower, math.inf if upper is None else upper)
     check_labels(y, x.shape[0])
     epsilon = torch.as_tensor(check_per_image("epsilon", epsilon, x), dtype=x.dtype, device=x.device)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return Ball(x, epsilon.expand(x.shape[0]).view(-1, *[1] * (x.dim() - 1)), norm, lower, upper)
+    return Ball(arranged(x), epsilon.expand(x.shape[0]).view(-1, *[1] * (x.dim() - 1)), norm, lower, upper)
 
 
 def margins(problem: Mixture, ball: Ball, y: Tensor, method: str, save_memory: bool = False) -> Tensor:
@@ -85,6 +85,7 @@ def margins(problem: Mixture, ball: Ball, y: Tensor, method: str, save_memory: b
     if last is None:
         identity = torch.eye(features.bounds.shape[0], dtype=ball.x.dtype, device=ball.x.device)
         last = Linear(identity)
+    last = last.cast(ball.x.dtype)
     classes = last.weight.shape[0]
     if count and int(y.max()) >= classes:
         raise ValueError(f"labels must be below the number of logits, {classes}, got {int(y.max())}")
@@ -95,10 +96,12 @@ def margins(problem: Mixture, ball: Ball, y: Tensor, method: str, save_memory: b
     shift = 0 if last.constant is None else last.constant[y] - last.constant[others]
 
     bound = _least(rows, features.bounds) + shift
+    known = torch.isfinite(bound)  # else the bounds of some layer have left the range of the floating point numbers
     if method == "crown-ibp":
         coefficients, constant = tape.back(rows.flatten(0, 1), features, source)
-        linear = ball.minimum(coefficients) + constant
-        bound = torch.maximum(bound, linear.view(-1, count) + shift)
+        linear = (ball.minimum(coefficients) + constant).view(-1, count) + shift
+        bound = torch.where(torch.isfinite(linear), torch.maximum(bound, linear), bound)
+    bound = torch.where(known, bound, -math.inf)
     result = bound.new_full((count, classes), math.inf)
     return result.scatter(1, others.T, bound.T)
 

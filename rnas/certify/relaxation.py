@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .interval import Interval
+from .interval import Interval, arranged, products
 
 SLOPES = ("adaptive", "cnn-cert")
-
-
-def _constants(coefficients: Tensor, values: Tensor) -> Tensor:
-    """<coefficients, values> per margin and image: (S, N, ...), (N, ...) -> (S * N,)."""
-    return torch.einsum("snd,nd->sn", coefficients.flatten(2), values.flatten(1)).flatten()
 
 
 @dataclass(frozen=True)
@@ -43,12 +38,41 @@ class ReLU:
         width = torch.where(crossing, upper - lower, torch.ones_like(upper))  # no 0 / 0, in derivatives either
         active = (lower >= 0).to(a.dtype)
         above = torch.where(crossing, upper / width, active)
-        intercept = torch.where(crossing, -lower * upper / width, torch.zeros_like(lower))
+        intercept = torch.where(crossing, -lower * above, torch.zeros_like(lower))
         below = above if self.slope == "cnn-cert" else torch.where(crossing, (upper >= -lower).to(a.dtype), active)
-        rows = a.unflatten(0, (-1, lower.shape[0]))
+        rows, constant = _Lines.apply(a.unflatten(0, (-1, lower.shape[0])), below, above, intercept)
+        return rows.flatten(0, 1), constant.flatten()
+
+
+class _Lines(torch.autograd.Function):
+    """Positive coefficients times the lower line's slope, negative ones times the upper's, and the latter's constant.
+
+    Written out because autograd would store three tensors of the size of `rows` where one will do; most of what the
+    derivative of a linear pass stores is this.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, below: Tensor, above: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
+        """rows (S, N, ...); below, above, intercept (N, ...) -> (S, N, ...), (S, N)."""
+        ctx.save_for_backward(rows, below, above, intercept)
         negative = rows.clamp(max=0)
-        result = rows * below if self.slope == "cnn-cert" else rows * below + negative * (above - below)
-        return result.flatten(0, 1), _constants(negative, intercept)
+        return rows * below + negative * (above - below), products(negative, intercept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_rows: Tensor, grad_constant: Tensor):
+        rows, below, above, intercept = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * 4
+        if ctx.needs_input_grad[0]:
+            outer = grad_constant.view(*grad_constant.shape, *[1] * (rows.dim() - 2))
+            grads[0] = torch.where(rows < 0, torch.addcmul(grad_rows * above, outer, intercept), grad_rows * below)
+        if any(ctx.needs_input_grad[1:]):
+            negative = rows.clamp(max=0)
+            through = grad_rows * negative
+            grads[1] = (grad_rows * rows - through).sum(dim=0)
+            grads[2] = through.sum(dim=0)
+            grads[3] = torch.einsum("sn,sn...->n...", grad_constant, negative)
+        return tuple(grads)
 
 
 @dataclass(frozen=True)
@@ -77,11 +101,11 @@ class MaxPool:
         certain = self._others(bounds.upper, winner) <= lowest
         rows = a.unflatten(0, (-1, count))
         negative = torch.where(certain, torch.zeros_like(rows), rows.clamp(max=0))
-        routed = (rows - negative).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        winner = winner.expand(rows.shape).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        like = routed.new_empty((a.shape[0], channels, height, width)).contiguous(memory_format=torch.channels_last)
+        routed = arranged((rows - negative).flatten(0, 1))
+        winner = winner.expand(rows.shape).flatten(0, 1)
+        like = arranged(routed.new_empty((a.shape[0], channels, height, width)))
         result = torch.ops.aten.max_pool2d_with_indices_backward(routed, like, *options, winner)
-        return result, _constants(negative, highest)
+        return result, products(negative, highest).flatten()
 
     @torch.no_grad()
     def _others(self, upper: Tensor, winner: Tensor) -> Tensor:

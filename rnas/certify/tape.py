@@ -67,6 +67,8 @@ class Tape:
 
     def apply(self, step: Step, value: Value) -> Value:
         """One layer. A layer without parameters is computed once per value that it is applied to."""
+        if isinstance(step, LinearMap):
+            step = step.cast(value.bounds.lower.dtype)
         key = (value.index, step) if not any(isinstance(v, Tensor) for v in vars(step).values()) else None
         if key in self._shared:
             return self._shared[key]
@@ -89,6 +91,7 @@ class Tape:
     def combine(self, terms: Sequence[tuple[LinearMap, Value]]) -> Value:
         """The sum of linear maps of several values, all of one shape."""
         terms = [(each, value) for each, value in terms if not isinstance(each, Zero)] or list(terms[:1])
+        terms = [(each.cast(value.bounds.lower.dtype), value) for each, value in terms]
         dense = [(each, value) for each, value in terms if isinstance(each, Conv) and each.pointwise]
         others = [(each, value) for each, value in terms if not (isinstance(each, Conv) and each.pointwise)]
         center, radius = 0, 0
