@@ -12,14 +12,14 @@ from torch import nn
 
 from rnas import attacks
 from rnas.certify import certified_epsilon, certified_margin, layers, linear, relaxation
-from rnas.genotype import PUBLISHED
+from rnas.genotype import published
 from rnas.network import Network
 from rnas.seeding import generator
 from rnas.spaces import DARTS
 from rnas.supernet import FixedMixture, Supernet
 
 ROUNDING = 1e-9  # relative, in float64
-NETWORKS = 40
+NETWORKS = 24
 
 
 @pytest.mark.parametrize("chunk", range(4))
@@ -28,7 +28,7 @@ def test_sound_against_attacks(chunk):
     nearest = 0.0
     for seed in range(chunk, NETWORKS, 4):
         problem = draw(seed)
-        bound, reached = problem.bound().detach(), smallest_margin(problem, seed, steps=20, restarts=1)
+        bound, reached = problem.bound().detach(), smallest_margin(problem, seed, steps=10, restarts=1)
         assert excess(bound, reached) < ROUNDING, f"seed {seed}"
         others, clean = torch.isfinite(reached), problem.margin(problem.x).detach()
         nearest = max(nearest, float((clean - reached)[others].max() / (clean - bound)[others].max()))
@@ -37,29 +37,29 @@ def test_sound_against_attacks(chunk):
 
 
 def test_sound_against_a_stronger_attack():
-    for seed in range(1000, 1003):
+    for seed in range(1000, 1001):
         problem = draw(seed)
         assert excess(problem.bound().detach(), smallest_margin(problem, seed, steps=100, restarts=2)) < ROUNDING
 
 
 @pytest.mark.parametrize("partial", [2, 4])
 def test_sound_with_partial_channels(partial):
-    for seed in range(3):
+    for seed in range(2):
         problem = draw(seed, partial=partial)
-        assert excess(problem.bound().detach(), smallest_margin(problem, seed, steps=20, restarts=1)) < ROUNDING
+        assert excess(problem.bound().detach(), smallest_margin(problem, seed, steps=10, restarts=1)) < ROUNDING
         torch.testing.assert_close(problem.bound(epsilon=0.0), problem.margin(problem.x))
 
 
 def test_negative_weights_are_sound():
     """Mixing weights of both signs: the magnitudes, not the signs, multiply the radii."""
-    for seed in range(4):
+    for seed in range(2):
         problem = draw(seed)
         problem.mixing = {name: -weights if seed % 2 else weights - 0.2 for name, weights in problem.mixing.items()}
-        assert excess(problem.bound().detach(), smallest_margin(problem, seed, steps=20, restarts=1)) < ROUNDING
+        assert excess(problem.bound().detach(), smallest_margin(problem, seed, steps=10, restarts=1)) < ROUNDING
 
 
 def test_exact_without_a_ball():
-    for seed in range(10):
+    for seed in range(5):
         problem = draw(seed)
         torch.testing.assert_close(problem.bound(epsilon=0.0), problem.margin(problem.x))
         torch.testing.assert_close(problem.bound(epsilon=0.0, method="interval"), problem.margin(problem.x))
@@ -99,7 +99,7 @@ def test_derived_network():
     """A published genotype: exact without a ball, sound in one; FixedMixture gives what its supernet does."""
     torch.manual_seed(0)
     rng = generator(0)
-    network = Network(PUBLISHED["RACL"], channels=2, layers=3, num_classes=3, auxiliary=True).double()
+    network = Network(published()["RACL"], channels=2, layers=3, num_classes=3, auxiliary=True).double()
     x, y = torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 2])
     give_statistics(network, x, network, rng, 4.0)
     torch.testing.assert_close(certified_margin(network, None, x, y, 0.0), margin(network(x), y))
@@ -109,7 +109,8 @@ def test_derived_network():
         assert excess(bound.detach(), margin(network(x_adv), y).detach()) < ROUNDING
     problem = draw(0, edge_weights=None)
     model = FixedMixture(problem.supernet, problem.mixing)
-    assert torch.equal(certified_margin(model, None, problem.x, problem.y, 1e-3), problem.bound(epsilon=1e-3, norm="linf", relu_slope="adaptive"))
+    expected = problem.bound(epsilon=1e-3, norm="linf", relu_slope="adaptive")
+    assert torch.equal(certified_margin(model, None, problem.x, problem.y, 1e-3), expected)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 5])
@@ -117,7 +118,6 @@ def test_gradients_are_finite_differences(seed):
     """To mixing, edge weights, and parameters, in random directions; the same with memory saved."""
     problem = draw(seed, epsilon=1e-3)
     rng = generator(seed, "directions")
-    draw(seed, epsilon=1e-3)
     mixing = {name: weights.requires_grad_() for name, weights in problem.mixing.items()}
     shape = len(problem.supernet.space.edges)
     problem.edge_weights = {name: torch.rand(shape, generator=rng).double().requires_grad_() for name in mixing}
@@ -134,8 +134,9 @@ def test_gradients_are_finite_differences(seed):
         torch.testing.assert_close(one, two)
     # Where the weights need no derivative the convolutions take another path.
     problem.supernet.requires_grad_(False)
-    alone = torch.autograd.grad(value(), groups[0])
-    torch.testing.assert_close(alone, gradients[: len(alone)])
+    alone = torch.autograd.grad(value(), groups[0], materialize_grads=True)
+    for one, two in zip(alone, gradients):
+        torch.testing.assert_close(one, two)
     for group in groups:
         start = sum(len(each) for each in groups[: groups.index(group)]) if group is not groups[0] else 0
         directions = [torch.randn(each.shape, generator=rng).double() * each.detach().abs() for each in group]
@@ -160,8 +161,8 @@ def test_bisection():
         return certified_epsilon(problem.supernet, problem.mixing, problem.x, y, **(options | more))
 
     right, wrong = logits.argmax(dim=1), logits.argmin(dim=1)
-    largest = 1.0
-    found = search(right, largest=largest, steps=30)
+    largest = 1e-3
+    found = search(right, largest=largest, steps=16)
     assert (found > 0).all() and (found < largest).all()
     assert (search(wrong, largest=largest, steps=3) == 0).all()
 
@@ -170,21 +171,25 @@ def test_bisection():
         return (bound > 0).all(dim=1)
 
     assert certified(found).all()
-    assert not certified(found + largest * 2.0**-30).any()
+    assert not certified(found + largest * 2.0**-16).any()
     assert torch.equal(search(right, largest=float(found.min()) / 2), torch.full_like(found, float(found.min()) / 2))
-    coarse = search(right, largest=largest, steps=10)
-    assert (coarse <= found).all() and (found - coarse <= largest * 2.0**-10).all()
-    assert (search(right, largest=largest, steps=30, method="interval") <= found).all()
+    coarse = search(right, largest=largest, steps=8)
+    assert (coarse <= found).all() and (found - coarse <= largest * 2.0**-8).all()
+    assert (search(right, largest=largest, steps=16, method="interval") <= found).all()
     with pytest.raises(ValueError, match="steps"):
         search(right, largest=0.1, steps=0)
 
 
 def test_float32_violations_are_rounding():
     """The bounds of float32 images and weights exceed those of float64 by rounding alone."""
-    for seed in range(10):
+    for seed in range(4):
         problem = draw(seed)
         double = problem.bound().detach()
-        problem.supernet, problem.x, problem.epsilon = problem.supernet.float(), problem.x.float(), problem.epsilon.float()
+        problem.supernet, problem.x, problem.epsilon = (
+            problem.supernet.float(),
+            problem.x.float(),
+            problem.epsilon.float(),
+        )
         problem.mixing = {name: weights.float() for name, weights in problem.mixing.items()}
         single = problem.bound().detach().double()
         others = torch.isfinite(double)
@@ -197,6 +202,7 @@ def test_out_of_range_is_minus_infinity():
     network = problem.supernet.float()
     with torch.no_grad():
         network.stem[0].weight.mul_(1e38)
+        network.classifier.weight.mul_(1e6)
     x, mixing = problem.x.float(), {name: weights.float() for name, weights in problem.mixing.items()}
     bound = certified_margin(network, mixing, x, problem.y, 0.1)
     assert (bound.gather(1, problem.y[:, None]) == math.inf).all()

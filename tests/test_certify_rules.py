@@ -204,7 +204,9 @@ PLANTED = {
     ),
     "radius without magnitudes": (
         "conv",
-        lambda patch: patch.setattr(linear.Conv, "__post_init__", lambda s: object.__setattr__(s, "magnitude", s.weight)),
+        lambda patch: patch.setattr(
+            linear.Conv, "__post_init__", lambda s: object.__setattr__(s, "magnitude", s.weight)
+        ),
     ),
     "odd pixels first": ("reduce", shift_factorized_reduce),
 }

@@ -193,9 +193,7 @@ class Conv(_Dense):
         """This convolution, then a scale and a shift per channel, (K,) each, as one."""
         constant = shift if self.constant is None else shift + scale * self.constant
         column = scale.view(-1, 1, 1, 1)
-        return replace(
-            self, weight=self.weight * column, constant=constant, magnitude=self.magnitude * column.abs()
-        )
+        return replace(self, weight=self.weight * column, constant=constant, magnitude=self.magnitude * column.abs())
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ class Mixture:
     """
 
     def __init__(self, network: nn.Module, mixing: Weights | None, edge_weights: Weights | None, slope: str) -> None:
-        check_evaluation(network)
-        if isinstance(network, FixedMixture):
+        if isinstance(network, FixedMixture):  # whose own flag says nothing
             if mixing is not None or edge_weights is not None:
                 raise ValueError("a FixedMixture has its own mixing and edge weights: give None, or its supernet")
             network, mixing, edge_weights = network.supernet, network.mixing, network.edge_weights
+        check_evaluation(network)
         self.network, self.mixing, self.edge_weights, self.slope = network, mixing, edge_weights, slope
         if isinstance(network, Supernet):
             space = network.space

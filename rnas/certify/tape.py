@@ -157,9 +157,7 @@ class Tape:
         return waiting[source.index], constant
 
 
-def _back(
-    records: list[_Record], waiting: dict[int, Tensor], constant: Tensor
-) -> tuple[dict[int, Tensor], Tensor]:
+def _back(records: list[_Record], waiting: dict[int, Tensor], constant: Tensor) -> tuple[dict[int, Tensor], Tensor]:
     waiting = dict(waiting)
     for record in reversed(records):
         a = waiting.pop(record.output, None)
