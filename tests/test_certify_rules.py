@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rnas import operations
-from rnas.certify import interval, layers, linear, relaxation, tape
+from rnas.certify import fixed, interval, layers, linear, relaxation, tape
 from rnas.seeding import generator
 
 ROUNDING = 1e-10
@@ -190,7 +190,7 @@ PLANTED = {
     "divisor of padding": (
         "avg pool",
         lambda patch: patch.setattr(
-            linear.AvgPool, "_options", property(lambda s: (s.kernel, s.stride, s.padding, False, True, None))
+            fixed.AvgPool, "_options", property(lambda s: (s.kernel, s.stride, s.padding, False, True, None))
         ),
     ),
     "relu bounds swapped": ("relu", swap_relu_bounds),

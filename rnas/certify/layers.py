@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import network, operations
-from .linear import AvgPool, Conv, Flatten, GlobalAverage, Linear, Scale, Zero
+from .fixed import AvgPool, Flatten, GlobalAverage, Zero
+from .linear import Conv, Linear, Scale
 from .relaxation import MaxPool, ReLU
 from .tape import Step
 
@@ -146,7 +147,7 @@ def _zero(module: operations.Zero, slope: str) -> list[Step]:
 
 @_rule(operations.FactorizedReduce)
 def _factorized_reduce(module: operations.FactorizedReduce, slope: str) -> list[Step]:
-    """Both of its convolutions are one with a 2x2 kernel: the even pixels at its top left, the odd at its bottom right."""
+    """One convolution with a 2x2 kernel: top left that of the even pixels, bottom right that of the odd."""
     even = module.conv_1.weight
     weight = nn.functional.pad(even, (0, 1, 0, 1))
     if module.conv_2 is not None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..network import Network
 from ..spaces import NUM_INPUTS
 from ..supernet import FixedMixture, MixedCell, MixedOperation, Supernet
+from .fixed import GlobalAverage
 from .layers import check_evaluation, split_last, steps_of
-from .linear import GlobalAverage, Linear, LinearMap, Scale
+from .linear import Linear, LinearMap, Scale
 from .relaxation import MaxPool
 from .tape import Tape, Value
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .fixed import Zero
 from .interval import Interval
-from .linear import Conv, LinearMap, Zero, channel_sums, per_channel
+from .linear import Conv, LinearMap, channel_sums, per_channel
 from .relaxation import MaxPool, ReLU
 
 Step = LinearMap | ReLU | MaxPool
