@@ -1,4 +1,4 @@
-# make demo     search, train and evaluate a robust architecture on real images (about 6 minutes on two cores)
+# make demo     search, train and evaluate a robust architecture on real images (about 5 minutes on two cores)
 # make test     everything that continuous integration runs
 # make bench    time the supernet of this machine into benchmarks/results/, and render the README's table
 # make gpu      on a machine with a GPU: build, GPU tests, GPU benchmarks
