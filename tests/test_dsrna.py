@@ -29,7 +29,7 @@ from rnas.spaces import DARTS
 from rnas.supernet import Supernet
 
 SPACE = replace(DARTS, nodes=2)
-NAMES = ("variant", "norm", "estimator", "statistics", "order", "adversarial")
+NAMES = ("variant", "norm", "estimator", "statistics", "scale", "order", "adversarial")
 
 
 class Certificate:
@@ -102,7 +102,14 @@ def jacobian_measure(net, method, batch: Batch, q: int) -> float:
     return -float(torch.stack([each.flatten(1).norm(q, dim=1).mean() for each in found]).mean())
 
 
-def certified_measure(net, method, batch: Batch, epsilon: float, images: int, clip: float) -> float:
+SCALES = {
+    "log": lambda bound: math.copysign(math.log(1 + abs(bound)), bound),
+    "clip": lambda bound: min(max(bound, -10), 10),
+    "none": lambda bound: bound,
+}
+
+
+def certified_measure(net, method, batch: Batch, epsilon: float, images: int, scale: str = "log") -> float:
     """R_cb by definition, with the stand-in's margins, image by image."""
     bounds = []
     with attacks.frozen(net), torch.no_grad():
@@ -110,7 +117,7 @@ def certified_measure(net, method, batch: Batch, epsilon: float, images: int, cl
     for row, y in zip(logits.tolist(), batch.y.tolist()):
         slope = 1 + sum(value**2 for value in row) / len(row)
         margins = [row[y] - value - epsilon * slope for k, value in enumerate(row) if k != y]
-        bounds.append(min(max(-math.log(sum(math.exp(-m) for m in margins)), -clip), clip))
+        bounds.append(SCALES[scale](-math.log(sum(math.exp(-m) for m in margins))))
     return sum(bounds) / len(bounds)
 
 
@@ -151,23 +158,34 @@ def test_the_jacobian_measure_is_that_of_the_dual_norm(level, norm, q):
     assert part.item() == pytest.approx(jacobian_measure(net, method, Batch(valid.x[:2], valid.y[:2]), q), rel=1e-10)
 
 
-def test_the_certified_measure_is_the_soft_minimum_of_the_margins(level, certificate):
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_certified_measure_is_the_soft_minimum_of_the_margins(level, certificate, scale):
     net, _, _, valid = level
-    method = make(variant="certified", certified_images=4, epsilon=0.5)
+    method = make(variant="certified", certified_images=4, epsilon=0.5, scale=scale)
     value, numbers = method.robustness(net, valid, make_step())
-    expected = certified_measure(net, method, valid, 0.5, 4, 10.0)
+    expected = certified_measure(net, method, valid, 0.5, 4, scale)
     assert value.item() == pytest.approx(expected, rel=1e-10)
-    assert numbers == {"certified": value.item(), "epsilon": 0.5, "clipped": 0.0}
+    assert numbers == {"certified": value.item(), "epsilon": 0.5} | ({"clipped": 0.0} if scale == "clip" else {})
     assert certificate.calls[-1] == {"images": 4, "epsilon": 0.5, "norm": "linf", "edge_weights": None}
 
 
 def test_a_bound_that_says_nothing_is_clipped_and_without_gradient(level, certificate):
     net, _, _, valid = level
-    method = make(variant="certified", epsilon=1e3, clip=3.0)
+    method = make(variant="certified", epsilon=1e3, scale="clip", clip=3.0)
     value, numbers = method.robustness(net, valid, make_step())
     assert value.item() == -3 and numbers["clipped"] == 1
     assert all(not gradient.any() for gradient in torch.autograd.grad(value, list(method.parameters())))
-    assert make(variant="certified", epsilon=1e3, clip=0.0).robustness(net, valid, make_step())[0] < -1e3
+    assert make(variant="certified", epsilon=1e3, scale="none").robustness(net, valid, make_step())[0] < -1e3
+
+
+def test_a_loose_bound_still_has_a_gradient_on_the_logarithmic_scale(level, certificate):
+    net, _, _, valid = level
+    method = make(variant="certified", epsilon=1e30)
+    value, _ = method.robustness(net, valid, make_step())
+    assert -80 < value.item() < -60
+    gradients = torch.autograd.grad(value, list(method.parameters()))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-6
 
 
 def test_combined_is_the_sum(level, certificate):
@@ -222,7 +240,7 @@ def test_the_first_order_gradient_is_that_of_the_objective(level, certificate, v
             loss = cross_entropy(net(valid.x, method.mixing()), valid.y).item()
         robustness = jacobian_measure(net, method, valid, 1 if norm == "linf" else 2)
         if variant == "combined":
-            robustness += certified_measure(net, method, valid, 0.5, 16, 10.0)
+            robustness += certified_measure(net, method, valid, 0.5, 16)
         return loss - 0.3 * robustness
 
     assert result.loss == pytest.approx(objective(), rel=1e-10)
@@ -257,7 +275,7 @@ def test_the_second_order_gradient_is_that_of_the_unrolled_objective(level, cert
             if variant == "jacobian":
                 robustness = jacobian_measure(net, method, valid, 2)
             else:
-                robustness = certified_measure(net, method, valid, 0.5, 16, 10.0)
+                robustness = certified_measure(net, method, valid, 0.5, 16)
             for name, p in net.named_parameters():
                 p.copy_(kept[name])
         return loss - gamma * robustness
@@ -352,7 +370,7 @@ def test_r_joins_the_loss_of_the_weights_from_its_epoch_on(level, certificate, v
     def robustness() -> float:
         if variant == "jacobian":
             return jacobian_measure(net, method, train, 2)
-        return certified_measure(net, method, train, 0.5, 16, 10.0)
+        return certified_measure(net, method, train, 0.5, 16)
 
     assert late.item() == pytest.approx(loss.item() - 0.5 * robustness(), rel=1e-10)
     of_r, directions = slope(parameters, robustness, h=1e-7)

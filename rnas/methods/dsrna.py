@@ -55,8 +55,12 @@ class DsrnaOptions:
     """Share of the epochs over which that radius rises linearly from 0 (our default, the paper does not say)."""
     certified_images: int = 16
     """Images of a batch that the certificate sees; 0 takes all (our default, the paper does not say)."""
+    scale: Literal["log", "clip", "none"] = "log"
+    """What an image's certified R counts as. log: sign(R) ln(1 + |R|), so that alpha feels by which factor a bound gets
+    tighter, however loose it is: those of a whole supernet lie tens of decades below zero. clip: R within [-clip, clip],
+    its gradient zero outside. none: R. All ours."""
     clip: float = 10.0
-    """An image's certified R is clipped to [-clip, clip], its gradient zero outside; 0 is off (our default)."""
+    """Largest |R| with scale "clip" (our default, the paper does not say)."""
     order: Literal[1, 2] = 1
     """1: the architecture's gradient at the current weights (xi = 0). 2: through one unrolled step of the weights."""
     radius: float = 0.01
@@ -78,6 +82,7 @@ class DsrnaOptions:
             ("norm", (None, "linf", "l2")),
             ("estimator", ("exact", "sampled", "projection", "top")),
             ("statistics", ("running", "batch")),
+            ("scale", ("log", "clip", "none")),
             ("order", (1, 2)),
             ("adversarial", ("both", "weights", "architecture", "none")),
         ):
@@ -233,7 +238,10 @@ class Dsrna(Method):
         return value, {"jacobian": value.item()}
 
     def certified(self, supernet: Supernet, batch: Batch, step: SearchStep, level: Level) -> tuple[Tensor, dict]:
-        """R_cb at this epoch's radius: the soft minimum of the certified margins, clipped per image."""
+        """R_cb at this epoch's radius: the soft minimum of the certified margins of an image, on its scale.
+
+        In float64, as the intervals of a whole supernet grow beyond the range of float32.
+        """
         from ..certify import certified_margin
 
         mixing, edge_weights = self.mixing(), self.edge_weights()
@@ -245,7 +253,7 @@ class Dsrna(Method):
         margins = certified_margin(
             supernet,
             mixing,
-            batch.x[chosen],
+            batch.x[chosen].double(),
             batch.y[chosen],
             epsilon,
             norm=self.threat(step),
@@ -253,7 +261,9 @@ class Dsrna(Method):
         )
         bounds = -torch.logsumexp(-margins, dim=1)  # the margin of the true label is +inf and drops out
         numbers = {"epsilon": epsilon}
-        if self.options.clip:
+        if self.options.scale == "log":
+            bounds = bounds.sign() * bounds.abs().log1p()
+        elif self.options.scale == "clip":
             numbers["clipped"] = float((bounds.abs() > self.options.clip).float().mean())
             bounds = bounds.clamp(-self.options.clip, self.options.clip)
         value = bounds.mean()
