@@ -163,7 +163,8 @@ def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn
     that time: take no state_dict inside. Layers without running statistics use those of the batch in both cases.
 
     Flags are set on the submodules one by one, as `train()` and `eval()` would lose mixed flags and may be overridden.
-    A model that is not an nn.Module is passed through. May be nested.
+    A model that is not an nn.Module is passed through. May be nested, but inside "batch" there are no running
+    statistics that "running" could use.
     Raises ValueError for other values of statistics.
     """
     check_choice("statistics", statistics, ("running", "batch"))

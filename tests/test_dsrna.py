@@ -42,7 +42,7 @@ class Certificate:
         assert not any(module.training for module in supernet.modules()), "bounds need fixed statistics"
         assert all(norm.running_mean is not None for norm in supernet.modules() if hasattr(norm, "running_mean"))
         self.calls.append({"images": len(x), "epsilon": epsilon, "norm": norm, "edge_weights": edge_weights})
-        logits = supernet(x, mixing, edge_weights)
+        logits = supernet(x.to(supernet.classifier.weight.dtype), mixing, edge_weights)
         own = y[:, None]
         slope = 1 + logits.square().mean(dim=1, keepdim=True)
         return (logits.gather(1, own) - logits - epsilon * slope).scatter(1, own, math.inf)

@@ -70,7 +70,8 @@ def test_the_measure_and_its_gradient_are_those_of_the_certified_margins(level):
 
     def objective() -> float:
         with attacks.frozen(net, statistics="batch"), torch.no_grad():
-            return cross_entropy(net(valid.x, method.mixing()), valid.y).item() - 0.5 * measure(net, method, valid)
+            loss = cross_entropy(net(valid.x, method.mixing()), valid.y).item()
+        return loss - 0.5 * measure(net, method, valid)
 
     assert result.loss == pytest.approx(objective(), rel=1e-9)
     assert result.numbers["certified"] == pytest.approx(measure(net, method, valid), rel=1e-9)

@@ -57,8 +57,8 @@ class DsrnaOptions:
     """Images of a batch that the certificate sees; 0 takes all (our default, the paper does not say)."""
     scale: Literal["log", "clip", "none"] = "log"
     """What an image's certified R counts as. log: sign(R) ln(1 + |R|), so that alpha feels by which factor a bound gets
-    tighter, however loose it is: those of a whole supernet lie tens of decades below zero. clip: R within [-clip, clip],
-    its gradient zero outside. none: R. All ours."""
+    tighter, however loose it is: those of a whole supernet lie tens of decades below zero. clip: R within
+    [-clip, clip], its gradient zero outside. none: R. All ours."""
     clip: float = 10.0
     """Largest |R| with scale "clip" (our default, the paper does not say)."""
     order: Literal[1, 2] = 1
