@@ -42,6 +42,7 @@ computed a second time does not count. Kernels: bytes that must move, and their 
 place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, which cost a CPU page faults; the others
 work in place."""
 EDGES = "mixed_edge_"
+METHODS = "architecture_step"
 KINDS = {  # of work, in a profile
     "tiles": "ReLU, into tiles",
     "depthwise": "depthwise",
@@ -141,11 +142,13 @@ def device_section(result: dict) -> str:
         head += " The run did not finish: some rows are missing."
     rows = result["rows"]
     edges = [row for row in rows if row["job"].startswith(EDGES)]
-    networks = [row for row in rows if row["bytes_moved"] is None and row not in edges]
+    methods = [row for row in rows if row["job"] == METHODS]
+    networks = [row for row in rows if row["bytes_moved"] is None and row not in [*edges, *methods]]
     kernels = [row for row in rows if row["bytes_moved"] is not None]
     tables = [supernet_table(networks, flops)] if networks else []
     tables += profile_table(networks, flops, result["threads"])
     tables += [edge_table(edges, flops)] if edges else []
+    tables += [method_table(methods)] if methods else []
     tables += [kernel_table(kernels, stream)] if kernels else []
     return "\n\n".join([head, *tables, *remarks(rows)])
 
@@ -239,6 +242,22 @@ def edge_table(rows: list[dict], peak: float) -> str:
         f"One mixed edge of the eight DARTS candidates by itself, batch {batch}: time of rnas, how many times as fast "
         "as channels_last, share of the arithmetic ceiling. *Training*: all gradients on batch statistics; *attack*: "
         "the gradient to the images on fixed ones."
+    )
+    return f"{note}\n\n{markdown(table)}"
+
+
+def method_table(rows: list[dict]) -> str:
+    """One line per method: the time of a step of the architecture, and how many times that of plain DARTS."""
+    plain = rows[0]["seconds_best"]
+    table = [["method", "one step of the architecture", "against plain DARTS", "peak memory"]]
+    for row in rows:
+        best = row["seconds_best"]
+        times = [duration(best), f"{best / plain:.2g}x" if plain else "-"] if best else [row["status"], "-"]
+        table.append([row["provider"], *times, size(row["peak_bytes"])])
+    note = (
+        f"One step of the architecture by every method, on the same supernet and a batch of {rows[0]['batch']}: making "
+        "the examples of D_V, where the method has any, and the gradient. DSARA searches its own space; PC-DARTS mixes "
+        "a quarter of the channels."
     )
     return f"{note}\n\n{markdown(table)}"
 

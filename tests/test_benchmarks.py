@@ -14,10 +14,12 @@ import torch
 
 from rnas import kernels
 from rnas.kernels.profile import KINDS
+from rnas.methods import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOBS = ("forward", "training_step", "alpha_gradient", "pgd_7", "jacobian_norm")
 PROVIDERS = ("eager", "channels_last", "compile", "rnas")
+STEP = "architecture_step"
 KERNEL_PROVIDERS = ("eager", "eager_in_place", "compile", "rnas")
 BUILT = not isinstance(kernels.backend.load("cpu"), str)
 
@@ -76,6 +78,9 @@ def test_a_run_has_every_row(results):
     edges = {(job, provider) for job, provider in found if job.startswith("mixed_edge_")}
     assert len(edges) == 2 * 5 * 3 * 3  # training and attack, widths, sizes, providers
     expected |= dict.fromkeys(edges, "measured")
+    steps = {(job, provider) for job, provider in found if job == STEP}
+    assert {provider.partition(",")[0] for _, provider in steps} == set(METHODS) - {"random"}
+    expected |= dict.fromkeys(steps, "measured")
     assert found == expected
     assert results["complete"]
 
@@ -91,7 +96,8 @@ def test_a_row_has_every_number(results):
         assert row["batch"] == 2
         assert row["error"] < 2e-2
         assert row["launches"] is None  # a GPU's
-        assert (row["flops"] is None) == (row["job"] == "jacobian_norm" or row["job"].startswith("pgd_step"))
+        no_flops = row["job"] in ("jacobian_norm", STEP) or row["job"].startswith("pgd_step")
+        assert (row["flops"] is None) == no_flops
         assert (row["bytes_moved"] is None) == (not row["job"].startswith("pgd_step"))
         if row["job"] in JOBS:
             assert (row["saved_bytes"] > 0) == (row["job"] != "forward")
@@ -496,6 +502,22 @@ def test_the_readme_shows_where_the_time_goes_at_the_largest_batch(tmp_path, res
     (tmp_path / "cpu.json").write_text(json.dumps(results | {"rows": [older]}))
     assert render("--readme", readme, "--results", tmp_path).returncode == 0, "as in older files"
     assert "| forward | 2 |" in readme.read_text() and "here the time" not in readme.read_text()
+
+
+def test_the_readme_compares_a_step_of_every_method_with_plain_darts(tmp_path, results):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{DEMO}<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n")
+    like = next(row for row in results["rows"] if row["job"] == STEP)
+    rows = [
+        like | {"provider": "darts", "seconds_best": 0.2, "peak_bytes": 2**30},
+        like | {"provider": "racl", "seconds_best": 0.5, "peak_bytes": 2**21},
+        like | {"provider": "dsara", "seconds_best": None, "peak_bytes": None, "status": "failed", "note": "why"},
+    ]
+    (tmp_path / "cpu.json").write_text(json.dumps(results | {"rows": rows}))
+    assert render("--readme", readme, "--results", tmp_path).returncode == 0
+    text = readme.read_text()
+    assert "| darts | 200 ms | 1x | 1.00 GiB |" in text and "| racl | 500 ms | 2.5x | 2 MiB |" in text
+    assert "| dsara | failed | - | - |" in text
 
 
 def test_every_kind_of_work_has_words_in_the_readme():
