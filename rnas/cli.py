@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from . import __version__
-from .config import EvaluateConfig, SearchConfig, TrainConfig
+from .config import CompareConfig, EvaluateConfig, SearchConfig, TrainConfig
 from .loop import Interrupted
 from .settings import load_toml, merge, parse_number, set_value
 
@@ -22,6 +24,7 @@ usage: rnas COMMAND [flags]        (rnas COMMAND --help explains every flag)
   search     search an architecture on a relaxed supernet, clean or under attack
   train      train the network of a genotype from scratch, adversarially or not
   evaluate   accuracy of trained networks: clean, FGSM, PGD
+  compare    several methods and seeds on one budget, with mean, spread and controls
   plot       draw the cells of a genotype as SVG and PNG
   env        versions, what was compiled, and which backend serves each operation
 
@@ -113,6 +116,20 @@ def _evaluate(arguments: list[str]) -> None:
     _list_files(result.files)
 
 
+def _compare(arguments: list[str]) -> None:
+    from . import compare, compare_plan, compare_table
+
+    base = CompareConfig()
+    config, resume = _parse("compare", CompareConfig, base, arguments, resumable=True, hidden=compare_plan.DECIDED)
+    if resume:
+        result = _resumable(lambda: compare.resume(resume, quiet=config.quiet), "compare")
+    else:
+        command = shlex.join(["rnas", "compare", *arguments])
+        result = _resumable(lambda: compare.compare(config, command=command), "compare")
+    print(compare_table.markdown(result.table, result.notes))
+    _list_files(result.files)
+
+
 def _plot(arguments: list[str]) -> None:
     from . import genotype, plot
 
@@ -151,6 +168,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "search": _search,
     "train": _train,
     "evaluate": _evaluate,
+    "compare": _compare,
     "plot": _plot,
     "env": _env,
 }
@@ -168,17 +186,31 @@ def _early(arguments: list[str], *names: str) -> argparse.Namespace:
 
 
 def _parse(
-    command: str, kind: type, base: Any, arguments: list[str], *, resumable: bool = False, positional: str = ""
+    command: str,
+    kind: type,
+    base: Any,
+    arguments: list[str],
+    *,
+    resumable: bool = False,
+    positional: str = "",
+    hidden: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[Any, str]:
-    """The configuration from, in rising precedence, defaults, --config, --set and flags; and the run to resume."""
+    """The configuration from, in rising precedence, defaults, --config, --set and flags; and the run to resume.
+
+    hidden: fields of nested configurations that get no flags.
+    """
     import tyro
 
     early = _early(arguments)
-    default = merge(base, load_toml(early.config)) if early.config else base
+    default = merge(base, _assignments(load_toml(early.config))) if early.config else base
     for assignment in early.set:
         default = set_value(default, assignment)
     extra: list[tuple[str, Any, Any]] = []
     hints = {f.name: f.type for f in dataclasses.fields(kind)}
+    for name, without in hidden.items():
+        narrow = _narrowed(getattr(default, name), without)
+        default = dataclasses.replace(default, **{name: narrow})
+        extra.append((name, type(narrow), field(default=narrow)))
     if "options" in hints:
         extra.append(("options", type(default.options), field(default=default.options)))
     if positional:
@@ -215,7 +247,36 @@ def _parse(
             raise ValueError(
                 f"--resume goes on with the configuration in {resume}/config.json; drop {', '.join(others)}"
             )
-    return kind(**{name: getattr(parsed, name) for name in names}), resume
+    values = {name: getattr(parsed, name) for name in names}
+    for name in hidden:
+        plain = type(getattr(base, name))
+        values[name] = plain(**{f.name: getattr(values[name], f.name) for f in dataclasses.fields(plain)})
+    return kind(**values), resume
+
+
+def _narrowed(config: Any, names: Sequence[str]) -> Any:
+    """`config` in a class for which tyro makes no flags for `names`."""
+    import tyro
+
+    kind = type(config)
+    without = Annotated[Any, tyro.conf.Fixed, tyro.conf.Suppress]
+    extra = [(name, without, field(default=getattr(config, name))) for name in names]
+    narrow = make_dataclass(kind.__name__, extra, bases=(kind,), frozen=True)
+    narrow.__doc__ = kind.__doc__
+    return narrow(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
+
+
+def _assignments(values: dict) -> dict:
+    """The TOML tables [overrides.METHOD] as METHOD.KEY=VALUE, the form that they have everywhere else."""
+
+    def flat(table: dict, prefix: str) -> list[str]:
+        found = []
+        for key, value in table.items():
+            found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"]
+        return found
+
+    tables = values.get("overrides")
+    return {**values, "overrides": flat(tables, "")} if isinstance(tables, dict) else values
 
 
 def _registry() -> Any:

@@ -199,6 +199,35 @@ class EvaluateConfig:
     """Print results only."""
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare search methods over several seeds: one budget, one training recipe, one evaluation protocol."""
+
+    methods: tuple[str, ...] = ()
+    """Search methods; darts and random are always among them. Empty: all there are."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One search, training and evaluation of every method for each."""
+    overrides: tuple[str, ...] = ()
+    """Settings of one method's search, METHOD.KEY=VALUE such as dsara.options.order=1. In TOML also as tables,
+    [overrides.dsara.options]. The budget (epochs, batch_size, data) is the same for all."""
+    run: str = ""
+    """Folder for everything the comparison writes. Empty: runs/compare- and the name of the data set."""
+    device: str = "auto"
+    """auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    checkpoint_seconds: float = 60.0
+    """Searches and trainings write checkpoints as in `rnas search`."""
+    quiet: bool = False
+    """Print results only."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """Of every method. A method that cannot search search.space searches the first of its own spaces."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Of every architecture that was found."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Of every trained network."""
+
+
 def resolve_attack(attack: AttackConfig, channels: int) -> AttackConfig:
     """Fill in the sizes left open: epsilon by norm and number of image channels, step size as epsilon / 4."""
     usual = {("linf", True): 0.3, ("linf", False): 8 / 255, ("l2", True): 1.5, ("l2", False): 0.5}
