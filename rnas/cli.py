@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 from . import __version__
@@ -193,7 +192,7 @@ def _parse(
     *,
     resumable: bool = False,
     positional: str = "",
-    hidden: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    hidden: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Any, str]:
     """The configuration from, in rising precedence, defaults, --config, --set and flags; and the run to resume.
 
@@ -207,7 +206,7 @@ def _parse(
         default = set_value(default, assignment)
     extra: list[tuple[str, Any, Any]] = []
     hints = {f.name: f.type for f in dataclasses.fields(kind)}
-    for name, without in hidden.items():
+    for name, without in (hidden or {}).items():
         narrow = _narrowed(getattr(default, name), without)
         default = dataclasses.replace(default, **{name: narrow})
         extra.append((name, type(narrow), field(default=narrow)))
@@ -248,7 +247,7 @@ def _parse(
                 f"--resume goes on with the configuration in {resume}/config.json; drop {', '.join(others)}"
             )
     values = {name: getattr(parsed, name) for name in names}
-    for name in hidden:
+    for name in hidden or ():
         plain = type(getattr(base, name))
         values[name] = plain(**{f.name: getattr(values[name], f.name) for f in dataclasses.fields(plain)})
     return kind(**values), resume

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .compare_plan import added_methods
+from .compare_plan import added_methods, used_overrides
 from .config import CompareConfig
 
 
@@ -39,8 +39,8 @@ def notes(
         found.append(
             f"Spaces differ, and with them the networks: {', '.join(elsewhere)}, the others {config.search.space}."
         )
-    if config.overrides:
-        found.append(f"Settings of one method alone: {', '.join(config.overrides)}.")
+    if used_overrides(config):
+        found.append(f"Settings of one method alone: {', '.join(used_overrides(config))}.")
     if added_methods(config):
         found.append(f"{added_note(config)}.")
     for machine in [each for index, each in enumerate(machines) if each not in machines[:index]]:

@@ -48,6 +48,11 @@ def all_methods(config: CompareConfig) -> tuple[str, ...]:
     return (*(config.methods or tuple(METHODS)), *added_methods(config))
 
 
+def used_overrides(config: CompareConfig) -> tuple[str, ...]:
+    """The overrides of methods in the comparison; one file may hold those of methods that a flag has left out."""
+    return tuple(each for each in config.overrides if each.partition(".")[0].strip() in all_methods(config))
+
+
 def all_cells(config: CompareConfig) -> list[Cell]:
     """Every network, in the order of work: seed by seed, so that a slower hour of the machine meets all methods."""
     return [Cell(method, seed) for seed in config.seeds for method in all_methods(config)]
@@ -114,6 +119,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
                 raise ValueError(_misplaced(part, name))
     config = dataclasses.replace(
         config,
+        methods=config.methods or tuple(METHODS),
         run=config.run or f"runs/compare-{Path(config.train.data.dataset).stem}",
         device=str(choose_device(config.device)),
         threads=config.threads or torch.get_num_threads(),
@@ -137,14 +143,15 @@ def _check_lists(config: CompareConfig) -> None:
             raise ValueError(f"{name} must differ from each other; got {', '.join(map(str, values))}")
     if not config.seeds:
         raise ValueError("no seeds given: --seeds takes at least one, and a spread needs two")
-    methods = all_methods(config)
     for override in config.overrides:
         key, equals, _ = override.partition("=")
         method, dot, name = key.strip().partition(".")
         if not (equals and dot and name):
             raise ValueError(f"overrides take METHOD.KEY=VALUE, such as dsara.options.order=1; got {override!r}")
-        if method not in methods:
-            raise ValueError(f"override {override!r}: no method {method!r} in this comparison of {', '.join(methods)}")
+        try:
+            options_for(method)
+        except ValueError as error:
+            raise ValueError(f"override {override!r}: {error}") from None
         field = name.partition(".")[0].replace("-", "_")
         if field in BUDGET:
             raise ValueError(f"override {override!r}: the budget is the same for all methods; set search.{field}")

@@ -30,6 +30,8 @@ def draw_clean_vs_robust(networks: Sequence[Mapping], clean: str, robust: str, s
             mean = [sum(values) / len(points) for values in zip(*points)]
             colour = REFERENCE_COLOURS.get(method) or next(colours)
             marker = MARKERS[m % len(MARKERS)]
+            for point in points:
+                axes.plot(*zip(mean, point), color=colour, alpha=0.3, linewidth=0.7, zorder=1)
             axes.scatter(*zip(*points), s=20, color=colour, marker=marker, alpha=0.55, linewidths=0, gid=f"{method}")
             frame = {"facecolors": colour, "edgecolors": "white", "linewidths": 0.9, "zorder": 3}
             axes.scatter(*mean, s=105, marker=marker, label=method, gid=f"{method}-mean", **frame)
@@ -37,7 +39,7 @@ def draw_clean_vs_robust(networks: Sequence[Mapping], clean: str, robust: str, s
         axes.margins(0.08)
         axes.set_xlabel(f"{clean} accuracy (%)")
         axes.set_ylabel(f"{robust.upper() if robust != 'autoattack' else 'AutoAttack'} accuracy (%)")
-        axes.set_title("small: one network each; large: mean of the seeds", loc="left")
+        axes.set_title("small: one network each; large: mean over the seeds", loc="left")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0, labelspacing=0.7)
         stem = Path(stem)
         return [save(figure, stem.with_name(stem.name + suffix)) for suffix in (".svg", ".png")]

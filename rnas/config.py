@@ -209,7 +209,7 @@ class CompareConfig:
     """One search, training and evaluation of every method for each."""
     overrides: tuple[str, ...] = ()
     """Settings of one method's search, METHOD.KEY=VALUE such as dsara.options.order=1. In TOML also as tables,
-    [overrides.dsara.options]. The budget (epochs, batch_size, data) is the same for all."""
+    [overrides.dsara.options], which flags replace. The budget (epochs, batch_size, data) is the same for all."""
     run: str = ""
     """Folder for everything the comparison writes. Empty: runs/compare- and the name of the data set."""
     device: str = "auto"

@@ -271,7 +271,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_table(whole, tmp_path, mome
 
 
 def test_the_time_of_an_interrupted_epoch_counts(config, monkeypatch):
-    """Every batch takes 0.1 s at least: 3 batches in each of 2 epochs, interrupted in both."""
+    """Every batch takes 0.1 s at least; 3 batches in each of 2 epochs, interrupted in both."""
     done = Loop.done
 
     def slow(loop, images, **numbers):
@@ -280,17 +280,18 @@ def test_the_time_of_an_interrupted_epoch_counts(config, monkeypatch):
 
     monkeypatch.setattr(Loop, "done", slow)
     config = replace(config, methods=("darts", "random"), seeds=(0,))
-    for batch, work in ((2, lambda: compare.compare(config)), (2, lambda: compare.resume(config.run, quiet=True))):
+    began = time.monotonic()
+    for work in (lambda: compare.compare(config), lambda: compare.resume(config.run, quiet=True)):
         with monkeypatch.context() as patch:
-            stop_at_batch(patch, "search", "search-darts-s0", batch, signal.SIGINT)
+            stop_at_batch(patch, "search", "search-darts-s0", 2, signal.SIGINT)
             with pytest.raises(Interrupted):
                 work()
     result = compare.resume(config.run, quiet=True)
-    recorded = Run.open(result.run / "search-darts-s0", "search").read_metrics()
-    own = sum(record["seconds"] for record in recorded)
+    elapsed = time.monotonic() - began
+    recorded = sum(record["seconds"] for record in Run.open(result.run / "search-darts-s0", "search").read_metrics())
     (found,) = [each for each in content(result.run)["networks"] if each["method"] == "darts"]
-    assert found["search_seconds"] >= 0.6 - 0.02 > own  # file times are a few milliseconds coarse
-    assert found["search_seconds"] < 0.6 + 10 * (own - 0.1 * round(own / 0.1)) + 2.0
+    # two batches of the first epoch and one of the second were done by processes that finished neither
+    assert recorded + 0.3 - 0.02 <= found["search_seconds"] <= elapsed  # file times are a few milliseconds coarse
 
 
 def test_lost_work_does_not_count(tmp_path):
@@ -323,6 +324,7 @@ def test_every_method_gets_the_budget_its_own_space_and_its_overrides(config):
     assert rnas.architecture.betas == (0.1, 0.2) and dsara.architecture.betas == (0.5, 0.999)
     for name in (*compare_plan.BUDGET, "channels", "layers", "attack", "weights"):
         assert getattr(dsara, name) == getattr(rnas, name) == getattr(config.search, name)
+    assert compare_plan.used_overrides(replace(config, methods=("rnas",))) == config.overrides[1:]
     assert dsara.seed == 1 and dsara.run == str(Path(config.run) / "search-dsara-s1")
 
 
@@ -335,7 +337,7 @@ BAD = {
     "space of the method": ({"overrides": ("rnas.space=dsara",)}, "rnas: .*no cell of type robust"),
     "space it cannot search": ({"methods": ("dsara",), "overrides": ("dsara.space=darts",)}, "searches the space dsara"),
     "override form": ({"overrides": ("rnas.options.weight",)}, "METHOD.KEY=VALUE"),
-    "override method": ({"overrides": ("racle.options.weight=1",)}, "no method 'racle' in this comparison"),
+    "override method": ({"overrides": ("racle.options.weight=1",)}, "unknown search method 'racle'"),
     "override key": ({"overrides": ("rnas.options.wieght=1",)}, "did you mean options.weight"),
     "override value": ({"overrides": ("rnas.options.weight=x",)}, "options.weight must be float"),
     "override range": ({"overrides": ("rnas.options.weight=-1",)}, "options.weight must be a finite number"),
