@@ -46,6 +46,7 @@ def session(request: pytest.FixtureRequest):
     folder = config.getoption("--results") or (None if quick or selected else RESULTS)
     session = Session(device, quick, folder, _command(config))
     yield session
+    session.head["selected"] = selected
     session.write(complete=session.number_of_rows == len(request.session.items) and not selected)
     print(f"\nwritten: {session.path}" if session.path else "\nnot written: a part of the benchmarks, and no --results")
 

@@ -138,7 +138,9 @@ def device_section(result: dict) -> str:
         f"{result['date'][:10]}; `{result['command']}`). Ceilings measured there: {flops / 1e9:,.0f} GFLOP/s, "
         f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.1f} GB/s, addition in place {stream / 1e9:,.1f} GB/s."
     )
-    if not result["complete"]:
+    if result.get("selected"):
+        head += " A part of the benchmarks."
+    elif not result["complete"]:
         head += " The run did not finish: some rows are missing."
     rows = result["rows"]
     edges = [row for row in rows if row["job"].startswith(EDGES)]
