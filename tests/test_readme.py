@@ -24,7 +24,7 @@ def test_every_flag_of_the_shell_examples_exists():
     from rnas import config
 
     known = {"--run", "--help", "--config", "--set", "--resume"}
-    for kind in (config.SearchConfig, config.TrainConfig, config.EvaluateConfig):
+    for kind in (config.SearchConfig, config.TrainConfig, config.EvaluateConfig, config.CompareConfig):
         known |= {"--" + name.replace("_", "-") for name in kind.__dataclass_fields__}
     for line in re.findall(r"^rnas .*$", README, flags=re.MULTILINE):
         for flag in re.findall(r"--[a-z-]+", line):
