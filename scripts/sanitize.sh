@@ -27,4 +27,4 @@ export RNAS_CPU_MODULE="$(echo "$folder"/build/_cpu*.so)"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -m pytest -q -p scripts.sanitized_module tests/test_mixed_op.py tests/test_relu_conv_norm.py \
-  tests/test_pgd_step.py tests/test_fused.py tests/test_profile.py -k "not compiles and not opcheck" "$@"
+  tests/test_conv_norm.py tests/test_pgd_step.py tests/test_fused.py tests/test_profile.py -k "not compiles and not opcheck" "$@"

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
+from .levels import pgd_batch
 from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
 from .unrolled import unrolled_gradients
 
@@ -24,7 +25,9 @@ class DartsOptions:
     order: Literal[1, 2] = 1
     """1: the architecture's gradient at the current weights (xi = 0). 2: through one unrolled step of the weights."""
     radius: float = 0.01
-    """Length of the weight perturbation in the second order's finite difference."""
+    """Length of the weight perturbation in the second order's finite difference. The kinks of ReLU and max pooling lie
+    within any but a tiny one: of a small network on MNIST the difference had a cosine of 0.2 to 0.3 with the derivative
+    at 0.01, the published value, and 0.5 to 0.6 at 0.1; at 1e-7 in float64 it is the derivative."""
     adversarial: Literal["both", "weights", "architecture", "none"] = "both"
     """Which level of the search sees PGD examples in place of clean images."""
 
@@ -47,8 +50,7 @@ class Darts(Method):
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
         if self.options.adversarial not in ("both", level):
             return Batch(x, y)
-        generator = step.generator(f"attack-{level}")
-        return Batch(x, y, attacks.perturb(self.classifier(supernet), x, y, step.attack, generator=generator))
+        return pgd_batch(self, supernet, x, y, step, level)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the supernet on its batch of D_T."""

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
+from .levels import pgd_batch
 from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
 from .min_norm import min_norm
 from .unrolled import Unrolled, Weights, unrolled_gradients_of_each
@@ -87,8 +88,7 @@ class Dsara(Method):
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, for both levels; the clean images stay beside them."""
-        generator = step.generator(f"attack-{level}")
-        return Batch(x, y, attacks.perturb(self.classifier(supernet), x, y, step.attack, generator=generator))
+        return pgd_batch(self, supernet, x, y, step, level)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the supernet on the PGD examples of D_T."""

@@ -17,10 +17,21 @@ from torch.nn.functional import cross_entropy
 from .. import attacks, kernels
 from ..attack_inputs import check_choice
 from ..config import at_least
-from ..seeding import generator
 from ..spaces import Space
 from ..supernet import Supernet
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .levels import pgd_batch
+from .method import (
+    Batch,
+    Level,
+    LevelResult,
+    Method,
+    Mixing,
+    SearchStep,
+    accuracy,
+    edge_softmax,
+    initial_alpha,
+    initial_beta,
+)
 from .unrolled import unrolled_gradients
 
 EPSILON = {("linf", True): 0.1, ("linf", False): 2 / 255, ("l2", True): 0.5, ("l2", False): 0.125}
@@ -117,14 +128,7 @@ class Dsrna(Method):
         super().__init__(options, space, seed)
         self.alpha = initial_alpha(space, seed)
         if options.partial > 1:
-            self.beta = nn.ParameterDict(
-                {
-                    cell_type: nn.Parameter(
-                        1e-3 * torch.randn(len(space.edges), generator=generator(seed, "beta", cell_type))
-                    )
-                    for cell_type in space.cell_types
-                }
-            )
+            self.beta = initial_beta(space, seed)
 
     @property
     def partial(self) -> int:
@@ -139,19 +143,13 @@ class Dsrna(Method):
         """With partial channels softmax(beta) over the edges into a node, (E,) per cell type; else None."""
         if self.options.partial == 1:
             return None
-        targets = [target for _, target in self.space.edges]
-        sizes = [targets.count(node) for node in sorted(set(targets))]
-        return {
-            cell_type: torch.cat([part.softmax(dim=0) for part in beta.split(sizes)])
-            for cell_type, beta in self.beta.items()
-        }
+        return edge_softmax(self.space, self.beta)
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """Clean images; with them PGD examples against the supernet as it is now, where `adversarial` says so."""
         if self.options.adversarial not in ("both", level):
             return Batch(x, y)
-        noise = step.generator(f"attack-{level}")
-        return Batch(x, y, attacks.perturb(self.classifier(supernet), x, y, step.attack, generator=noise))
+        return pgd_batch(self, supernet, x, y, step, level)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy on D_T; with `on_weights` minus weight_gamma * R. The virtual step of order 2 leaves R out."""

@@ -7,7 +7,7 @@ sees, and what each level minimises. The job in `rnas.search` owns data, optimiz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -135,6 +135,26 @@ def initial_alpha(space: Space, seed: int) -> nn.ParameterDict:
             for cell_type in space.cell_types
         }
     )
+
+
+def initial_beta(space: Space, seed: int) -> nn.ParameterDict:
+    """Edge parameters beta, (E,) per cell type, drawn from 1e-3 * N(0, 1)."""
+    count = len(space.edges)
+    return nn.ParameterDict(
+        {
+            cell_type: nn.Parameter(1e-3 * torch.randn(count, generator=generator(seed, "beta", cell_type)))
+            for cell_type in space.cell_types
+        }
+    )
+
+
+def edge_softmax(space: Space, beta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """softmax(beta) over the edges into each node, (E,) per cell type; the edges lie node by node (PC-DARTS)."""
+    targets = [target for _, target in space.edges]
+    into = [targets.count(target) for target in space.concat]
+    return {
+        cell_type: torch.cat([node.softmax(dim=0) for node in each.split(into)]) for cell_type, each in beta.items()
+    }
 
 
 def discretise(

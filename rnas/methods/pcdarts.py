@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..config import at_least
-from ..seeding import generator
 from ..spaces import Space
 from ..supernet import Supernet
 from .levels import Levels, first_order, pgd_batch
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .method import (
+    Batch,
+    Level,
+    LevelResult,
+    Method,
+    Mixing,
+    SearchStep,
+    accuracy,
+    edge_softmax,
+    initial_alpha,
+    initial_beta,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,6 @@ class PcDarts(Method):
         super().__init__(options, space, seed)
         self.alpha = initial_alpha(space, seed)
         self.beta = initial_beta(space, seed)
-        targets = [target for _, target in space.edges]
-        self._edges_into = [targets.count(target) for target in space.concat]
 
     @property
     def partial(self) -> int:
@@ -57,10 +64,7 @@ class PcDarts(Method):
 
     def edge_weights(self) -> dict[str, Tensor]:
         """softmax(beta) over the edges into each node, (E,) per cell type; the edges lie node by node."""
-        return {
-            cell_type: torch.cat([node.softmax(dim=0) for node in beta.split(self._edges_into)])
-            for cell_type, beta in self.beta.items()
-        }
+        return edge_softmax(self.space, self.beta)
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
@@ -82,14 +86,3 @@ class PcDarts(Method):
 
         loss, logits = first_order(self, supernet, objective)
         return LevelResult(loss.item(), accuracy(logits, valid.y))
-
-
-def initial_beta(space: Space, seed: int) -> nn.ParameterDict:
-    """Edge parameters beta, (E,) per cell type, drawn from 1e-3 * N(0, 1)."""
-    count = len(space.edges)
-    return nn.ParameterDict(
-        {
-            cell_type: nn.Parameter(1e-3 * torch.randn(count, generator=generator(seed, "beta", cell_type)))
-            for cell_type in space.cell_types
-        }
-    )
