@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from . import __version__
 from .config import CompareConfig, EvaluateConfig, SearchConfig, TrainConfig
@@ -258,8 +258,11 @@ def _narrowed(config: Any, names: Sequence[str]) -> Any:
     import tyro
 
     kind = type(config)
-    without = Annotated[Any, tyro.conf.Fixed, tyro.conf.Suppress]
-    extra = [(name, without, field(default=getattr(config, name))) for name in names]
+    hints = get_type_hints(kind)  # not Any, for which tyro takes False and 0 for the same default
+    extra = [
+        (name, Annotated[hints[name], tyro.conf.Fixed, tyro.conf.Suppress], field(default=getattr(config, name)))
+        for name in names
+    ]
     narrow = make_dataclass(kind.__name__, extra, bases=(kind,), frozen=True)
     narrow.__doc__ = kind.__doc__
     return narrow(**{f.name: getattr(config, f.name) for f in dataclasses.fields(kind)})
