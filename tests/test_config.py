@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from rnas.config import AttackConfig, SearchConfig, TrainConfig, check_attack, resolve_attack
-from rnas.methods import options_for
+from rnas.methods import METHODS, options_for
 from rnas.settings import load_toml, merge, parse_number, set_value, to_dict
 
 
@@ -107,3 +108,10 @@ def test_large_seeds_are_not_rounded(seed):
 def test_an_integer_must_be_one(value):
     with pytest.raises(ValueError, match="seed must be int"):
         set_value(SearchConfig(), f"seed={value}")
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random"}))
+def test_every_method_has_a_configuration_whose_keys_exist(method):
+    values = load_toml(Path(__file__).resolve().parents[1] / "configs" / f"{method}.toml")
+    found = merge(SearchConfig(method=method, options=options_for(method)), values)
+    assert found.method == method and found.data.dataset == "cifar10"

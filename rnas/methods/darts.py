@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
-from .levels import pgd_batch
+from .levels import first_order, pgd_batch
 from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
 from .unrolled import unrolled_gradients
 
@@ -48,9 +48,7 @@ class Darts(Method):
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
-        if self.options.adversarial not in ("both", level):
-            return Batch(x, y)
-        return pgd_batch(self, supernet, x, y, step, level)
+        return pgd_batch(self, supernet, x, y, step, level, self.options.adversarial)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the supernet on its batch of D_T."""
@@ -59,30 +57,28 @@ class Darts(Method):
 
     def architecture_step(self, supernet: Supernet, train: Batch, valid: Batch, step: SearchStep) -> LevelResult:
         """First- or second-order gradient of the cross entropy on D_V, by batch statistics; BN averages stay."""
+
+        def objective() -> tuple[Tensor, Tensor]:
+            logits = self.logits(supernet, valid.inputs)
+            return cross_entropy(logits, valid.y), logits
+
+        if self.options.order == 1:
+            loss, logits = first_order(self, supernet, objective)
+            return LevelResult(loss.item(), accuracy(logits, valid.y))
+
+        def loss_on(batch: Batch):
+            def loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                logits = functional_call(supernet, weights, (batch.inputs, self.mixing(), self.edge_weights()))
+                return cross_entropy(logits, batch.y), logits
+
+            return loss
+
+        weights = dict(supernet.named_parameters())
         parameters = list(self.parameters())
         with attacks.frozen(supernet, statistics="batch"), torch.enable_grad():
-            if self.options.order == 1:
-                logits = self.logits(supernet, valid.inputs)
-                loss = cross_entropy(logits, valid.y)
-                gradients = torch.autograd.grad(loss, parameters)
-            else:
-
-                def loss_on(batch: Batch):
-                    def loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                        logits = functional_call(supernet, weights, (batch.inputs, self.mixing(), self.edge_weights()))
-                        return cross_entropy(logits, batch.y), logits
-
-                    return loss
-
-                weights = dict(supernet.named_parameters())
-                gradients, loss, logits = unrolled_gradients(
-                    loss_on(train),
-                    loss_on(valid),
-                    weights,
-                    parameters,
-                    step.weight_optimizer,
-                    radius=self.options.radius,
-                )
+            gradients, loss, logits = unrolled_gradients(
+                loss_on(train), loss_on(valid), weights, parameters, step.weight_optimizer, radius=self.options.radius
+            )
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         return LevelResult(loss.item(), accuracy(logits, valid.y))

@@ -147,9 +147,7 @@ class Dsrna(Method):
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """Clean images; with them PGD examples against the supernet as it is now, where `adversarial` says so."""
-        if self.options.adversarial not in ("both", level):
-            return Batch(x, y)
-        return pgd_batch(self, supernet, x, y, step, level)
+        return pgd_batch(self, supernet, x, y, step, level, self.options.adversarial)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy on D_T; with `on_weights` minus weight_gamma * R. The virtual step of order 2 leaves R out."""

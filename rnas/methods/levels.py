@@ -16,8 +16,12 @@ Levels = Literal["both", "weights", "architecture", "none"]
 """Levels of the search to which something applies."""
 
 
-def pgd_batch(method: Method, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
-    """The batch with PGD examples against the supernet under the method's weights as they are now."""
+def pgd_batch(
+    method: Method, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level, levels: Levels = "both"
+) -> Batch:
+    """The batch, on `levels` with PGD examples against the supernet under the method's weights as they are now."""
+    if levels not in ("both", level):
+        return Batch(x, y)
     generator = step.generator(f"attack-{level}")
     return Batch(x, y, attacks.perturb(method.classifier(supernet), x, y, step.attack, generator=generator))
 

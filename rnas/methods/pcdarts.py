@@ -68,9 +68,7 @@ class PcDarts(Method):
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
-        if self.options.adversarial not in ("both", level):
-            return Batch(x, y)
-        return pgd_batch(self, supernet, x, y, step, level)
+        return pgd_batch(self, supernet, x, y, step, level, self.options.adversarial)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the supernet on its batch of D_T."""
