@@ -1,0 +1,123 @@
+#pragma once
+
+// A block of threads, so written that one source is a GPU kernel and, with RNAS_ON_HOST, plain C++.
+//
+// A kernel is a struct that holds its arguments and whose operator()(Block&) is a sequence of phases. In a phase every
+// thread of the block runs the same function of its number, and all meet at a barrier behind it:
+//
+//   block.each([&](int thread) { ... });
+//
+// No value lives in a thread from one phase to the next: what is to be kept lies in shared or global memory. So a phase
+// can as well be a loop over the threads, and the host runs it as one. There the order of the threads can be reversed: a
+// kernel whose result depends on it has a race. Code between phases runs in every thread and must not depend on which.
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "rnas/types.h"
+
+#if defined(RNAS_ON_HOST)
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+#define RNAS_DEVICE inline
+#else
+#include "launch.h"
+#define RNAS_DEVICE __device__ __forceinline__
+#endif
+
+namespace rnas::cuda {
+
+constexpr int kThreads = 256;
+// Arguments of a kernel travel with its launch; so many bytes are allowed everywhere.
+constexpr size_t kMostArguments = 4000;
+// Shared memory of one block on every architecture that is built for.
+constexpr int64_t kMostShared = 160 * 1024;
+
+// Blocks along x (up to 2^31 - 1) and y (up to 65535).
+struct Grid {
+  int64_t x, y;
+};
+
+#if defined(RNAS_ON_HOST)
+
+// 0: threads of a phase run first to last; 1: last to first.
+inline int& host_thread_order() {
+  static int order = 0;
+  return order;
+}
+inline void set_host_thread_order(int order) { host_thread_order() = order; }
+
+class Block {
+ public:
+  Block(int64_t x, int64_t y, void* shared) : x(x), y(y), shared_(static_cast<char*>(shared)) {}
+  const int64_t x, y;
+
+  template <typename Phase> void each(const Phase& phase) const {
+    if (host_thread_order() == 0)
+      for (int thread = 0; thread < kThreads; ++thread) phase(thread);
+    else
+      for (int thread = kThreads - 1; thread >= 0; --thread) phase(thread);
+  }
+  // The shared memory of the block from `offset` bytes on.
+  template <typename T> T* shared(int64_t offset) const { return reinterpret_cast<T*>(shared_ + offset); }
+
+ private:
+  char* shared_;
+};
+
+template <typename Kernel>
+void launch(const char*, const Kernel& kernel, Grid grid, int64_t shared, CUstream_st*) {
+  static_assert(sizeof(Kernel) <= kMostArguments, "too many arguments");
+  if (shared > kMostShared) throw std::invalid_argument("too much shared memory");
+  std::vector<double> memory((shared + 7) / 8);
+  for (int64_t y = 0; y < grid.y; ++y)
+    for (int64_t x = 0; x < grid.x; ++x) {
+      for (double& each : memory) each = std::numeric_limits<double>::quiet_NaN();  // what nobody has written
+      kernel(Block(x, y, memory.data()));
+    }
+}
+
+#else
+
+class Block {
+ public:
+  RNAS_DEVICE Block() : x(blockIdx.x), y(blockIdx.y) {}
+  const int64_t x, y;
+
+  template <typename Phase> RNAS_DEVICE void each(const Phase& phase) const {
+    phase(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+  template <typename T> RNAS_DEVICE T* shared(int64_t offset) const {
+    extern __shared__ __align__(16) char memory[];
+    return reinterpret_cast<T*>(memory + offset);
+  }
+};
+
+template <typename Kernel> __global__ void __launch_bounds__(kThreads) run_kernel(const __grid_constant__ Kernel kernel) {
+  kernel(Block());
+}
+
+template <typename Kernel>
+void launch(const char* name, const Kernel& kernel, Grid grid, int64_t shared, CUstream_st* stream) {
+  static_assert(sizeof(Kernel) <= kMostArguments, "too many arguments");
+  if (grid.x == 0 || grid.y == 0) return;
+  if (grid.x > 2147483647 || grid.y > 65535) throw std::invalid_argument(std::string(name) + ": too many blocks");
+  if (shared > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(
+        run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status != cudaSuccess)
+      throw std::runtime_error(std::string("rnas: ") + name + ": " + cudaGetErrorString(status));
+  }
+  run_kernel<Kernel><<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)), kThreads, shared, stream>>>(
+      kernel);
+  check_launch(name);
+}
+
+#endif
+
+}  // namespace rnas::cuda

@@ -1,0 +1,627 @@
+#pragma once
+
+// Backward, for the edges into one node, whose gradient g is known. With y the output of a stage before its norm,
+//
+//   dy = a * (g - b0 - (y - mean) * b1),   a = weight * gamma / s,  s = sqrt(variance + eps),
+//   b0 = sum(g) / M,  b1 = sum(g * (y - mean)) / (M s^2)   on batch statistics of M values, else 0.
+//
+// A separable stage hands `d`, the gradient of the output of its depthwise convolution, to the kernel that goes on, a
+// dense one dy itself.
+
+#include "mixed/forward.h"
+
+namespace rnas::cuda::mixed {
+
+// a, b0, b1 and the mean, each (C), of one norm; or of no norm, which is a = weight alone.
+struct Slope {
+  const float* rows;    // (4, C) or null
+  const float* weight;  // where rows is null
+};
+
+template <int V> struct SlopeAt {
+  Vec<V> a, b0, b1, mean;
+
+  RNAS_DEVICE Vec<V> operator()(const Vec<V>& g, const Vec<V>& y) const {
+    Vec<V> made;
+#pragma unroll
+    for (int k = 0; k < V; ++k) made.v[k] = a.v[k] * (g.v[k] - b0.v[k] - (y.v[k] - mean.v[k]) * b1.v[k]);
+    return made;
+  }
+};
+
+template <int V> RNAS_DEVICE SlopeAt<V> slope_at(const Slope& slope, int channels, int channel) {
+  if (slope.rows) {
+    const float* rows = slope.rows + channel;
+    return {load<V>(rows), load<V>(rows + channels), load<V>(rows + 2 * channels), load<V>(rows + 3 * channels)};
+  }
+  SlopeAt<V> made{zeros<V>(), zeros<V>(), zeros<V>(), zeros<V>()};
+#pragma unroll
+  for (int k = 0; k < V; ++k) made.a.v[k] = *slope.weight;
+  return made;
+}
+
+// ---- sums that the norms need ----------------------------------------------------------------------------------------
+
+// Of each tile, for each channel: sum(g) and sum(g * (y - mean)). Grid (tiles, tasks).
+template <int V> struct Products {
+  struct Task {
+    Stage stage;
+    const float* mean;  // (C), null: 0
+    float* partials;    // (tiles, 2, C)
+  };
+  Tiling tiling;
+  int channels;
+  Image g;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    const Shared shared = shared_of(block, tiling, channels);
+    make_outputs<V>(block, shared, task.stage, tiling, tile, channels);
+    each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+      const int at = (row * tiling.tile_width + column) * shared.stride + channel;
+      const Vec<V> gradient = load<V>(g.at(tile.n, tile.y + row, tile.x + column) + channel);
+      const Vec<V> mean = task.mean ? load<V>(task.mean + channel) : zeros<V>();
+      Vec<V> product = load<V>(shared.outputs + at);
+#pragma unroll
+      for (int k = 0; k < V; ++k) product.v[k] = (product.v[k] - mean.v[k]) * gradient.v[k];
+      store<V>(shared.inputs + at, gradient);
+      store<V>(shared.outputs + at, product);
+    });
+    float* to = task.partials + block.x * 2 * channels;
+    column_sums(block, shared.extra, tiling, tile, channels, to,
+                [&](int pixel, int channel) { return shared.inputs[pixel * shared.stride + channel]; });
+    column_sums(block, shared.extra, tiling, tile, channels, to + channels,
+                [&](int pixel, int channel) { return shared.outputs[pixel * shared.stride + channel]; });
+  }
+};
+
+// The sums of all tiles, and what follows: the slope on batch statistics, gradients of gamma, beta and the weight.
+// Grid (1, tasks).
+struct FinishProducts {
+  struct Task {
+    const float* partials;
+    const float *gamma, *beta, *variance;  // (C) of the norm; variance null: there is none
+    const float* mean;
+    const float* weight;                            // null: 1
+    float* slope;                                   // (4, C) to write, or null
+    float *grad_weight, *grad_gamma, *grad_beta;    // null: not wanted
+  };
+  Tiling tiling;
+  int channels;
+  double eps;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    double* sums = block.shared<double>(0);           // (2, kThreads)
+    double* terms = sums + 2 * kThreads;              // (kThreads) of the weight's gradient
+    const double count = static_cast<double>(tiling.batch) * tiling.height * tiling.width;
+    const double weight = task.weight ? *task.weight : 1.0;
+    block.each([&](int thread) { terms[thread] = 0; });
+    for (int begin = 0; begin < channels; begin += kThreads) {
+      const int lanes = smaller(channels - begin, kThreads), groups = kThreads / lanes;
+      block.each([&](int thread) {
+        const int channel = begin + thread % lanes, group = thread / lanes;
+        double sum = 0, product = 0;
+        if (group < groups)
+          for (int64_t tile = group; tile < tiling.count(); tile += groups) {
+            sum += task.partials[tile * 2 * channels + channel];
+            product += task.partials[(tile * 2 + 1) * channels + channel];
+          }
+        sums[thread] = sum;
+        sums[kThreads + thread] = product;
+      });
+      block.each([&](int thread) {
+        if (thread >= lanes) return;
+        double sum = 0, product = 0;
+        for (int group = 0; group < groups; ++group) {
+          sum += sums[group * lanes + thread];
+          product += sums[kThreads + group * lanes + thread];
+        }
+        const int channel = begin + thread;
+        if (!task.variance) {
+          terms[thread] += product;
+          return;
+        }
+        const double inverse = 1 / sqrt(task.variance[channel] + eps);
+        const double gamma = task.gamma ? task.gamma[channel] : 1.0, beta = task.beta ? task.beta[channel] : 0.0;
+        terms[thread] += gamma * product * inverse + beta * sum;
+        if (task.grad_gamma) task.grad_gamma[channel] = static_cast<float>(weight * product * inverse);
+        if (task.grad_beta) task.grad_beta[channel] = static_cast<float>(weight * sum);
+        if (task.slope) {
+          task.slope[channel] = static_cast<float>(weight * gamma * inverse);
+          task.slope[channels + channel] = static_cast<float>(sum / count);
+          task.slope[2 * channels + channel] = static_cast<float>(product * inverse * inverse / count);
+          task.slope[3 * channels + channel] = task.mean[channel];
+        }
+      });
+    }
+    block.each([&](int thread) {
+      if (thread > 0 || !task.grad_weight) return;
+      double sum = 0;
+      for (int each = 0; each < smaller(channels, kThreads); ++each) sum += terms[each];
+      *task.grad_weight = static_cast<float>(sum);
+    });
+  }
+};
+
+// The slopes of norms with statistics of their own. Grid (1, tasks).
+struct FixedSlopes {
+  struct Task {
+    const float *gamma, *variance, *weight;  // gamma null: 1, weight null: 1
+    float* slope;
+  };
+  int channels;
+  double eps;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    block.each([&](int thread) {
+      for (int channel = thread; channel < channels; channel += kThreads) {
+        const double weight = task.weight ? *task.weight : 1.0, gamma = task.gamma ? task.gamma[channel] : 1.0;
+        task.slope[channel] = static_cast<float>(weight * gamma / sqrt(task.variance[channel] + eps));
+        for (int row = 1; row < 4; ++row) task.slope[row * channels + channel] = 0.0f;
+      }
+    });
+  }
+};
+
+// ---- convolutions ----------------------------------------------------------------------------------------------------
+
+// Behind the pointwise convolution of a stage: dy, and from it `d` (a dense stage: dy itself) and the gradients of the
+// matrices. Each block goes through every slabs-th tile and adds the latter up in a slab of its own.
+// Grid (slabs, tasks).
+template <int V> struct Pointwise {
+  struct Task {
+    Stage stage;
+    Image g;
+    Slope slope;
+    float* d;      // (N, H, W, C)
+    float* slabs;  // (slabs, entries) as the matrices lie in theta, or null
+    int entries;
+  };
+  Tiling tiling;
+  int channels, slabs;
+  bool batch_statistics;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    const Shared shared = shared_of(block, tiling, channels);
+    const bool separable = task.stage.kind == Kind::separable;
+    float* slab = task.slabs ? task.slabs + block.x * task.entries : nullptr;
+    for (int64_t index = block.x; index < tiling.count(); index += slabs) {
+      const Tile tile = tile_of(tiling, index);
+      if (batch_statistics)
+        make_outputs<V>(block, shared, task.stage, tiling, tile, channels);
+      else if (separable && slab)
+        make_inputs<V>(block, shared, task.stage, part_of(task.stage, 0, channels), tiling, tile, channels);
+      make_gradients(block, shared, task, tile);
+      if (separable) hand_on(block, shared, task, tile);
+      for (int each = 0; slab && each < task.stage.parts(); ++each) {
+        const Part part = part_of(task.stage, each, channels);
+        if (!separable) make_inputs<V>(block, shared, task.stage, part, tiling, tile, channels);
+        add_outer_products(block, shared, task.stage, part, index == block.x, slab);
+      }
+    }
+  }
+
+  // dy into shared.outputs, zero outside of the image; for a dense stage also to task.d.
+  RNAS_DEVICE void make_gradients(const Block& block, const Shared& shared, const Task& task, const Tile& tile) const {
+    const int vectors = channels / V;
+    const Image d{task.d, tiling.height, tiling.width, channels};
+    block.each([&](int thread) {
+      for (int item = thread; item < tiling.pixels() * vectors; item += kThreads) {
+        const int channel = item % vectors * V, pixel = item / vectors;
+        const int row = pixel / tiling.tile_width, column = pixel % tiling.tile_width;
+        float* y = shared.outputs + pixel * shared.stride + channel;
+        if (!tile.holds(row, column)) {
+          store<V>(y, zeros<V>());
+          continue;
+        }
+        const Vec<V> g = load<V>(task.g.at(tile.n, tile.y + row, tile.x + column) + channel);
+        const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
+        const Vec<V> dy = slope(g, batch_statistics ? load<V>(y) : slope.mean);
+        store<V>(y, dy);
+        if (task.stage.kind != Kind::separable)
+          store<V>(d.at(tile.n, tile.y + row, tile.x + column) + channel, dy);
+      }
+    });
+  }
+
+  // d = matrix^T dy to task.d.
+  RNAS_DEVICE void hand_on(const Block& block, const Shared& shared, const Task& task, const Tile& tile) const {
+    const int vectors = channels / V, width = tiling.tile_width;
+    const Image d{task.d, tiling.height, tiling.width, channels};
+    const Part part = part_of(task.stage, 0, channels);
+    block.each([&](int thread) {
+      for (int item = thread; item < tiling.pixels() / kPixels * vectors; item += kThreads) {
+        const int input = item % vectors * V, pixel = item / vectors * kPixels;
+        Vec<V> sum[kPixels];
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) sum[i] = zeros<V>();
+#pragma unroll 1
+        for (int output = 0; output < channels; output += V) {
+          Vec<V> dy[kPixels];
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i) dy[i] = load<V>(shared.outputs + (pixel + i) * shared.stride + output);
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            const Vec<V> weights = part.row<V>(output + k, input);
+#pragma unroll
+            for (int i = 0; i < kPixels; ++i)
+#pragma unroll
+              for (int m = 0; m < V; ++m) sum[i].v[m] += dy[i].v[k] * weights.v[m];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) {
+          const int row = (pixel + i) / width, column = (pixel + i) % width;
+          if (tile.holds(row, column)) store<V>(d.at(tile.n, tile.y + row, tile.x + column) + input, sum[i]);
+        }
+      }
+    });
+  }
+
+  // slab (+)= sum over the tile's pixels of dy (x) inputs, in blocks of V x V entries. Where there are fewer blocks than
+  // threads, several threads share a block's pixels and shared.extra holds their sums.
+  RNAS_DEVICE void add_outer_products(const Block& block, const Shared& shared, const Stage& stage, const Part& part,
+                                      bool first, float* slab) const {
+    const int vectors = channels / V, blocks = vectors * vectors;
+    const int groups = blocks >= kThreads ? 1 : smaller(kThreads / blocks, tiling.pixels());
+    const auto sum_of = [&](int pair, int group, float(&sums)[V][V]) {
+      const int output = pair / vectors * V, input = pair % vectors * V;
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+#pragma unroll
+        for (int m = 0; m < V; ++m) sums[k][m] = 0.0f;
+      for (int pixel = group; pixel < tiling.pixels(); pixel += groups) {
+        const Vec<V> dy = load<V>(shared.outputs + pixel * shared.stride + output);
+        const Vec<V> from = load<V>(shared.inputs + pixel * shared.stride + input);
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+#pragma unroll
+          for (int m = 0; m < V; ++m) sums[k][m] += dy.v[k] * from.v[m];
+      }
+    };
+    const auto keep = [&](int output, int input, float value) {
+      if (output < part.first || output >= part.last) return;
+      float& to = slab[part.index(stage, output, input)];
+      to = first ? value : to + value;
+    };
+    if (groups == 1) {
+      block.each([&](int thread) {
+        for (int pair = thread; pair < blocks; pair += kThreads) {
+          float sums[V][V];
+          sum_of(pair, 0, sums);
+#pragma unroll
+          for (int k = 0; k < V; ++k)
+#pragma unroll
+            for (int m = 0; m < V; ++m) keep(pair / vectors * V + k, pair % vectors * V + m, sums[k][m]);
+        }
+      });
+      return;
+    }
+    const int entries = channels * channels;  // groups * entries <= kThreads * V * V
+    block.each([&](int thread) {
+      const int pair = thread % blocks, group = thread / blocks;
+      if (group >= groups) return;
+      float sums[V][V];
+      sum_of(pair, group, sums);
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+#pragma unroll
+        for (int m = 0; m < V; ++m)
+          shared.extra[group * entries + (pair / vectors * V + k) * channels + pair % vectors * V + m] = sums[k][m];
+    });
+    block.each([&](int thread) {
+      for (int entry = thread; entry < entries; entry += kThreads) {
+        float sum = 0.0f;
+        for (int group = 0; group < groups; ++group) sum += shared.extra[group * entries + entry];
+        keep(entry / channels, entry % channels, sum);
+      }
+    });
+  }
+};
+
+// Gradients of depthwise weights, sum over pixels of d * what entered. Each block takes every slabs-th row of pixels.
+// Grid (slabs, tasks).
+template <int V> struct DepthwiseWeights {
+  struct Task {
+    Stage stage;
+    const float* d;  // (N, H, W, C)
+    float* slabs;    // (slabs, C, T)
+  };
+  int batch, height, width, channels, slabs;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    task.stage.kernel == 3 ? sum<3>(block, task) : sum<5>(block, task);
+  }
+
+  // Items are (row of taps, V channels); several threads share the pixels of one.
+  template <int kKernel> RNAS_DEVICE void sum(const Block& block, const Task& task) const {
+    const int vectors = channels / V, items = vectors * kKernel;
+    const int groups = items >= kThreads ? 1 : smaller(kThreads / items, width);
+    float* slab = task.slabs + block.x * channels * kKernel * kKernel;
+    float* sums = block.shared<float>(0);  // (groups, items, kKernel, V)
+    const auto put = [&](int item, int column, int k, float value) {
+      slab[((item % vectors * V + k) * kKernel + item / vectors) * kKernel + column] = value;
+    };
+    block.each([&](int thread) {
+      const int group = groups == 1 ? 0 : thread / items;
+      if (group >= groups) return;
+      for (int item = groups == 1 ? thread : thread % items; item < items; item += kThreads) {
+        Vec<V> found[kKernel];
+#pragma unroll
+        for (int column = 0; column < kKernel; ++column) found[column] = zeros<V>();
+        add_rows<kKernel>(task, block.x, item, group, groups, found);
+#pragma unroll
+        for (int column = 0; column < kKernel; ++column)
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            if (groups == 1)
+              put(item, column, k, found[column].v[k]);
+            else
+              sums[((group * items + item) * kKernel + column) * V + k] = found[column].v[k];
+          }
+        if (groups > 1) break;
+      }
+    });
+    if (groups == 1) return;
+    block.each([&](int thread) {
+      for (int at = thread; at < items * kKernel * V; at += kThreads) {
+        float all = 0.0f;
+        for (int group = 0; group < groups; ++group) all += sums[group * items * kKernel * V + at];
+        put(at / V / kKernel, at / V % kKernel, at % V, all);
+      }
+    });
+  }
+
+  template <int kKernel>
+  RNAS_DEVICE void add_rows(const Task& task, int64_t slab, int item, int group, int groups,
+                            Vec<V> (&found)[kKernel]) const {
+    const Stage& stage = task.stage;
+    const int vectors = channels / V, channel = item % vectors * V, tap = item / vectors;
+    const int reach = stage.dilation * (kKernel / 2);
+    for (int64_t row = slab; row < static_cast<int64_t>(batch) * height; row += slabs) {
+      const int n = static_cast<int>(row / height), y = static_cast<int>(row % height);
+      const int from_y = y * stage.stride - reach + tap * stage.dilation;
+      if (from_y < 0 || from_y >= stage.source.height) continue;
+      for (int x = group; x < width; x += groups) {
+        const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
+#pragma unroll
+        for (int column = 0; column < kKernel; ++column) {
+          const int from_x = x * stage.stride - reach + column * stage.dilation;
+          const Vec<V> from = rectified<V>(stage, n, from_y, from_x, channel);
+#pragma unroll
+          for (int k = 0; k < V; ++k) found[column].v[k] += d.v[k] * from.v[k];
+        }
+      }
+    }
+  }
+};
+
+// Between the two halves of a separable convolution, at stride 1: from `d` of the second to the gradient behind the
+// first half's norm, and its sum(g) and sum(g * (y - mean)) of each tile. Grid (tiles, tasks).
+template <int V> struct Middle {
+  struct Task {
+    Stage stage;        // the second half; its source is y of the first
+    const float* d;     // (N, H, W, C)
+    const float* mean;  // (C)
+    float* g;           // (N, H, W, C)
+    float* partials;    // (tiles, 2, C) or null
+  };
+  Tiling tiling;
+  int channels;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    const Shared shared = shared_of(block, tiling, channels);
+    const Image d{const_cast<float*>(task.d), tiling.height, tiling.width, channels};
+    const Image to{task.g, tiling.height, tiling.width, channels};
+    load_depthwise(block, shared, task.stage, channels);
+    depthwise_phase<V>(
+        block, shared, task.stage, tiling, tile, channels, true,
+        [&](int y, int x, int channel) { return d.holds(y, x) ? load<V>(d.at(tile.n, y, x) + channel) : zeros<V>(); },
+        [&](int row, int column, int channel, Vec<V> g) {
+          if (!tile.holds(row, column)) return;
+          const int y = tile.y + row, x = tile.x + column;
+          const Vec<V> entered = rectified<V>(task.stage, tile.n, y, x, channel);
+          const Vec<V> before = load<V>(task.stage.source.at(tile.n, y, x) + channel);
+          const Vec<V> mean = load<V>(task.mean + channel);
+          Vec<V> product;
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            g.v[k] = entered.v[k] > 0.0f ? g.v[k] : 0.0f;
+            product.v[k] = g.v[k] * (before.v[k] - mean.v[k]);
+          }
+          store<V>(to.at(tile.n, y, x) + channel, g);
+          const int at = (row * tiling.tile_width + column) * shared.stride + channel;
+          store<V>(shared.inputs + at, g);
+          store<V>(shared.outputs + at, product);
+        });
+    if (!task.partials) return;
+    float* sums = task.partials + block.x * 2 * channels;
+    column_sums(block, shared.extra, tiling, tile, channels, sums,
+                [&](int pixel, int channel) { return shared.inputs[pixel * shared.stride + channel]; });
+    column_sums(block, shared.extra, tiling, tile, channels, sums + channels,
+                [&](int pixel, int channel) { return shared.outputs[pixel * shared.stride + channel]; });
+  }
+};
+
+// ---- pools -----------------------------------------------------------------------------------------------------------
+
+// The gradients of the outputs of an edge's pools before their norms, and the winners of the max pool. That of the
+// average pool is divided by its count. Grid (tiles, tasks).
+template <int V> struct Pools {
+  struct Task {
+    Stage stage;  // of a pool; kind tells which
+    Image g;
+    Slope slope;
+    float* d;                // (N, H, W, C)
+    unsigned char* winners;  // (N, H, W, C), of a max pool
+  };
+  Tiling tiling;
+  int channels;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    const Image d{task.d, tiling.height, tiling.width, channels};
+    each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+      const int y = tile.y + row, x = tile.x + column;
+      float* to = d.at(tile.n, y, x) + channel;
+      const Vec<V> g = load<V>(task.g.at(tile.n, y, x) + channel);
+      const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
+      if (task.stage.kind == Kind::max_pool) {
+        unsigned char winner[V];
+        store<V>(to, slope(g, max_pool<V>(task.stage, tile.n, y, x, channel, winner)));
+#pragma unroll
+        for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = winner[k];
+        return;
+      }
+      Vec<V> made = slope(g, avg_pool<V>(task.stage, tile.n, y, x, channel));
+      const float count = static_cast<float>(pool_window(task.stage.source, task.stage.stride, y, x).pixels());
+#pragma unroll
+      for (int k = 0; k < V; ++k) made.v[k] /= count;
+      store<V>(to, made);
+    });
+  }
+};
+
+// ---- a state ---------------------------------------------------------------------------------------------------------
+
+// The gradient of an edge's source from all that its stages have handed on, added to `base` where there is one.
+// Grid (tiles of the source, edges).
+template <int V> struct Gather {
+  static constexpr int kEdges = 3, kStages = 9;  // as many as the arguments hold
+  struct Item {
+    Stage stage;
+    const float* d;  // (N, H, W, C) at the output
+    const unsigned char* winners;
+  };
+  struct Edge {
+    Image source, base, to;
+    Image g;              // of the node, for an identity
+    const float* weight;  // of the identity, null: none
+    int count, height, width;  // stages; size of the output
+    Item items[kStages];
+  };
+  Tiling tiling;
+  int channels;
+  Edge edges[kEdges];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Edge& edge = edges[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+      const int n = tile.n, y = tile.y + row, x = tile.x + column;
+      Vec<V> rectified_sum = zeros<V>();
+      for (int each = 0; each < edge.count; ++each)
+        if (edge.items[each].stage.kind >= Kind::separable)
+          add_convolution(edge, edge.items[each], n, y, x, channel, rectified_sum);
+      const Vec<V> state = load<V>(edge.source.at(n, y, x) + channel);
+      Vec<V> sum = edge.base.data ? load<V>(edge.base.at(n, y, x) + channel) : zeros<V>();
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? rectified_sum.v[k] : 0.0f;
+      for (int each = 0; each < edge.count; ++each)
+        if (edge.items[each].stage.kind < Kind::separable) add_pool(edge, edge.items[each], n, y, x, channel, sum);
+      if (edge.weight) {
+        const Vec<V> g = load<V>(edge.g.at(n, y, x) + channel);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum.v[k] += *edge.weight * g.v[k];
+      }
+      store<V>(edge.to.at(n, y, x) + channel, sum);
+    });
+  }
+
+  RNAS_DEVICE void add_convolution(const Edge& edge, const Item& item, int n, int y, int x, int channel,
+                                   Vec<V>& sum) const {
+    const Stage& stage = item.stage;
+    const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+    // Which output pixel sees (y, x) through a tap that reads (dy, dx) further; false: none.
+    const auto seen_by = [&](int dy, int dx, int& at_y, int& at_x) {
+      at_y = y - dy, at_x = x - dx;
+      if (stage.stride == 2) {
+        if (at_y % 2 != 0 || at_x % 2 != 0) return false;
+        at_y /= 2, at_x /= 2;
+      }
+      return d.holds(at_y, at_x);
+    };
+    int at_y, at_x;
+    if (stage.kind == Kind::separable) {
+      const int half = stage.kernel / 2, taps = stage.kernel * stage.kernel;
+      for (int row = 0; row < stage.kernel; ++row)
+        for (int column = 0; column < stage.kernel; ++column) {
+          if (!seen_by((row - half) * stage.dilation, (column - half) * stage.dilation, at_y, at_x)) continue;
+          const Vec<V> value = load<V>(d.at(n, at_y, at_x) + channel);
+#pragma unroll
+          for (int k = 0; k < V; ++k)
+            sum.v[k] += stage.depthwise[(channel + k) * taps + row * stage.kernel + column] * value.v[k];
+        }
+      return;
+    }
+    for (int each = 0; each < stage.parts(); ++each) {
+      const Part part = part_of(stage, each, channels);
+      if (!seen_by(part.dy, part.dx, at_y, at_x)) continue;
+      for (int output = part.first; output < part.last; ++output) {
+        const float value = d.at(n, at_y, at_x)[output];
+        const Vec<V> weights = part.row<V>(output, channel);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum.v[k] += value * weights.v[k];
+      }
+    }
+  }
+
+  RNAS_DEVICE void add_pool(const Edge& edge, const Item& item, int n, int y, int x, int channel, Vec<V>& sum) const {
+    const int stride = item.stage.stride;
+    const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+    for (int row = 0; row < 3; ++row)
+      for (int column = 0; column < 3; ++column) {  // the place in a window at which (y, x) may lie
+        int at_y = y - (row - 1), at_x = x - (column - 1);
+        if (stride == 2) {
+          if (at_y % 2 != 0 || at_x % 2 != 0) continue;
+          at_y /= 2, at_x /= 2;
+        }
+        if (!d.holds(at_y, at_x)) continue;
+        const float* from = d.at(n, at_y, at_x) + channel;
+        const Vec<V> value = load<V>(from);
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+          if (item.stage.kind == Kind::avg_pool || item.winners[from + k - item.d] == row * 3 + column)
+            sum.v[k] += value.v[k];
+      }
+  }
+};
+
+// to[i] = the sum over slabs of slab[i]. Grid (blocks of kThreads entries, tasks).
+struct SumSlabs {
+  struct Task {
+    const float* slabs;
+    float* to;
+    int entries;
+  };
+  int slabs;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    block.each([&](int thread) {
+      const int64_t at = block.x * kThreads + thread;
+      if (at >= task.entries) return;
+      double sum = 0;
+      for (int slab = 0; slab < slabs; ++slab) sum += task.slabs[static_cast<int64_t>(slab) * task.entries + at];
+      task.to[at] = static_cast<float>(sum);
+    });
+  }
+};
+
+}  // namespace rnas::cuda::mixed

@@ -1,0 +1,425 @@
+#pragma once
+
+// What every kernel of the mixed operation is made of: a tile of the output of one stage of a primitive.
+//
+// A stage is what lies between two norms: ReLU, depthwise and pointwise convolution; ReLU and a dense convolution; a
+// pool; or nothing. Its output before the norm is computed anew wherever it is needed and lives in shared memory.
+//
+// Legend: N images, H W pixels of the output, C channels, V channels of one load (4, or 1 where 4 do not fit), P pixels
+// of a tile, T taps. Images are float32, channels last.
+
+#include "block.h"
+
+namespace rnas::cuda::mixed {
+
+// Pixels that one thread computes together.
+constexpr int kPixels = 4;
+
+template <int V> struct Vec {
+  float v[V];
+};
+
+template <int V> RNAS_DEVICE Vec<V> zeros() {
+  Vec<V> made;
+#pragma unroll
+  for (int k = 0; k < V; ++k) made.v[k] = 0.0f;
+  return made;
+}
+
+template <int V> RNAS_DEVICE Vec<V> load(const float* from) {
+  Vec<V> made;
+#if !defined(RNAS_ON_HOST)
+  if constexpr (V == 4) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    made.v[0] = all.x, made.v[1] = all.y, made.v[2] = all.z, made.v[3] = all.w;
+    return made;
+  }
+#endif
+#pragma unroll
+  for (int k = 0; k < V; ++k) made.v[k] = from[k];
+  return made;
+}
+
+template <int V> RNAS_DEVICE void store(float* to, const Vec<V>& value) {
+#if !defined(RNAS_ON_HOST)
+  if constexpr (V == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
+    return;
+  }
+#endif
+#pragma unroll
+  for (int k = 0; k < V; ++k) to[k] = value.v[k];
+}
+
+template <int V> RNAS_DEVICE void add_to(float* to, const Vec<V>& value) {
+  Vec<V> sum = load<V>(to);
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
+  store<V>(to, sum);
+}
+
+// Images (N, height, width, channels), of which a pixel begins every `pixel` floats.
+struct Image {
+  float* data;
+  int height, width, pixel;
+
+  RNAS_DEVICE float* at(int n, int y, int x) const {
+    return data + ((static_cast<int64_t>(n) * height + y) * width + x) * pixel;
+  }
+  RNAS_DEVICE bool holds(int y, int x) const { return y >= 0 && x >= 0 && y < height && x < width; }
+};
+
+enum class Kind : int { identity, max_pool, avg_pool, separable, dense, reduce };
+
+struct Stage {
+  Kind kind;
+  int kernel, dilation, stride;
+  Image source;
+  const float *scale, *shift;          // (C) of the norm before its ReLU; null: none
+  const float *depthwise, *pointwise;  // (C, kernel, kernel); the matrix or matrices behind it
+
+  // Matrices that add up: one per tap of a dense convolution, two of a factorized reduction.
+  RNAS_DEVICE int parts() const { return kind == Kind::dense ? kernel * kernel : kind == Kind::reduce ? 2 : 1; }
+};
+
+// A matrix (outputs, inputs) that makes outputs [first, last) from the pixels shifted by (dy, dx).
+struct Part {
+  const float* weights;
+  int first, last, output_stride, input_stride, dy, dx;
+
+  // Row `output`, columns input .. input + V - 1; zeros in a row of another part.
+  template <int V> RNAS_DEVICE Vec<V> row(int output, int input) const {
+    if (output < first || output >= last) return zeros<V>();
+    const float* from = weights + static_cast<int64_t>(output - first) * output_stride + input * input_stride;
+    if (input_stride == 1) return load<V>(from);
+    Vec<V> made;
+#pragma unroll
+    for (int k = 0; k < V; ++k) made.v[k] = from[k * input_stride];
+    return made;
+  }
+  // Where the entry lies in the array of all parts.
+  RNAS_DEVICE int64_t index(const Stage& stage, int output, int input) const {
+    return weights - stage.pointwise + static_cast<int64_t>(output - first) * output_stride + input * input_stride;
+  }
+};
+
+RNAS_DEVICE Part part_of(const Stage& stage, int part, int channels) {
+  const int taps = stage.kernel * stage.kernel;
+  if (stage.kind == Kind::dense)
+    return {stage.pointwise + part, 0, channels, channels * taps, taps, part / stage.kernel - stage.kernel / 2,
+            part % stage.kernel - stage.kernel / 2};
+  if (stage.kind == Kind::reduce) {
+    const int even = channels - channels / 2;
+    if (part == 0) return {stage.pointwise, 0, even, channels, 1, 0, 0};
+    return {stage.pointwise + static_cast<int64_t>(even) * channels, even, channels, channels, 1, 1, 1};
+  }
+  return {stage.pointwise, 0, channels, channels, 1, 0, 0};
+}
+
+// How images of so many pixels fall into tiles, each within one image. tile_width is a multiple of 8.
+struct Tiling {
+  int batch, height, width, tile_height, tile_width, rows, columns;
+
+  RNAS_DEVICE int64_t count() const { return static_cast<int64_t>(batch) * rows * columns; }
+  RNAS_DEVICE int pixels() const { return tile_height * tile_width; }
+};
+
+struct Tile {
+  int n, y, x, height, width;  // its image, first pixel, and how many of its pixels lie in the image
+
+  RNAS_DEVICE bool holds(int row, int column) const { return row < height && column < width; }
+  RNAS_DEVICE int pixels() const { return height * width; }
+};
+
+RNAS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+RNAS_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+RNAS_DEVICE Tile tile_of(const Tiling& tiling, int64_t index) {
+  const int column = static_cast<int>(index % tiling.columns);
+  const int64_t above = index / tiling.columns;
+  const int row = static_cast<int>(above % tiling.rows);
+  const int y = row * tiling.tile_height, x = column * tiling.tile_width;
+  return {static_cast<int>(above / tiling.rows), y, x, smaller(tiling.tile_height, tiling.height - y),
+          smaller(tiling.tile_width, tiling.width - x)};
+}
+
+// What enters a convolution: the source, its norm applied where there is one, rectified; zero outside of the image.
+template <int V> RNAS_DEVICE Vec<V> rectified(const Stage& stage, int n, int y, int x, int channel) {
+  if (!stage.source.holds(y, x)) return zeros<V>();
+  Vec<V> value = load<V>(stage.source.at(n, y, x) + channel);
+  if (stage.scale) {
+    const Vec<V> scale = load<V>(stage.scale + channel), shift = load<V>(stage.shift + channel);
+#pragma unroll
+    for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
+  }
+#pragma unroll
+  for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
+  return value;
+}
+
+// Four outputs of a depthwise convolution in a row, from taps `dilation` apart; neighbouring outputs are kStep taps apart.
+// at(y, x): what enters. weights: [T][C] in shared memory. (y, x): the first tap of the first output.
+template <int V, int kKernel, int kStep, typename At>
+RNAS_DEVICE void convolve(const At& at, const float* weights, int channels, bool flipped, int y, int x, int dilation,
+                          Vec<V> (&out)[kPixels]) {
+  constexpr int kWindow = kStep * (kPixels - 1) + kKernel;
+#pragma unroll
+  for (int i = 0; i < kPixels; ++i) out[i] = zeros<V>();
+#pragma unroll 1
+  for (int row = 0; row < kKernel; ++row) {
+    Vec<V> window[kWindow];
+#pragma unroll
+    for (int j = 0; j < kWindow; ++j) window[j] = at(y + row * dilation, x + j * dilation);
+#pragma unroll
+    for (int column = 0; column < kKernel; ++column) {
+      const int tap = row * kKernel + column;
+      const Vec<V> weight = load<V>(weights + (flipped ? kKernel * kKernel - 1 - tap : tap) * channels);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i)
+#pragma unroll
+        for (int k = 0; k < V; ++k) out[i].v[k] += weight.v[k] * window[kStep * i + column].v[k];
+    }
+  }
+}
+
+// Which four pixels of a row of the tile a thread takes: neighbours, or with stride 1 those that share taps.
+RNAS_DEVICE int column_of(int group, int pixel, int spacing) {
+  return spacing == 1 ? group * kPixels + pixel : group / 2 * (2 * kPixels) + group % 2 + 2 * pixel;
+}
+
+// The memory of a block: two tiles [P][stride], and the depthwise weights [T][C] or a place to reduce in.
+struct Shared {
+  float *inputs, *outputs, *extra;
+  int stride;
+};
+
+// Floats of a pixel in shared memory: the further 4 put neighbouring groups of pixels into different banks.
+RNAS_DEVICE int row_stride(int channels) { return channels + 4; }
+
+RNAS_DEVICE Shared shared_of(const Block& block, const Tiling& tiling, int channels) {
+  const int stride = row_stride(channels);
+  float* memory = block.shared<float>(0);
+  return {memory, memory + tiling.pixels() * stride, memory + 2 * tiling.pixels() * stride, stride};
+}
+
+// Depthwise weights (C, T) as [T][C] into shared.extra.
+RNAS_DEVICE void load_depthwise(const Block& block, const Shared& shared, const Stage& stage, int channels) {
+  const int taps = stage.kernel * stage.kernel;
+  block.each([&](int thread) {
+    for (int at = thread; at < channels * taps; at += kThreads)
+      shared.extra[at % taps * channels + at / taps] = stage.depthwise[at];
+  });
+}
+
+// put(row, column, channel, value) for all pixels of the tile of a depthwise convolution of `at`, which is n's image.
+// Needs load_depthwise. One phase.
+template <int V, typename At, typename Put>
+RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+                                 const Tile& tile, int channels, bool flipped, const At& at, const Put& put) {
+  const int vectors = channels / V, groups = tiling.tile_width / kPixels;
+  const int reach = stage.dilation * (stage.kernel / 2), spacing = stage.stride == 1 ? stage.dilation : 1;
+  const bool wide = stage.stride == 2 && stage.dilation == 1;
+  block.each([&](int thread) {
+    for (int item = thread; item < tiling.tile_height * groups * vectors; item += kThreads) {
+      const int channel = item % vectors * V, group = item / vectors % groups, row = item / vectors / groups;
+      const int y = (tile.y + row) * stage.stride - reach;
+      const int x = (tile.x + column_of(group, 0, spacing)) * stage.stride - reach;
+      const auto here = [&](int y, int x) { return at(y, x, channel); };
+      const float* weights = shared.extra + channel;
+      Vec<V> out[kPixels];
+      if (stage.kernel == 3)
+        wide ? convolve<V, 3, 2>(here, weights, channels, flipped, y, x, stage.dilation, out)
+             : convolve<V, 3, 1>(here, weights, channels, flipped, y, x, stage.dilation, out);
+      else
+        wide ? convolve<V, 5, 2>(here, weights, channels, flipped, y, x, stage.dilation, out)
+             : convolve<V, 5, 1>(here, weights, channels, flipped, y, x, stage.dilation, out);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) put(row, column_of(group, i, spacing), channel, out[i]);
+    }
+  });
+}
+
+// What the matrix of `part` is applied to, into shared.inputs.
+template <int V>
+RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const Stage& stage, const Part& part,
+                             const Tiling& tiling, const Tile& tile, int channels) {
+  if (stage.kind == Kind::separable) {
+    load_depthwise(block, shared, stage, channels);
+    const auto at = [&](int y, int x, int channel) { return rectified<V>(stage, tile.n, y, x, channel); };
+    depthwise_phase<V>(block, shared, stage, tiling, tile, channels, false, at,
+                       [&](int row, int column, int channel, const Vec<V>& value) {
+                         store<V>(shared.inputs + (row * tiling.tile_width + column) * shared.stride + channel, value);
+                       });
+    return;
+  }
+  const int vectors = channels / V;
+  block.each([&](int thread) {
+    for (int item = thread; item < tiling.pixels() * vectors; item += kThreads) {
+      const int channel = item % vectors * V, pixel = item / vectors;
+      const int y = (tile.y + pixel / tiling.tile_width) * stage.stride + part.dy;
+      const int x = (tile.x + pixel % tiling.tile_width) * stage.stride + part.dx;
+      store<V>(shared.inputs + pixel * shared.stride + channel, rectified<V>(stage, tile.n, y, x, channel));
+    }
+  });
+}
+
+// emit(pixel, channel, value) for every pixel of the tile of `inputs` times the matrix. One phase.
+template <int V, typename Emit>
+RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
+                          int channels, const Emit& emit) {
+  const int vectors = channels / V;
+  block.each([&](int thread) {
+    for (int item = thread; item < tiling.pixels() / kPixels * vectors; item += kThreads) {
+      const int output = item % vectors * V, pixel = item / vectors * kPixels;
+      Vec<V> sum[kPixels];
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) sum[i] = zeros<V>();
+#pragma unroll 1
+      for (int input = 0; input < channels; input += V) {
+        Vec<V> from[kPixels];
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) from[i] = load<V>(shared.inputs + (pixel + i) * shared.stride + input);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const Vec<V> weights = part.row<V>(output + k, input);
+#pragma unroll
+          for (int i = 0; i < kPixels; ++i)
+#pragma unroll
+            for (int m = 0; m < V; ++m) sum[i].v[k] += weights.v[m] * from[i].v[m];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) emit(pixel + i, output, sum[i]);
+    }
+  });
+}
+
+struct PoolWindow {
+  int top, left, bottom, right;  // the last ones behind the window
+
+  RNAS_DEVICE int pixels() const { return (bottom - top) * (right - left); }
+};
+
+// The pixels of the source that pixel (y, x) of a 3x3 pool sees.
+RNAS_DEVICE PoolWindow pool_window(const Image& source, int stride, int y, int x) {
+  return {larger(0, y * stride - 1), larger(0, x * stride - 1), smaller(source.height, y * stride + 2),
+          smaller(source.width, x * stride + 2)};
+}
+
+// Max pool of one pixel: the values, and which of the nine places holds each (the first of equals, or a NaN).
+template <int V>
+RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel, unsigned char (&winner)[V]) {
+  const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
+  const int first = (window.top - (y * stage.stride - 1)) * 3 + window.left - (x * stage.stride - 1);
+  Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
+#pragma unroll
+  for (int k = 0; k < V; ++k) winner[k] = static_cast<unsigned char>(first);
+  for (int at_y = window.top; at_y < window.bottom; ++at_y)
+    for (int at_x = window.left; at_x < window.right; ++at_x) {
+      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
+      const int place = (at_y - (y * stage.stride - 1)) * 3 + at_x - (x * stage.stride - 1);
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        if (value.v[k] > best.v[k] || value.v[k] != value.v[k]) {
+          best.v[k] = value.v[k];
+          winner[k] = static_cast<unsigned char>(place);
+        }
+    }
+  return best;
+}
+
+template <int V> RNAS_DEVICE Vec<V> avg_pool(const Stage& stage, int n, int y, int x, int channel) {
+  const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
+  Vec<V> sum = zeros<V>();
+  for (int at_y = window.top; at_y < window.bottom; ++at_y)
+    for (int at_x = window.left; at_x < window.right; ++at_x) {
+      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
+    }
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum.v[k] /= static_cast<float>(window.pixels());
+  return sum;
+}
+
+// emit(pixel, channel, value, first) for every pixel of the tile of the stage's output: pixels outside of the image
+// included, with some finite value. Where a stage has several parts their values add up; `first` marks the first.
+template <int V, typename Emit>
+RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+                            const Tile& tile, int channels, const Emit& emit) {
+  if (stage.kind >= Kind::separable) {
+    for (int each = 0; each < stage.parts(); ++each) {
+      const Part part = part_of(stage, each, channels);
+      make_inputs<V>(block, shared, stage, part, tiling, tile, channels);
+      multiply<V>(block, shared, part, tiling, channels,
+                  [&](int pixel, int channel, const Vec<V>& value) { emit(pixel, channel, value, each == 0); });
+    }
+    return;
+  }
+  const int vectors = channels / V;
+  block.each([&](int thread) {
+    for (int item = thread; item < tiling.pixels() * vectors; item += kThreads) {
+      const int channel = item % vectors * V, pixel = item / vectors;
+      const int row = pixel / tiling.tile_width, column = pixel % tiling.tile_width;
+      Vec<V> value = zeros<V>();
+      if (tile.holds(row, column)) {
+        const int y = tile.y + row, x = tile.x + column;
+        unsigned char winner[V];
+        if (stage.kind == Kind::identity) value = load<V>(stage.source.at(tile.n, y, x) + channel);
+        if (stage.kind == Kind::max_pool) value = max_pool<V>(stage, tile.n, y, x, channel, winner);
+        if (stage.kind == Kind::avg_pool) value = avg_pool<V>(stage, tile.n, y, x, channel);
+      }
+      emit(pixel, channel, value, true);
+    }
+  });
+}
+
+// The stage's output into shared.outputs.
+template <int V>
+RNAS_DEVICE void make_outputs(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+                              const Tile& tile, int channels) {
+  emit_stage<V>(block, shared, stage, tiling, tile, channels,
+                [&](int pixel, int channel, const Vec<V>& value, bool first) {
+                  float* to = shared.outputs + pixel * shared.stride + channel;
+                  first ? store<V>(to, value) : add_to<V>(to, value);
+                });
+}
+
+// work(row, column, channel) for all pixels of the tile that lie in the image. One phase.
+template <int V, typename Work>
+RNAS_DEVICE void each_pixel(const Block& block, const Tiling& tiling, const Tile& tile, int channels,
+                            const Work& work) {
+  const int vectors = channels / V;
+  block.each([&](int thread) {
+    for (int item = thread; item < tiling.pixels() * vectors; item += kThreads) {
+      const int pixel = item / vectors, row = pixel / tiling.tile_width, column = pixel % tiling.tile_width;
+      if (tile.holds(row, column)) work(row, column, item % vectors * V);
+    }
+  });
+}
+
+// to[channel] = the sum of value(pixel, channel) over the pixels of the tile that lie in the image. Two phases.
+// scratch: kThreads floats of shared memory.
+template <typename Value>
+RNAS_DEVICE void column_sums(const Block& block, float* scratch, const Tiling& tiling, const Tile& tile, int channels,
+                             float* to, const Value& value) {
+  for (int begin = 0; begin < channels; begin += kThreads) {
+    const int lanes = smaller(channels - begin, kThreads), groups = kThreads / lanes;
+    block.each([&](int thread) {
+      const int channel = begin + thread % lanes, group = thread / lanes;
+      if (group >= groups) return;
+      float sum = 0.0f;
+      for (int pixel = group; pixel < tile.height * tiling.tile_width; pixel += groups)
+        if (pixel % tiling.tile_width < tile.width) sum += value(pixel, channel);
+      scratch[thread] = sum;
+    });
+    block.each([&](int thread) {
+      if (thread >= lanes) return;
+      float sum = 0.0f;
+      for (int group = 0; group < groups; ++group) sum += scratch[group * lanes + thread];
+      to[begin + thread] = sum;
+    });
+  }
+}
+
+}  // namespace rnas::cuda::mixed
