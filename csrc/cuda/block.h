@@ -49,7 +49,6 @@ inline int& host_thread_order() {
   static int order = 0;
   return order;
 }
-inline void set_host_thread_order(int order) { host_thread_order() = order; }
 
 class Block {
  public:

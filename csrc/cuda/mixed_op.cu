@@ -87,4 +87,9 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
   run(plan, in, out, kept, grad_out, grad, workspace, stream);
 }
 
+#if defined(RNAS_ON_HOST)
+void set_host_thread_order(int order);  // for tests
+void set_host_thread_order(int order) { host_thread_order() = order; }
+#endif
+
 }  // namespace rnas::cuda
