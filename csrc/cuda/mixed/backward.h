@@ -392,12 +392,14 @@ template <int V> struct DepthwiseWeights {
       const int n = static_cast<int>(row / height), y = static_cast<int>(row % height);
       const int from_y = y * stage.stride - reach + tap * stage.dilation;
       if (from_y < 0 || from_y >= stage.source.height) continue;
+      const Rows<V, true> rows = entering<V>(stage, n, channel);
+      const float* line = rows.row(from_y);
       for (int x = group; x < width; x += groups) {
         const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
 #pragma unroll
         for (int column = 0; column < kKernel; ++column) {
           const int from_x = x * stage.stride - reach + column * stage.dilation;
-          const Vec<V> from = rectified<V>(stage, n, from_y, from_x, channel);
+          const Vec<V> from = rows.at(line, from_x);
 #pragma unroll
           for (int k = 0; k < V; ++k) found[column].v[k] += d.v[k] * from.v[k];
         }
@@ -429,11 +431,11 @@ template <int V> struct Middle {
     load_depthwise(block, shared, task.stage, channels);
     depthwise_phase<V>(
         block, shared, task.stage, tiling, tile, channels, true,
-        [&](int y, int x, int channel) { return d.holds(y, x) ? load<V>(d.at(tile.n, y, x) + channel) : zeros<V>(); },
+        [&](int channel) { return Rows<V, false>(d, tile.n, channel); },
         [&](int row, int column, int channel, Vec<V> g) {
           if (!tile.holds(row, column)) return;
           const int y = tile.y + row, x = tile.x + column;
-          const Vec<V> entered = rectified<V>(task.stage, tile.n, y, x, channel);
+          const Vec<V> entered = entering<V>(task.stage, tile.n, channel).at(y, x);
           const Vec<V> before = load<V>(task.stage.source.at(tile.n, y, x) + channel);
           const Vec<V> mean = load<V>(task.mean + channel);
           Vec<V> product;
@@ -522,16 +524,38 @@ template <int V> struct Gather {
   RNAS_DEVICE void operator()(const Block& block) const {
     const Edge& edge = edges[block.y];
     const Tile tile = tile_of(tiling, block.x);
+    const Shared shared = shared_of(block, tiling, channels);
+    const auto sum_at = [&](int row, int column, int channel) {
+      return shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
+    };
+    block.each([&](int thread) {
+      for (int at = thread; at < tiling.pixels() * shared.stride; at += kThreads) shared.outputs[at] = 0.0f;
+    });
+    for (int each = 0; each < edge.count; ++each) {
+      const Item& item = edge.items[each];
+      if (item.stage.kind < Kind::separable) continue;
+      const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+      if (item.stage.kind == Kind::separable && item.stage.stride == 1) {
+        load_depthwise(block, shared, item.stage, channels);
+        depthwise_phase<V>(
+            block, shared, item.stage, tiling, tile, channels, true,
+            [&](int channel) { return Rows<V, false>(d, tile.n, channel); },
+            [&](int row, int column, int channel, const Vec<V>& value) { add_to<V>(sum_at(row, column, channel), value); });
+      } else {
+        each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+          Vec<V> sum = load<V>(sum_at(row, column, channel));
+          add_convolution(item.stage, d, tile.n, tile.y + row, tile.x + column, channel, sum);
+          store<V>(sum_at(row, column, channel), sum);
+        });
+      }
+    }
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
       const int n = tile.n, y = tile.y + row, x = tile.x + column;
-      Vec<V> rectified_sum = zeros<V>();
-      for (int each = 0; each < edge.count; ++each)
-        if (edge.items[each].stage.kind >= Kind::separable)
-          add_convolution(edge, edge.items[each], n, y, x, channel, rectified_sum);
+      const Vec<V> convolved = load<V>(sum_at(row, column, channel));
       const Vec<V> state = load<V>(edge.source.at(n, y, x) + channel);
       Vec<V> sum = edge.base.data ? load<V>(edge.base.at(n, y, x) + channel) : zeros<V>();
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? rectified_sum.v[k] : 0.0f;
+      for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? convolved.v[k] : 0.0f;
       for (int each = 0; each < edge.count; ++each)
         if (edge.items[each].stage.kind < Kind::separable) add_pool(edge, edge.items[each], n, y, x, channel, sum);
       if (edge.weight) {
@@ -543,10 +567,9 @@ template <int V> struct Gather {
     });
   }
 
-  RNAS_DEVICE void add_convolution(const Edge& edge, const Item& item, int n, int y, int x, int channel,
+  // The convolutions that the phase above does not take: at stride 2, and dense ones.
+  RNAS_DEVICE void add_convolution(const Stage& stage, const Image& d, int n, int y, int x, int channel,
                                    Vec<V>& sum) const {
-    const Stage& stage = item.stage;
-    const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
     // Which output pixel sees (y, x) through a tap that reads (dy, dx) further; false: none.
     const auto seen_by = [&](int dy, int dx, int& at_y, int& at_x) {
       at_y = y - dy, at_x = x - dx;

@@ -473,7 +473,7 @@ template <int V> class Backward {
       Gather<V> kernel{sources, cell_.channels, {}};
       int64_t count = 0;
       const auto run = [&] {
-        if (count > 0) launch("mixed_op: gather", kernel, {sources.count(), count}, 0, cell_.stream);
+        if (count > 0) launch("mixed_op: gather", kernel, {sources.count(), count}, shared_bytes(sources, cell_.c), cell_.stream);
         count = 0;
       };
       for (size_t at = 0; at < edges.size(); ++at) {

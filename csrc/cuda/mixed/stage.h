@@ -143,33 +143,60 @@ RNAS_DEVICE Tile tile_of(const Tiling& tiling, int64_t index) {
           smaller(tiling.tile_width, tiling.width - x)};
 }
 
-// What enters a convolution: the source, its norm applied where there is one, rectified; zero outside of the image.
-template <int V> RNAS_DEVICE Vec<V> rectified(const Stage& stage, int n, int y, int x, int channel) {
-  if (!stage.source.holds(y, x)) return zeros<V>();
-  Vec<V> value = load<V>(stage.source.at(n, y, x) + channel);
-  if (stage.scale) {
-    const Vec<V> scale = load<V>(stage.scale + channel), shift = load<V>(stage.shift + channel);
-#pragma unroll
-    for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
+// V channels of one image, row by row, as a convolution meets them: zero outside of the image; with kRectified, the norm
+// applied where there is one, and rectified. What does not change from pixel to pixel lies in registers.
+template <int V, bool kRectified> class Rows {
+ public:
+  RNAS_DEVICE Rows(const Image& image, int n, int channel, const float* scale = nullptr, const float* shift = nullptr)
+      : first_(image.at(n, 0, 0) + channel), height_(image.height), width_(image.width), pixel_(image.pixel),
+        normed_(kRectified && scale != nullptr), scale_(normed_ ? load<V>(scale + channel) : zeros<V>()),
+        shift_(normed_ ? load<V>(shift + channel) : zeros<V>()) {}
+
+  // Row y, null outside of the image.
+  RNAS_DEVICE const float* row(int y) const {
+    return static_cast<unsigned>(y) < static_cast<unsigned>(height_) ? first_ + static_cast<int64_t>(y) * width_ * pixel_
+                                                                    : nullptr;
   }
+  RNAS_DEVICE Vec<V> at(const float* row, int x) const {
+    if (!row || static_cast<unsigned>(x) >= static_cast<unsigned>(width_)) return zeros<V>();
+    Vec<V> value = load<V>(row + x * pixel_);
+    if constexpr (kRectified) {
+      if (normed_)
 #pragma unroll
-  for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
-  return value;
+        for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale_.v[k] + shift_.v[k];
+#pragma unroll
+      for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
+    }
+    return value;
+  }
+  RNAS_DEVICE Vec<V> at(int y, int x) const { return at(row(y), x); }
+
+ private:
+  const float* first_;
+  int height_, width_, pixel_;
+  bool normed_;
+  Vec<V> scale_, shift_;
+};
+
+// What enters the convolution of a stage.
+template <int V> RNAS_DEVICE Rows<V, true> entering(const Stage& stage, int n, int channel) {
+  return {stage.source, n, channel, stage.scale, stage.shift};
 }
 
 // Four outputs of a depthwise convolution in a row, from taps `dilation` apart; neighbouring outputs are kStep taps apart.
-// at(y, x): what enters. weights: [T][C] in shared memory. (y, x): the first tap of the first output.
-template <int V, int kKernel, int kStep, typename At>
-RNAS_DEVICE void convolve(const At& at, const float* weights, int channels, bool flipped, int y, int x, int dilation,
-                          Vec<V> (&out)[kPixels]) {
+// weights: [T][C] in shared memory. (y, x): the first tap of the first output.
+template <int V, int kKernel, int kStep, typename From>
+RNAS_DEVICE void convolve(const From& from, const float* weights, int channels, bool flipped, int y, int x,
+                          int dilation, Vec<V> (&out)[kPixels]) {
   constexpr int kWindow = kStep * (kPixels - 1) + kKernel;
 #pragma unroll
   for (int i = 0; i < kPixels; ++i) out[i] = zeros<V>();
 #pragma unroll 1
   for (int row = 0; row < kKernel; ++row) {
+    const float* line = from.row(y + row * dilation);
     Vec<V> window[kWindow];
 #pragma unroll
-    for (int j = 0; j < kWindow; ++j) window[j] = at(y + row * dilation, x + j * dilation);
+    for (int j = 0; j < kWindow; ++j) window[j] = from.at(line, x + j * dilation);
 #pragma unroll
     for (int column = 0; column < kKernel; ++column) {
       const int tap = row * kKernel + column;
@@ -211,11 +238,11 @@ RNAS_DEVICE void load_depthwise(const Block& block, const Shared& shared, const 
   });
 }
 
-// put(row, column, channel, value) for all pixels of the tile of a depthwise convolution of `at`, which is n's image.
-// Needs load_depthwise. One phase.
-template <int V, typename At, typename Put>
+// put(row, column, channel, value) for all pixels of the tile of a depthwise convolution of from(channel), which gives the
+// Rows of channels [channel, channel + V). Needs load_depthwise. One phase.
+template <int V, typename From, typename Put>
 RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
-                                 const Tile& tile, int channels, bool flipped, const At& at, const Put& put) {
+                                 const Tile& tile, int channels, bool flipped, const From& from, const Put& put) {
   const int vectors = channels / V, groups = tiling.tile_width / kPixels;
   const int reach = stage.dilation * (stage.kernel / 2), spacing = stage.stride == 1 ? stage.dilation : 1;
   const bool wide = stage.stride == 2 && stage.dilation == 1;
@@ -224,15 +251,15 @@ RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const
       const int channel = item % vectors * V, group = item / vectors % groups, row = item / vectors / groups;
       const int y = (tile.y + row) * stage.stride - reach;
       const int x = (tile.x + column_of(group, 0, spacing)) * stage.stride - reach;
-      const auto here = [&](int y, int x) { return at(y, x, channel); };
+      const auto rows = from(channel);
       const float* weights = shared.extra + channel;
       Vec<V> out[kPixels];
       if (stage.kernel == 3)
-        wide ? convolve<V, 3, 2>(here, weights, channels, flipped, y, x, stage.dilation, out)
-             : convolve<V, 3, 1>(here, weights, channels, flipped, y, x, stage.dilation, out);
+        wide ? convolve<V, 3, 2>(rows, weights, channels, flipped, y, x, stage.dilation, out)
+             : convolve<V, 3, 1>(rows, weights, channels, flipped, y, x, stage.dilation, out);
       else
-        wide ? convolve<V, 5, 2>(here, weights, channels, flipped, y, x, stage.dilation, out)
-             : convolve<V, 5, 1>(here, weights, channels, flipped, y, x, stage.dilation, out);
+        wide ? convolve<V, 5, 2>(rows, weights, channels, flipped, y, x, stage.dilation, out)
+             : convolve<V, 5, 1>(rows, weights, channels, flipped, y, x, stage.dilation, out);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) put(row, column_of(group, i, spacing), channel, out[i]);
     }
@@ -245,8 +272,8 @@ RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const Sta
                              const Tiling& tiling, const Tile& tile, int channels) {
   if (stage.kind == Kind::separable) {
     load_depthwise(block, shared, stage, channels);
-    const auto at = [&](int y, int x, int channel) { return rectified<V>(stage, tile.n, y, x, channel); };
-    depthwise_phase<V>(block, shared, stage, tiling, tile, channels, false, at,
+    const auto from = [&](int channel) { return entering<V>(stage, tile.n, channel); };
+    depthwise_phase<V>(block, shared, stage, tiling, tile, channels, false, from,
                        [&](int row, int column, int channel, const Vec<V>& value) {
                          store<V>(shared.inputs + (row * tiling.tile_width + column) * shared.stride + channel, value);
                        });
@@ -258,7 +285,7 @@ RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const Sta
       const int channel = item % vectors * V, pixel = item / vectors;
       const int y = (tile.y + pixel / tiling.tile_width) * stage.stride + part.dy;
       const int x = (tile.x + pixel % tiling.tile_width) * stage.stride + part.dx;
-      store<V>(shared.inputs + pixel * shared.stride + channel, rectified<V>(stage, tile.n, y, x, channel));
+      store<V>(shared.inputs + pixel * shared.stride + channel, entering<V>(stage, tile.n, channel).at(y, x));
     }
   });
 }
