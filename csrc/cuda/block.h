@@ -97,7 +97,7 @@ class Block {
   }
 };
 
-template <typename Kernel> __global__ void __launch_bounds__(kThreads) run_kernel(const __grid_constant__ Kernel kernel) {
+template <typename Kernel> __global__ void __launch_bounds__(kThreads, 2) run_kernel(const __grid_constant__ Kernel kernel) {
   kernel(Block());
 }
 

@@ -484,10 +484,10 @@ template <int V> struct Pools {
       const Vec<V> g = load<V>(task.g.at(tile.n, y, x) + channel);
       const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
       if (task.stage.kind == Kind::max_pool) {
-        unsigned char winner[V];
+        int winner[V];
         store<V>(to, slope(g, max_pool<V>(task.stage, tile.n, y, x, channel, winner)));
 #pragma unroll
-        for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = winner[k];
+        for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = static_cast<unsigned char>(winner[k]);
         return;
       }
       Vec<V> made = slope(g, avg_pool<V>(task.stage, tile.n, y, x, channel));

@@ -184,27 +184,31 @@ template <int V> RNAS_DEVICE Rows<V, true> entering(const Stage& stage, int n, i
 }
 
 // Four outputs of a depthwise convolution in a row, from taps `dilation` apart; neighbouring outputs are kStep taps apart.
-// weights: [T][C] in shared memory. (y, x): the first tap of the first output.
+// weights: [T][C] in shared memory. (y, x): the first tap of the first output. Where they share few taps, two outputs at
+// a time: four would need more registers than there are.
 template <int V, int kKernel, int kStep, typename From>
 RNAS_DEVICE void convolve(const From& from, const float* weights, int channels, bool flipped, int y, int x,
                           int dilation, Vec<V> (&out)[kPixels]) {
-  constexpr int kWindow = kStep * (kPixels - 1) + kKernel;
+  constexpr int kCount = kPixels / kStep, kWindow = kStep * (kCount - 1) + kKernel;
 #pragma unroll
   for (int i = 0; i < kPixels; ++i) out[i] = zeros<V>();
+#pragma unroll
+  for (int begin = 0; begin < kPixels; begin += kCount) {
 #pragma unroll 1
-  for (int row = 0; row < kKernel; ++row) {
-    const float* line = from.row(y + row * dilation);
-    Vec<V> window[kWindow];
+    for (int row = 0; row < kKernel; ++row) {
+      const float* line = from.row(y + row * dilation);
+      Vec<V> window[kWindow];
 #pragma unroll
-    for (int j = 0; j < kWindow; ++j) window[j] = from.at(line, x + j * dilation);
+      for (int j = 0; j < kWindow; ++j) window[j] = from.at(line, x + (kStep * begin + j) * dilation);
 #pragma unroll
-    for (int column = 0; column < kKernel; ++column) {
-      const int tap = row * kKernel + column;
-      const Vec<V> weight = load<V>(weights + (flipped ? kKernel * kKernel - 1 - tap : tap) * channels);
+      for (int column = 0; column < kKernel; ++column) {
+        const int tap = row * kKernel + column;
+        const Vec<V> weight = load<V>(weights + (flipped ? kKernel * kKernel - 1 - tap : tap) * channels);
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i)
+        for (int i = 0; i < kCount; ++i)
 #pragma unroll
-        for (int k = 0; k < V; ++k) out[i].v[k] += weight.v[k] * window[kStep * i + column].v[k];
+          for (int k = 0; k < V; ++k) out[begin + i].v[k] += weight.v[k] * window[kStep * i + column].v[k];
+      }
     }
   }
 }
@@ -335,12 +339,12 @@ RNAS_DEVICE PoolWindow pool_window(const Image& source, int stride, int y, int x
 
 // Max pool of one pixel: the values, and which of the nine places holds each (the first of equals, or a NaN).
 template <int V>
-RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel, unsigned char (&winner)[V]) {
+RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel, int (&winner)[V]) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
   const int first = (window.top - (y * stage.stride - 1)) * 3 + window.left - (x * stage.stride - 1);
   Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
 #pragma unroll
-  for (int k = 0; k < V; ++k) winner[k] = static_cast<unsigned char>(first);
+  for (int k = 0; k < V; ++k) winner[k] = first;
   for (int at_y = window.top; at_y < window.bottom; ++at_y)
     for (int at_x = window.left; at_x < window.right; ++at_x) {
       const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
@@ -349,7 +353,7 @@ RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel
       for (int k = 0; k < V; ++k)
         if (value.v[k] > best.v[k] || value.v[k] != value.v[k]) {
           best.v[k] = value.v[k];
-          winner[k] = static_cast<unsigned char>(place);
+          winner[k] = place;
         }
     }
   return best;
@@ -391,7 +395,7 @@ RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const Stag
       Vec<V> value = zeros<V>();
       if (tile.holds(row, column)) {
         const int y = tile.y + row, x = tile.x + column;
-        unsigned char winner[V];
+        int winner[V];
         if (stage.kind == Kind::identity) value = load<V>(stage.source.at(tile.n, y, x) + channel);
         if (stage.kind == Kind::max_pool) value = max_pool<V>(stage, tile.n, y, x, channel, winner);
         if (stage.kind == Kind::avg_pool) value = avg_pool<V>(stage, tile.n, y, x, channel);
