@@ -5,7 +5,8 @@ modules `rnas._cpu` and `rnas._cuda`) and `triton`. By default the fastest that 
 environment variable `RNAS_BACKEND` (auto, reference, cpu, cuda, triton; read at every call) forces one; a forced one
 that cannot take the call raises and says why. What torch.compile has traced keeps the choice of when it was traced.
 
-The compiled modules are imported at their first use, after torch, whose OpenMP runtime they run on.
+The compiled modules are imported at their first use, after torch, whose OpenMP runtime they run on; Triton kernels are
+compiled by triton at their first launch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +162,10 @@ def architectures() -> list[str]:
 def _unavailable(name: str, device: torch.device) -> str | None:
     """Why the compiled part of a backend cannot run on this device, or None."""
     if name == "triton":
-        return None if importlib.util.find_spec("triton") else "triton is not installed"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return None if compiler else "triton finds no C compiler for its launchers (install gcc or set CC)"
     if name == "reference":
         return None
     loaded = load(name)

@@ -161,12 +161,19 @@ def _cuda(out, *arguments):
     backend.module("cuda").pgd_step(*_compiled_arguments(out, *arguments), out.device.index, stream)
 
 
+def _triton(*arguments):
+    from rnas.kernels.triton import pgd_step as launcher  # imports triton, which takes a second
+
+    launcher.pgd_step(*arguments)
+
+
 OP = backend.Op(
     "pgd_step",
     {
         "reference": backend.Implementation(_reference),
         "cpu": backend.Implementation(_cpu, (torch.float32, torch.float64)),
         "cuda": backend.Implementation(_cuda, (torch.float32, torch.float16, torch.bfloat16)),
+        "triton": backend.Implementation(_triton, (torch.float32, torch.float16, torch.bfloat16)),
     },
 )
 

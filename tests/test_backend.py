@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_the_environment_forces_a_backend_at_every_call(served, monkeypatch):
     ("choice", "dtype", "message"),
     [
         ("cuda", torch.float32, "the cuda kernels take cuda tensors"),
-        ("triton", torch.float32, "pgd_step has no triton kernel"),
+        ("triton", torch.float32, "the triton kernels take cuda tensors"),
         ("cpu", torch.float16, "the cpu kernel takes float32, float64, not float16"),
     ],
 )
@@ -105,7 +106,15 @@ def test_describe_has_a_row_for_every_op_and_backend(monkeypatch):
     assert {op for op, _ in rows} == set(backend.OPS) and len(rows) == 4 * len(backend.OPS)
     assert all(row.reason for row in rows.values())
     triton = rows["pgd_step", "triton"]
-    assert triton.serves == "" and triton.reason == "pgd_step has no triton kernel"
+    if torch.cuda.is_available():
+        assert triton.reason.startswith(("cuda serves instead", "triton", "Triton kernel", "rnas._cuda"))
+    else:
+        assert triton.serves == "" and triton.reason == "no CUDA device is visible"
+    none = backend.Op("test_op", {"reference": backend.Implementation(call)})
+    try:
+        assert backend._row(none, "triton").reason == "test_op has no triton kernel"
+    finally:
+        del backend.OPS["test_op"]
     if not isinstance(backend.load("cpu"), str):
         assert rows["pgd_step", "cpu"].serves == "cpu float32, float64"
         assert backend.module("cpu").simd_level() in rows["pgd_step", "cpu"].built_for
@@ -129,6 +138,24 @@ def test_a_gpu_that_the_build_left_out_is_named(monkeypatch):
     assert "this GPU is sm_75 (reinstall with TORCH_CUDA_ARCH_LIST=7.5)" in backend._unsupported_gpu((7, 5))
     monkeypatch.setattr(backend, "architectures", lambda: ["sm_80", "sm_100a"])
     assert backend._unsupported_gpu((9, 0)) and backend._unsupported_gpu((10, 3))
+
+
+def test_without_triton_or_its_compiler_the_next_backend_serves(missing_modules, monkeypatch):
+    monkeypatch.setenv("RNAS_BACKEND", "auto")
+    monkeypatch.delenv("CC", raising=False)
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+        name, reason = OP.decide(CUDA, torch.float32)
+        assert name == "reference" and reason.endswith("no C compiler for its launchers (install gcc or set CC)")
+        backend.forget()
+        monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
+        name, reason = OP.decide(CUDA, torch.float32)
+        assert name == "triton" and "rnas._cuda is not built" in reason and reason.endswith("Triton kernel")
+        assert OP.decide(CUDA, torch.float64)[0] == "reference"
+        backend.forget()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    name, reason = OP.decide(CUDA, torch.float32)
+    assert name == "reference" and reason.endswith("triton is not installed")
 
 
 def test_the_cpu_module_runs_on_the_threads_of_torch():
@@ -178,9 +205,15 @@ def _which(name):
     return any(Path(folder, name).exists() for folder in os.environ["PATH"].split(os.pathsep))
 
 
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request, monkeypatch):
+    """A backend for CUDA tensors that is forced."""
+    pytest.importorskip("triton") if request.param == "triton" else built("cuda")
+    monkeypatch.setenv("RNAS_BACKEND", request.param)
+
+
 @pytest.mark.gpu
-def test_cuda_serves_on_the_current_stream():
-    built("cuda")
+def test_a_gpu_kernel_serves_on_the_current_stream(gpu_backend):
     x = torch.rand(64, 3, 224, 224, device=CUDA)
     expected = pgd_step(x, x, x, epsilon=0.1, step_size=0.1)
     stream = torch.cuda.Stream()
@@ -194,8 +227,7 @@ def test_cuda_serves_on_the_current_stream():
 
 
 @pytest.mark.gpu
-def test_cuda_step_is_captured_in_a_graph():
-    built("cuda")
+def test_a_step_is_captured_in_a_graph(gpu_backend):
     x, grad = torch.rand(8, 3, 32, 32, device=CUDA), torch.randn(8, 3, 32, 32, device=CUDA)
     buffer = x.clone()
     pgd_step(buffer, grad, x, epsilon=0.1, step_size=0.01, norm="l2", out=buffer)

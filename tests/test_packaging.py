@@ -1,10 +1,9 @@
-"""The build: what setup.py decides, every way to install, and what the CUDA kernels cost in registers."""
+"""The build: what setup.py decides, and every way to install."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -119,49 +118,21 @@ def test_the_default_leaves_out_what_an_older_nvcc_does_not_know(build, tools):
     assert build.cuda_architectures(nvcc) == ["80-real", "90-real", "90-virtual"]
 
 
-REPORT = """\
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z4goodPf' for 'sm_90'
-ptxas info    : Function properties for _Z4goodPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 128 bytes smem
-ptxas info    : Compiling entry function '_Z3badPf' for 'sm_80'
-ptxas info    : Function properties for _Z3badPf
-    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
-ptxas info    : Used 255 registers, used 0 barriers
-"""
-
-
-def test_reads_the_report_of_the_assembler():
-    resources = load(ROOT / "scripts" / "kernel_resources.py")
-    good, bad = resources.parse("a.cu", REPORT)
-    assert (good.arch, good.registers, good.shared, good.spills) == ("sm_90", 40, 128, False)
-    assert (bad.arch, bad.registers, bad.shared, bad.spill_stores, bad.spills) == ("sm_80", 255, 0, 12, True)
-    assert "sm_80        255" in resources.table([good, bad])
-
-
-def run_resources(*arguments):
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    script = ROOT / "scripts" / "kernel_resources.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_no_kernel_spills():
-    done = run_resources("--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "pgd_step.cu" in done.stdout and "sm_100" in done.stdout
-
-
-def test_a_kernel_that_spills_is_found(tmp_path):
-    source = tmp_path / "spill.cu"
-    source.write_text(
-        "extern \"C\" __global__ void __maxnreg__(24) spill(float* p) {\n"
-        "  float v[48];\n  for (int i = 0; i < 48; ++i) v[i] = p[i * 7];\n  __syncthreads();\n"
-        "  for (int i = 0; i < 48; ++i) p[i] = v[i] * v[47 - i];\n}\n"
+def test_the_triton_kernels_are_packaged_and_do_not_shadow_triton(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    site = tmp_path / "site"
+    assert [path.name for path in site.iterdir()] == ["rnas"]  # no `kernels`, no `triton`
+    assert (site / "rnas" / "kernels" / "triton" / "pgd_step.py").is_file()
+    if importlib.util.find_spec("triton") is None:
+        return
+    code = (
+        "import sys, rnas.kernels.triton.pgd_step as kernels\n"
+        "assert kernels.__file__.startswith(sys.argv[1]), kernels.__file__\n"
+        "assert not kernels.triton.__file__.startswith(sys.argv[1]), kernels.triton.__file__"
     )
-    done = run_resources("--check", str(source), "--arch", "90")
-    assert done.returncode == 1 and "1 kernels spill" in done.stdout, done.stdout + done.stderr
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", code, str(site)], cwd=tmp_path, env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -165,7 +165,10 @@ def test_threads_and_instruction_sets_change_no_bit(shape, norm, dtype, monkeypa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", BALLS)
-def test_more_pixels_than_fit_in_32_bits(norm):
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_more_pixels_than_fit_in_32_bits(norm, name, monkeypatch):
+    pytest.importorskip("triton") if name == "triton" else backend.module("cuda")
+    monkeypatch.setenv("RNAS_BACKEND", name)
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of GPU memory")
     x = torch.full((1, 2**31 + 33), 0.5, device="cuda", dtype=torch.bfloat16)
