@@ -2,7 +2,8 @@
 # make test     everything that continuous integration runs
 # make bench    time the supernet of this machine into benchmarks/results/, and render the README's table
 # make gpu      on a machine with a GPU: build, GPU tests, GPU benchmarks
-# make resources   registers, shared memory and spills of every CUDA kernel
+# make resources   registers, shared memory and spills of every GPU kernel, compared with csrc/cuda/resources.json
+#                  (to renew it: python scripts/kernel_resources.py --write)
 # make planted  plant one error after another in the CPU kernels: a test must turn red for each (15 to 20 minutes)
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ gpu:
 	PYTHON=$(PYTHON) bash scripts/gpu.sh
 
 resources: $(VENV)/.installed
-	$(BIN)/python scripts/kernel_resources.py
+	$(BIN)/python scripts/kernel_resources.py --check
 
 sanitize: $(VENV)/.tested
 	BIN=$(BIN) bash scripts/sanitize.sh

@@ -1,7 +1,7 @@
 """Fused operations for robust architecture search: one public function per op.
 
 Each op has a plain-PyTorch definition in `rnas.kernels.reference`, compiled kernels where the installation has them,
-and `rnas.kernels.backend` to say which of them serves a call and why.
+some a Triton kernel in `rnas.kernels.triton`, and `rnas.kernels.backend` to say which of them serves a call and why.
 """
 
 from rnas.kernels.fused import empty_cache

@@ -34,7 +34,7 @@ def _number(scalar, per_sample, sample):
         return tl.load(per_sample + sample)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def linf_kernel(
     out,  # (N, D), like x_adv, grad and x
     x_adv,
@@ -78,7 +78,7 @@ def _delta(x_adv, grad, x, offset, mask, divisor, step_size):
     return start + step_size * tl.div_rn(g, divisor) - clean, clean
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def l2_kernel(
     out,  # (N, D), like x_adv, grad and x
     x_adv,
@@ -164,7 +164,7 @@ def pgd_step(
 
 
 def resource_cases() -> Iterator[dict]:
-    """What scripts/kernel_resources.py compiles: the kernels in every dtype, and with numbers per sample.
+    """What scripts/kernel_resources.py compiles: the kernels in every dtype, and their costliest variant.
 
     Each case has a `name`, a `kernel`, the `signature` by argument, the `constants`, the arguments that are `aligned`
     (multiples of 16, as the memory of PyTorch and the sizes of most images are) and the `options` of the launch.
@@ -172,14 +172,14 @@ def resource_cases() -> Iterator[dict]:
     images = ("out", "x_adv", "grad", "x")
     numbers = dict.fromkeys(("epsilon", "step_size", "lower", "upper"), "fp32")
     for kernel, block, options in ((linf_kernel, LINF_BLOCK, LINF_OPTIONS), (l2_kernel, L2_BLOCK, L2_OPTIONS)):
-        for dtype, per_sample in (("fp32", False), ("bf16", False), ("fp16", False), ("fp32", True)):
-            vectors = dict.fromkeys(("epsilons", "step_sizes"), "*fp32" if per_sample else "constexpr")
+        for dtype, costly in (("fp32", False), ("bf16", False), ("fp16", False), ("fp32", True)):
+            vectors = dict.fromkeys(("epsilons", "step_sizes"), "*fp32" if costly else "constexpr")
             signature = dict.fromkeys(images, f"*{dtype}") | vectors | {"size": "i32", "blocks": "i32"} | numbers
             yield {
-                "name": f"{kernel.__name__}<{dtype}{', per sample' if per_sample else ''}>",
+                "name": f"{kernel.__name__}<{dtype}{', per sample, unaligned' if costly else ''}>",
                 "kernel": kernel,
                 "signature": signature | {"BLOCK": "constexpr"},
-                "constants": {"BLOCK": block} | ({} if per_sample else dict.fromkeys(vectors)),
-                "aligned": (*images, *(vectors if per_sample else ()), "size"),
+                "constants": {"BLOCK": block} | ({} if costly else dict.fromkeys(vectors)),
+                "aligned": () if costly else (*images, "size"),
                 "options": options,
             }
