@@ -106,8 +106,8 @@ def _row_norm(logits: Tensor, images: Tensor, vector: Tensor, q: int, differenti
     if product is None:
         raise ValueError("the logits do not depend on x: is there a no_grad or a detach inside the model?")
     # No kernel of our own: with its gradient this is 3 to 5 of the 341 operations, and under 0.1% of the bytes, of one
-    # fused row of a DARTS supernet (C=16, 8 cells) with the gradients of its norm; of 70,000 in plain PyTorch. A
-    # Python-registered op that saved two of them would cost more than they do.
+    # fused row of a DARTS supernet (C=16, 8 cells) with the gradients of its norm; of 70,000 in plain PyTorch. On the
+    # host a registered op that does nothing takes as long as they do for q = 1, and 0.6 times as long for q = 2.
     return torch.linalg.vector_norm(product, q, dim=tuple(range(1, product.dim())), dtype=_accumulator(images))
 
 
