@@ -43,9 +43,9 @@ template <int V> RNAS_DEVICE SlopeAt<V> slope_at(const Slope& slope, int channel
 // ---- sums that the norms need ----------------------------------------------------------------------------------------
 
 // Of each tile, for each channel: sum(g) and sum(g * (y - mean)). Grid (tiles, tasks).
-template <int V> struct Products {
+template <int V, typename AStage = Stage> struct Products {
   struct Task {
-    Stage stage;
+    AStage stage;
     const float* mean;  // (C), null: 0
     float* partials;    // (tiles, 2, C)
   };
@@ -174,9 +174,9 @@ struct FixedSlopes {
 // Behind the pointwise convolution of a stage: dy, and from it `d` (a dense stage: dy itself) and the gradients of the
 // matrices. Each block goes through every slabs-th tile and adds the latter up in a slab of its own.
 // Grid (slabs, tasks).
-template <int V> struct Pointwise {
+template <int V, typename AStage = Stage> struct Pointwise {
   struct Task {
-    Stage stage;
+    AStage stage;
     Image g;
     Slope slope;
     float* d;      // (N, H, W, C)
@@ -329,9 +329,9 @@ template <int V> struct Pointwise {
 
 // Gradients of depthwise weights, sum over pixels of d * what entered. Each block takes every slabs-th row of pixels.
 // Grid (slabs, tasks).
-template <int V> struct DepthwiseWeights {
+template <int V, typename AStage = Stage> struct DepthwiseWeights {
   struct Task {
-    Stage stage;
+    AStage stage;
     const float* d;  // (N, H, W, C)
     float* slabs;    // (slabs, C, T)
   };
@@ -385,14 +385,14 @@ template <int V> struct DepthwiseWeights {
   template <int kKernel>
   RNAS_DEVICE void add_rows(const Task& task, int64_t slab, int item, int group, int groups,
                             Vec<V> (&found)[kKernel]) const {
-    const Stage& stage = task.stage;
+    const AStage& stage = task.stage;
     const int vectors = channels / V, channel = item % vectors * V, tap = item / vectors;
     const int reach = stage.dilation * (kKernel / 2);
     for (int64_t row = slab; row < static_cast<int64_t>(batch) * height; row += slabs) {
       const int n = static_cast<int>(row / height), y = static_cast<int>(row % height);
       const int from_y = y * stage.stride - reach + tap * stage.dilation;
       if (from_y < 0 || from_y >= stage.source.height) continue;
-      const Rows<V, true> rows = entering<V>(stage, n, channel);
+      const auto rows = entering<V>(stage, n, channel);
       const float* line = rows.row(from_y);
       for (int x = group; x < width; x += groups) {
         const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
@@ -408,13 +408,21 @@ template <int V> struct DepthwiseWeights {
   }
 };
 
+// A value of y in front of the norm and the ReLU of a stage; or its direction.
+template <int V> RNAS_DEVICE Vec<V> in_front(const Stage& stage, int n, int y, int x, int channel) {
+  return load<V>(stage.source.at(n, y, x) + channel);
+}
+template <int V> RNAS_DEVICE Vec<V> in_front(const TangentStage& stage, int n, int y, int x, int channel) {
+  return load<V>(stage.direction + (stage.source.at(n, y, x) - stage.source.data) + channel);
+}
+
 // Between the two halves of a separable convolution, at stride 1: from `d` of the second to the gradient behind the
 // first half's norm, and its sum(g) and sum(g * (y - mean)) of each tile. Grid (tiles, tasks).
-template <int V> struct Middle {
+template <int V, typename AStage = Stage> struct Middle {
   struct Task {
-    Stage stage;        // the second half; its source is y of the first
+    AStage stage;        // the second half; its source is y of the first
     const float* d;     // (N, H, W, C)
-    const float* mean;  // (C)
+    const float* mean;  // (C), null: 0
     float* g;           // (N, H, W, C)
     float* partials;    // (tiles, 2, C) or null
   };
@@ -431,13 +439,14 @@ template <int V> struct Middle {
     load_depthwise(block, shared, task.stage, channels);
     depthwise_phase<V>(
         block, shared, task.stage, tiling, tile, channels, true,
-        [&](int channel) { return Rows<V, false>(d, tile.n, channel); },
+        [&](int channel) { return Rows<V, Way::plain>(d, tile.n, channel); },
         [&](int row, int column, int channel, Vec<V> g) {
           if (!tile.holds(row, column)) return;
           const int y = tile.y + row, x = tile.x + column;
-          const Vec<V> entered = entering<V>(task.stage, tile.n, channel).at(y, x);
-          const Vec<V> before = load<V>(task.stage.source.at(tile.n, y, x) + channel);
-          const Vec<V> mean = load<V>(task.mean + channel);
+          const Stage& stage = task.stage;
+          const Vec<V> entered = entering<V>(stage, tile.n, channel).at(y, x);
+          const Vec<V> before = in_front<V>(task.stage, tile.n, y, x, channel);
+          const Vec<V> mean = task.mean ? load<V>(task.mean + channel) : zeros<V>();
           Vec<V> product;
 #pragma unroll
           for (int k = 0; k < V; ++k) {
@@ -539,7 +548,7 @@ template <int V> struct Gather {
         load_depthwise(block, shared, item.stage, channels);
         depthwise_phase<V>(
             block, shared, item.stage, tiling, tile, channels, true,
-            [&](int channel) { return Rows<V, false>(d, tile.n, channel); },
+            [&](int channel) { return Rows<V, Way::plain>(d, tile.n, channel); },
             [&](int row, int column, int channel, const Vec<V>& value) { add_to<V>(sum_at(row, column, channel), value); });
       } else {
         each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {

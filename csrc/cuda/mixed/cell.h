@@ -57,6 +57,8 @@ class Cell {
   float *scale, *shift;  // (B, C)
   float* out = nullptr;  // (N, H', W', J * C)
   float* kept = nullptr;
+  const float* const* directions = nullptr;  // of the states, and what follows for nodes and kept activations
+  float *out_direction = nullptr, *kept_direction = nullptr;
 
   int64_t height(int64_t state) const { return state < s ? plan.shape.height : plan.height_out; }
   int64_t width(int64_t state) const { return state < s ? plan.shape.width : plan.width_out; }
@@ -72,6 +74,10 @@ class Cell {
   Image state(int64_t index) const {
     return index < s ? input(const_cast<float*>(in.states[index])) : node_of(out, index - s);
   }
+  // The direction of a state, laid out as the state is.
+  const float* direction(int64_t index) const {
+    return index < s ? directions[index] : out_direction + (index - s) * c;
+  }
   float* kept_activation(int64_t which) const { return kept + which * plan.activation(); }
 
   const float* row(const float* table, int64_t norm) const { return table ? table + norm * c : nullptr; }
@@ -79,19 +85,26 @@ class Cell {
   const float* weight(int64_t edge, int64_t mix) const { return in.weights + edge * plan.shape.candidates + mix; }
 
   // Stage `index` of a branch: the second one of two begins at the kept activation and the norm in front of it.
-  Stage stage(const Edge& edge, const Branch& branch, size_t index) const {
+  template <typename AStage> AStage stage(const Edge& edge, const Branch& branch, size_t index) const {
     const Convolution& conv = branch.stages[index];
-    Stage made{conv.kind,      conv.kernel, conv.dilation, conv.stride, state(edge.source), nullptr, nullptr,
-               in.theta + conv.depthwise, in.theta + conv.pointwise};
+    AStage made{};
+    static_cast<Stage&>(made) = {conv.kind, conv.kernel, conv.dilation, conv.stride, state(edge.source), nullptr,
+                                 nullptr, in.theta + conv.depthwise, in.theta + conv.pointwise};
     if (index == 1) {
       made.source = output(kept_activation(branch.kept));
       made.scale = row(scale, branch.stages[0].norm);
       made.shift = row(shift, branch.stages[0].norm);
     }
+    if constexpr (std::is_same_v<AStage, TangentStage>)
+      made.direction = index == 1 ? kept_direction + branch.kept * plan.activation() : direction(edge.source);
     return made;
   }
-  Stage simple(const Edge& edge, Kind kind) const {
-    return {kind, 3, 1, static_cast<int>(edge.stride), state(edge.source), nullptr, nullptr, nullptr, nullptr};
+  template <typename AStage> AStage simple(const Edge& edge, Kind kind) const {
+    AStage made{};
+    static_cast<Stage&>(made) = {kind, 3, 1, static_cast<int>(edge.stride), state(edge.source), nullptr, nullptr,
+                                 nullptr, nullptr};
+    if constexpr (std::is_same_v<AStage, TangentStage>) made.direction = direction(edge.source);
+    return made;
   }
 
   void fixed_norms(const float* mean, const float* variance) const {
@@ -103,7 +116,8 @@ class Cell {
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-template <int V> class Forward {
+// AStage: Stage, or TangentStage for the derivative along a direction.
+template <int V, typename AStage = Stage> class Forward {
  public:
   Forward(const Plan& plan, const MixedInputs& in, bool keeps, Arena& arena, CUstream_st* stream)
       : cell_(plan, in, arena, stream), plan_(plan), in_(in) {
@@ -114,18 +128,34 @@ template <int V> class Forward {
   }
 
   void run(float* out, float* mean, float* variance, float* kept) {
-    cell_.out = out;
-    if (kept) cell_.kept = kept;
+    cell_.out = out_ = out;
+    cell_.kept = kept_ = kept ? kept : cell_.kept;
     mean_ = mean, variance_ = variance;
     if (!in_.batch_statistics) cell_.fixed_norms(in_.mean, in_.variance);
+    nodes();
+  }
+
+  // The derivative of the nodes along `directions` of the states, and of the kept activations.
+  void run_tangent(const float* out, const float* kept, const float* const* directions, float* out_direction,
+                   float* kept_direction) {
+    cell_.out = const_cast<float*>(out);
+    cell_.kept = const_cast<float*>(kept);
+    cell_.directions = directions;
+    cell_.out_direction = out_ = out_direction;
+    cell_.kept_direction = kept_ = kept_direction;
+    cell_.fixed_norms(in_.mean, in_.variance);
+    nodes();
+  }
+
+ private:
+  static constexpr int64_t kMostNorms = 9;  // of one edge whose statistics are taken together
+
+  void nodes() {
     for (int64_t node = 0; node < plan_.shape.nodes; ++node) {
       measure(wave_edges(node));
       sum(node);
     }
   }
-
- private:
-  static constexpr int64_t kMostNorms = 9;  // of one edge whose statistics are taken together
 
   int64_t partial() const { return cell_.tiles * 2 * cell_.c; }
 
@@ -147,7 +177,7 @@ template <int V> class Forward {
       if (index == 1 && !batch) return;
       int64_t slots = 0;
       std::vector<std::pair<int64_t, int64_t>> pools[2];  // (source, slot): edges from one source share its pools
-      Tasks<Moments<V>> moments("mixed_op: moments", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
+      Tasks<Moments<V, AStage>> moments("mixed_op: moments", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
                                 cell_.stream);
       std::vector<FinishMoments::Task> finish;
       const auto measured = [&](int64_t slot, int64_t norm_index) {
@@ -157,9 +187,9 @@ template <int V> class Forward {
         const Edge& edge = plan_.edges[each];
         for (const Branch& branch : edge.branches) {
           if (branch.stages.size() <= index || (!batch && !branch.twice())) continue;
-          float* kept = index == 0 && branch.twice() ? cell_.kept_activation(branch.kept) : nullptr;
+          float* kept = index == 0 && branch.twice() ? kept_ + branch.kept * plan_.activation() : nullptr;
           float* partials = batch ? partials_ + slots * partial() : nullptr;
-          moments.add(typename Moments<V>::Task{cell_.stage(edge, branch, index), kept, partials});
+          moments.add(typename Moments<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), kept, partials});
           if (batch) measured(slots++, branch.stages[index].norm);
         }
         if (index == 1 || !batch) continue;
@@ -172,8 +202,9 @@ template <int V> class Forward {
           if (slot < 0) {
             slot = slots++;
             pools[kind].push_back({edge.source, slot});
-            moments.add(typename Moments<V>::Task{cell_.simple(edge, kind == 0 ? Kind::max_pool : Kind::avg_pool),
-                                                  nullptr, partials_ + slot * partial()});
+            const Kind pool = kind == 0 ? Kind::max_pool : Kind::avg_pool;
+            moments.add(typename Moments<V, AStage>::Task{cell_.simple<AStage>(edge, pool), nullptr,
+                                                          partials_ + slot * partial()});
           }
           measured(slot, norm_index);
         }
@@ -186,25 +217,26 @@ template <int V> class Forward {
   }
 
   void sum(int64_t node) {
-    Node<V> kernel{cell_.tiling, cell_.channels, 0, true, cell_.node_of(cell_.out, node), {}};
+    constexpr bool kTangent = std::is_same_v<AStage, TangentStage>;  // shifts are constants
+    Node<V, AStage> kernel{cell_.tiling, cell_.channels, 0, true, cell_.node_of(out_, node), {}};
     const auto run = [&] {
       launch("mixed_op: node", kernel, {cell_.tiles, 1}, cell_.shared, cell_.stream);
       kernel.first = false;
       kernel.count = 0;
     };
-    const auto add = [&](const Stage& stage, const float* weight, int64_t norm_index) {
+    const auto add = [&](const AStage& stage, const float* weight, int64_t norm_index) {
       if (kernel.count == kTasks) run();
       const bool normed = norm_index >= 0;
       kernel.tasks[kernel.count++] = {stage, weight, normed ? cell_.row(cell_.scale, norm_index) : nullptr,
-                                      normed ? cell_.row(cell_.shift, norm_index) : nullptr};
+                                      normed && !kTangent ? cell_.row(cell_.shift, norm_index) : nullptr};
     };
     for (int64_t each : plan_.into(plan_.shape.inputs + node)) {
       const Edge& edge = plan_.edges[each];
-      if (edge.skip >= 0) add(cell_.simple(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
-      if (edge.max >= 0) add(cell_.simple(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);
-      if (edge.avg >= 0) add(cell_.simple(edge, Kind::avg_pool), cell_.weight(each, edge.avg), edge.avg_norm);
+      if (edge.skip >= 0) add(cell_.simple<AStage>(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
+      if (edge.max >= 0) add(cell_.simple<AStage>(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);
+      if (edge.avg >= 0) add(cell_.simple<AStage>(edge, Kind::avg_pool), cell_.weight(each, edge.avg), edge.avg_norm);
       for (const Branch& branch : edge.branches)
-        add(cell_.stage(edge, branch, branch.stages.size() - 1), cell_.weight(each, branch.mix),
+        add(cell_.stage<AStage>(edge, branch, branch.stages.size() - 1), cell_.weight(each, branch.mix),
             branch.stages.back().norm);
     }
     if (kernel.count > 0 || kernel.first) run();
@@ -213,12 +245,14 @@ template <int V> class Forward {
   Cell cell_;
   const Plan& plan_;
   const MixedInputs& in_;
-  float *mean_ = nullptr, *variance_ = nullptr, *partials_;
+  float *mean_ = nullptr, *variance_ = nullptr, *partials_, *out_ = nullptr, *kept_ = nullptr;
 };
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-template <int V> class Backward {
+// AStage: TangentStage for the gradients to parameters of sum(grad_out * out_direction), instead of those of
+// sum(grad_out * out).
+template <int V, typename AStage = Stage> class Backward {
  public:
   Backward(const Plan& plan, const MixedInputs& in, Arena& arena, CUstream_st* stream)
       : cell_(plan, in, arena, stream), plan_(plan), in_(in), arena_(arena),
@@ -241,6 +275,21 @@ template <int V> class Backward {
     grad_out_ = const_cast<float*>(grad_out);
     grad_ = grad;
     cell_.fixed_norms(in_.mean, in_.variance);  // in a backward pass those of the batch are given too
+    go();
+  }
+
+  void run_tangent(const float* out, const float* kept, const float* grad_out, const float* const* directions,
+                   float* out_direction, float* kept_direction, const MixedGradients& grad) {
+    cell_.directions = directions;
+    cell_.out_direction = out_direction;
+    cell_.kept_direction = kept_direction;
+    run(out, kept, grad_out, grad);
+  }
+
+ private:
+  static constexpr bool kTangent = std::is_same_v<AStage, TangentStage>;
+
+  void go() {
     if (!in_.batch_statistics) fixed_slopes();
     for (int64_t node = plan_.shape.nodes - 1; node >= 0; --node) {
       arena_ = common_;
@@ -250,7 +299,6 @@ template <int V> class Backward {
     }
   }
 
- private:
   // One stage of a branch of an edge into the node at hand.
   struct StageMemory {
     float *d, *slabs, *depthwise_slabs, *partials;
@@ -333,7 +381,7 @@ template <int V> class Backward {
 
   FinishProducts::Task finish(const float* partials, int64_t norm, const float* weight, float* grad_weight) const {
     if (norm < 0) return {partials, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, grad_weight, nullptr, nullptr};
-    return {partials, cell_.row(in_.gamma, norm), cell_.row(in_.beta, norm), cell_.row(in_.variance, norm),
+    return {partials, cell_.row(in_.gamma, norm), kTangent ? nullptr : cell_.row(in_.beta, norm), cell_.row(in_.variance, norm),
             cell_.row(in_.mean, norm), weight, in_.batch_statistics ? slope(norm) : nullptr, grad_weight,
             cell_.row(grad_.gamma, norm), cell_.row(grad_.beta, norm)};
   }
@@ -347,26 +395,26 @@ template <int V> class Backward {
   void last_norms(const std::vector<int64_t>& edges) {
     std::vector<FinishProducts::Task> tasks;
     {
-      Tasks<Products<V>> products("mixed_op: products", {cell_.tiling, cell_.channels, g_, {}}, cell_.tiles,
+      Tasks<Products<V, AStage>> products("mixed_op: products", {cell_.tiling, cell_.channels, g_, {}}, cell_.tiles,
                                   cell_.shared, cell_.stream);
       for (size_t at = 0; at < edges.size(); ++at) {
         const int64_t each = edges[at];
         const Edge& edge = plan_.edges[each];
         const EdgeMemory& memory = memory_[at];
-        const auto add = [&](const Stage& stage, int64_t mix, int64_t norm, float* partials) {
+        const auto add = [&](const AStage& stage, int64_t mix, int64_t norm, float* partials) {
           const bool wanted = grad_.weights || (norm >= 0 && (grad_.gamma || grad_.beta ||
                                                               (in_.batch_statistics && is_deep(edge))));
           if (mix < 0 || !wanted) return;
-          products.add(typename Products<V>::Task{stage, norm >= 0 ? cell_.row(in_.mean, norm) : nullptr, partials});
+          products.add(typename Products<V, AStage>::Task{stage, norm >= 0 && !kTangent ? cell_.row(in_.mean, norm) : nullptr, partials});
           float* grad_weight = grad_.weights ? grad_.weights + each * plan_.shape.candidates + mix : nullptr;
           tasks.push_back(finish(partials, norm, cell_.weight(each, mix), grad_weight));
         };
-        add(cell_.simple(edge, Kind::max_pool), edge.max, edge.max_norm, memory.partials[0]);
-        add(cell_.simple(edge, Kind::avg_pool), edge.avg, edge.avg_norm, memory.partials[1]);
-        add(cell_.simple(edge, Kind::identity), edge.skip, -1, memory.partials[2]);
+        add(cell_.simple<AStage>(edge, Kind::max_pool), edge.max, edge.max_norm, memory.partials[0]);
+        add(cell_.simple<AStage>(edge, Kind::avg_pool), edge.avg, edge.avg_norm, memory.partials[1]);
+        add(cell_.simple<AStage>(edge, Kind::identity), edge.skip, -1, memory.partials[2]);
         for (size_t b = 0; b < edge.branches.size(); ++b) {
           const Branch& branch = edge.branches[b];
-          add(cell_.stage(edge, branch, branch.stages.size() - 1), branch.mix, branch.stages.back().norm,
+          add(cell_.stage<AStage>(edge, branch, branch.stages.size() - 1), branch.mix, branch.stages.back().norm,
               memory.branches[b].back().partials);
         }
       }
@@ -387,13 +435,13 @@ template <int V> class Backward {
   }
 
   void pointwise(const std::vector<int64_t>& edges, size_t index) {
-    Tasks<Pointwise<V>> tasks("mixed_op: pointwise",
+    Tasks<Pointwise<V, AStage>> tasks("mixed_op: pointwise",
                               {cell_.tiling, cell_.channels, slabs_, in_.batch_statistics, {}}, slabs_, cell_.shared,
                               cell_.stream);
     each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float* middle) {
       const Convolution& conv = branch.stages[index];
       const Image g = index == 0 && branch.twice() ? cell_.output(middle) : g_;
-      tasks.add(typename Pointwise<V>::Task{cell_.stage(edge, branch, index), g, {slope(conv.norm), nullptr}, memory.d,
+      tasks.add(typename Pointwise<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), g, {slope(conv.norm), nullptr}, memory.d,
                                             grad_.theta ? memory.slabs : nullptr, static_cast<int>(conv.entries)});
     });
   }
@@ -401,13 +449,13 @@ template <int V> class Backward {
   void depthwise_weights(const std::vector<int64_t>& edges, size_t index) {
     if (!grad_.theta) return;
     const int64_t bytes = kThreads * 5 * V * sizeof(float);
-    Tasks<DepthwiseWeights<V>> tasks(
+    Tasks<DepthwiseWeights<V, AStage>> tasks(
         "mixed_op: depthwise weights",
         {tiling().batch, tiling().height, tiling().width, cell_.channels, row_slabs_, {}}, row_slabs_, bytes,
         cell_.stream);
     each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float*) {
       if (branch.stages[index].kind == Kind::separable)
-        tasks.add(typename DepthwiseWeights<V>::Task{cell_.stage(edge, branch, index), memory.d,
+        tasks.add(typename DepthwiseWeights<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), memory.d,
                                                      memory.depthwise_slabs});
     });
   }
@@ -416,11 +464,11 @@ template <int V> class Backward {
     const bool sums = in_.batch_statistics || grad_.gamma || grad_.beta;
     std::vector<FinishProducts::Task> finished;
     {
-      Tasks<Middle<V>> tasks("mixed_op: middle", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
+      Tasks<Middle<V, AStage>> tasks("mixed_op: middle", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
                              cell_.stream);
       each_stage(edges, 1, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float* middle) {
         const int64_t norm = branch.stages[0].norm;
-        tasks.add(typename Middle<V>::Task{cell_.stage(edge, branch, 1), memory.d, cell_.row(in_.mean, norm), middle,
+        tasks.add(typename Middle<V, AStage>::Task{cell_.stage<AStage>(edge, branch, 1), memory.d, kTangent ? nullptr : cell_.row(in_.mean, norm), middle,
                                            sums ? memory.partials : nullptr});
         if (sums) finished.push_back(finish(memory.partials, norm, nullptr, nullptr));
       });
@@ -458,7 +506,7 @@ template <int V> class Backward {
       if (!to_source(edge)) continue;
       const auto add = [&](Kind kind, int64_t mix, int64_t norm, float* d, unsigned char* winners) {
         const Slope slope_of{norm >= 0 ? slope(norm) : nullptr, mix >= 0 ? cell_.weight(each, mix) : nullptr};
-        if (mix >= 0) tasks.add(typename Pools<V>::Task{cell_.simple(edge, kind), g_, slope_of, d, winners});
+        if (mix >= 0) tasks.add(typename Pools<V>::Task{cell_.simple<Stage>(edge, kind), g_, slope_of, d, winners});
       };
       add(Kind::max_pool, edge.max, edge.max_norm, memory_[at].max_d, memory_[at].winners);
       add(Kind::avg_pool, edge.avg, edge.avg_norm, memory_[at].avg_d, nullptr);
@@ -498,9 +546,9 @@ template <int V> class Backward {
                                   edge.skip >= 0 ? cell_.weight(each, edge.skip) : nullptr, 0, tiling().height,
                                   tiling().width, {}};
     for (size_t b = 0; b < edge.branches.size(); ++b)
-      made.items[made.count++] = {cell_.stage(edge, edge.branches[b], 0), memory.branches[b][0].d, nullptr};
-    if (edge.max >= 0) made.items[made.count++] = {cell_.simple(edge, Kind::max_pool), memory.max_d, memory.winners};
-    if (edge.avg >= 0) made.items[made.count++] = {cell_.simple(edge, Kind::avg_pool), memory.avg_d, nullptr};
+      made.items[made.count++] = {cell_.stage<Stage>(edge, edge.branches[b], 0), memory.branches[b][0].d, nullptr};
+    if (edge.max >= 0) made.items[made.count++] = {cell_.simple<Stage>(edge, Kind::max_pool), memory.max_d, memory.winners};
+    if (edge.avg >= 0) made.items[made.count++] = {cell_.simple<Stage>(edge, Kind::avg_pool), memory.avg_d, nullptr};
     return made;
   }
 

@@ -12,9 +12,9 @@ constexpr int kTasks = 24;  // of one launch; as many as its arguments hold
 
 // Of each tile, for each channel of a stage's output y: the mean and the sum of squared deviations from it. y itself goes
 // to `kept` where that is not null. Grid (tiles, tasks).
-template <int V> struct Moments {
+template <int V, typename AStage = Stage> struct Moments {
   struct Task {
-    Stage stage;
+    AStage stage;
     float* kept;      // (N, H, W, C) or null
     float* partials;  // (tiles, 2, C) or null
   };
@@ -141,11 +141,11 @@ struct FixedNorms {
 // ---- a node ----------------------------------------------------------------------------------------------------------
 
 // out = (first ? 0 : out) + sum over tasks of weight * (scale * stage + shift). Grid (tiles, 1).
-template <int V> struct Node {
+template <int V, typename AStage = Stage> struct Node {
   struct Task {
-    Stage stage;
-    const float* weight;          // one number
-    const float *scale, *shift;   // (C) of the last norm; null: none
+    AStage stage;
+    const float* weight;         // one number
+    const float *scale, *shift;  // (C) of the last norm; null: 1 and 0
   };
   Tiling tiling;
   int channels, count;
@@ -166,10 +166,10 @@ template <int V> struct Node {
       emit_stage<V>(block, shared, task.stage, tiling, tile, channels,
                     [&](int pixel, int channel, Vec<V> value, bool first_part) {
                       if (task.scale) {
-                        const Vec<V> scale = load<V>(task.scale + channel), shift = load<V>(task.shift + channel);
+                        const Vec<V> scale = load<V>(task.scale + channel);
+                        const Vec<V> shift = task.shift && first_part ? load<V>(task.shift + channel) : zeros<V>();
 #pragma unroll
-                        for (int k = 0; k < V; ++k)
-                          value.v[k] = value.v[k] * scale.v[k] + (first_part ? shift.v[k] : 0.0f);
+                        for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
                       }
 #pragma unroll
                       for (int k = 0; k < V; ++k) value.v[k] *= weight;

@@ -3,7 +3,9 @@
 // What a cell consists of: edges, their branches, and where each finds its parameters, norms and kept activations.
 
 #include <algorithm>
+#include <exception>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "mixed/stage.h"

@@ -82,6 +82,12 @@ struct Stage {
   RNAS_DEVICE int parts() const { return kind == Kind::dense ? kernel * kernel : kind == Kind::reduce ? 2 : 1; }
 };
 
+// A stage of the derivative of a cell along a direction, for norms with statistics of their own: linear, and of the source
+// only the signs and winners count. direction: that of the source, laid out as the source is.
+struct TangentStage : Stage {
+  const float* direction;
+};
+
 // A matrix (outputs, inputs) that makes outputs [first, last) from the pixels shifted by (dy, dx).
 struct Part {
   const float* weights;
@@ -143,14 +149,20 @@ RNAS_DEVICE Tile tile_of(const Tiling& tiling, int64_t index) {
           smaller(tiling.tile_width, tiling.width - x)};
 }
 
-// V channels of one image, row by row, as a convolution meets them: zero outside of the image; with kRectified, the norm
-// applied where there is one, and rectified. What does not change from pixel to pixel lies in registers.
-template <int V, bool kRectified> class Rows {
+// How a convolution meets its images: as they are, with the norm applied and rectified, or the direction where that would
+// be positive.
+enum class Way { plain, rectified, tangent };
+
+// V channels of one image, row by row; zero outside of the image. What does not change from pixel to pixel lies in
+// registers.
+template <int V, Way kWay> class Rows {
  public:
-  RNAS_DEVICE Rows(const Image& image, int n, int channel, const float* scale = nullptr, const float* shift = nullptr)
+  RNAS_DEVICE Rows(const Image& image, int n, int channel, const float* scale = nullptr, const float* shift = nullptr,
+                   const float* direction = nullptr)
       : first_(image.at(n, 0, 0) + channel), height_(image.height), width_(image.width), pixel_(image.pixel),
-        normed_(kRectified && scale != nullptr), scale_(normed_ ? load<V>(scale + channel) : zeros<V>()),
-        shift_(normed_ ? load<V>(shift + channel) : zeros<V>()) {}
+        normed_(kWay != Way::plain && scale != nullptr), scale_(normed_ ? load<V>(scale + channel) : zeros<V>()),
+        shift_(normed_ ? load<V>(shift + channel) : zeros<V>()),
+        direction_(kWay == Way::tangent ? direction + (first_ - image.data) : nullptr) {}
 
   // Row y, null outside of the image.
   RNAS_DEVICE const float* row(int y) const {
@@ -160,12 +172,18 @@ template <int V, bool kRectified> class Rows {
   RNAS_DEVICE Vec<V> at(const float* row, int x) const {
     if (!row || static_cast<unsigned>(x) >= static_cast<unsigned>(width_)) return zeros<V>();
     Vec<V> value = load<V>(row + x * pixel_);
-    if constexpr (kRectified) {
-      if (normed_)
+    if constexpr (kWay == Way::plain) return value;
+    if (normed_)
 #pragma unroll
-        for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale_.v[k] + shift_.v[k];
+      for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale_.v[k] + shift_.v[k];
+    if constexpr (kWay == Way::rectified) {
 #pragma unroll
       for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
+    } else {
+      const Vec<V> along = load<V>(direction_ + (row - first_) + x * pixel_);
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        value.v[k] = value.v[k] > 0.0f ? (normed_ ? scale_.v[k] * along.v[k] : along.v[k]) : 0.0f;
     }
     return value;
   }
@@ -176,11 +194,15 @@ template <int V, bool kRectified> class Rows {
   int height_, width_, pixel_;
   bool normed_;
   Vec<V> scale_, shift_;
+  const float* direction_;
 };
 
 // What enters the convolution of a stage.
-template <int V> RNAS_DEVICE Rows<V, true> entering(const Stage& stage, int n, int channel) {
+template <int V> RNAS_DEVICE Rows<V, Way::rectified> entering(const Stage& stage, int n, int channel) {
   return {stage.source, n, channel, stage.scale, stage.shift};
+}
+template <int V> RNAS_DEVICE Rows<V, Way::tangent> entering(const TangentStage& stage, int n, int channel) {
+  return {stage.source, n, channel, stage.scale, stage.shift, stage.direction};
 }
 
 // Four outputs of a depthwise convolution in a row, from taps `dilation` apart; neighbouring outputs are kStep taps apart.
@@ -271,8 +293,8 @@ RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const
 }
 
 // What the matrix of `part` is applied to, into shared.inputs.
-template <int V>
-RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const Stage& stage, const Part& part,
+template <int V, typename AStage>
+RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const AStage& stage, const Part& part,
                              const Tiling& tiling, const Tile& tile, int channels) {
   if (stage.kind == Kind::separable) {
     load_depthwise(block, shared, stage, channels);
@@ -373,10 +395,32 @@ template <int V> RNAS_DEVICE Vec<V> avg_pool(const Stage& stage, int n, int y, i
   return sum;
 }
 
+// A stage that is no convolution.
+template <int V> RNAS_DEVICE Vec<V> simple_value(const Stage& stage, int n, int y, int x, int channel) {
+  int winner[V];
+  if (stage.kind == Kind::identity) return load<V>(stage.source.at(n, y, x) + channel);
+  return stage.kind == Kind::max_pool ? max_pool<V>(stage, n, y, x, channel, winner)
+                                      : avg_pool<V>(stage, n, y, x, channel);
+}
+template <int V> RNAS_DEVICE Vec<V> simple_value(const TangentStage& stage, int n, int y, int x, int channel) {
+  Stage along = stage;
+  along.source.data = const_cast<float*>(stage.direction);
+  if (stage.kind != Kind::max_pool) return simple_value<V>(along, n, y, x, channel);
+  int winner[V];
+  max_pool<V>(stage, n, y, x, channel, winner);
+  Vec<V> value;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const int at_y = y * stage.stride - 1 + winner[k] / 3, at_x = x * stage.stride - 1 + winner[k] % 3;
+    value.v[k] = along.source.at(n, at_y, at_x)[channel + k];
+  }
+  return value;
+}
+
 // emit(pixel, channel, value, first) for every pixel of the tile of the stage's output: pixels outside of the image
 // included, with some finite value. Where a stage has several parts their values add up; `first` marks the first.
-template <int V, typename Emit>
-RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+template <int V, typename AStage, typename Emit>
+RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const AStage& stage, const Tiling& tiling,
                             const Tile& tile, int channels, const Emit& emit) {
   if (stage.kind >= Kind::separable) {
     for (int each = 0; each < stage.parts(); ++each) {
@@ -393,21 +437,15 @@ RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const Stag
       const int channel = item % vectors * V, pixel = item / vectors;
       const int row = pixel / tiling.tile_width, column = pixel % tiling.tile_width;
       Vec<V> value = zeros<V>();
-      if (tile.holds(row, column)) {
-        const int y = tile.y + row, x = tile.x + column;
-        int winner[V];
-        if (stage.kind == Kind::identity) value = load<V>(stage.source.at(tile.n, y, x) + channel);
-        if (stage.kind == Kind::max_pool) value = max_pool<V>(stage, tile.n, y, x, channel, winner);
-        if (stage.kind == Kind::avg_pool) value = avg_pool<V>(stage, tile.n, y, x, channel);
-      }
+      if (tile.holds(row, column)) value = simple_value<V>(stage, tile.n, tile.y + row, tile.x + column, channel);
       emit(pixel, channel, value, true);
     }
   });
 }
 
 // The stage's output into shared.outputs.
-template <int V>
-RNAS_DEVICE void make_outputs(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+template <int V, typename AStage>
+RNAS_DEVICE void make_outputs(const Block& block, const Shared& shared, const AStage& stage, const Tiling& tiling,
                               const Tile& tile, int channels) {
   emit_stage<V>(block, shared, stage, tiling, tile, channels,
                 [&](int pixel, int channel, const Vec<V>& value, bool first) {

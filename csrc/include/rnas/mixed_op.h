@@ -106,8 +106,7 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
 }  // namespace cpu
 
 // As above, with arrays in the memory of the current CUDA device, work queued on `stream`, and nothing kept but
-// Keep::activations (or nothing): kept_masks and kept_outputs are 0, and so is kept_linear where there is nothing to
-// keep. No second derivatives.
+// Keep::activations (or nothing): kept_masks and kept_outputs are 0.
 namespace cuda {
 
 MixedSizes mixed_sizes(const MixedShape& shape);
@@ -117,6 +116,11 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, CUstream_st* stream);
+
+void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
+                           const void* kept, const float* grad_out, const float* const* direction,
+                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
+                           CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace rnas
