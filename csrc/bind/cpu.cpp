@@ -1,13 +1,11 @@
-#include <pybind11/stl.h>
-
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 #include "bind/common.h"
+#include "bind/mixed.h"
 #include "bind/objects.h"
 #include "bind/pool.h"
-#include "rnas/mixed_op.h"
 #include "rnas/pgd_step.h"
 #include "rnas/profile.h"
 #include "rnas/relu_conv_norm.h"
@@ -15,6 +13,10 @@
 
 namespace py = pybind11;
 using namespace rnas;
+using bind::keep;
+using bind::OwnedGradients;
+using bind::OwnedInputs;
+using bind::OwnedShape;
 using bind::pointer;
 
 static const char* const kLevels[] = {"baseline", "avx2", "avx512"};
@@ -48,58 +50,6 @@ static ReluConvNorm relu_conv_norm(int64_t pixels, int64_t channels_in, int64_t 
   const auto at = [&](int each) { return pointer<const float>(a[each]); };
   return {pixels, channels_in, channels_out, at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics, relu};
 }
-
-static Primitive primitive(const std::string& name) {
-  static const char* const kNames[] = {"none",         "skip_connect", "max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3",
-                                       "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "conv_1x1",     "conv_3x3"};
-  for (int each = 0; each < 10; ++each)
-    if (name == kNames[each]) return static_cast<Primitive>(each);
-  throw std::invalid_argument("unknown primitive " + name);
-}
-
-// A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm)
-// and the primitives' names.
-struct OwnedShape {
-  OwnedShape(const std::vector<int64_t>& s, const std::vector<std::string>& names) {
-    if (s.size() != 8) throw std::invalid_argument("a shape has 8 numbers");
-    for (const std::string& name : names) primitives.push_back(primitive(name));
-    shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(names.size()), s[7] != 0};
-  }
-  OwnedShape(const OwnedShape&) = delete;
-  std::vector<Primitive> primitives;
-  MixedShape shape;
-};
-
-static Keep keep(int value) {
-  if (value < 0 || value > 3) throw std::invalid_argument("keep is 0 (nothing), 1 (masks), 2 (activations), 3 (outputs)");
-  return static_cast<Keep>(value);
-}
-
-// Addresses of (weights, theta, gamma, beta, mean, variance), 0 for null, behind those of the states.
-struct OwnedInputs {
-  OwnedInputs(const std::vector<uintptr_t>& a, int64_t states_count, double eps, bool batch_statistics) {
-    if (static_cast<int64_t>(a.size()) != states_count + 6) throw std::invalid_argument("6 addresses behind the states");
-    for (int64_t state = 0; state < states_count; ++state) states.push_back(pointer<const float>(a[state]));
-    const auto at = [&](int each) { return pointer<const float>(a[states_count + each]); };
-    inputs = {states.data(), at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
-  }
-  OwnedInputs(const OwnedInputs&) = delete;
-  std::vector<const float*> states;
-  MixedInputs inputs;
-};
-
-// Addresses of the gradients of (weights, theta, gamma, beta), and of the states or none at all.
-struct OwnedGradients {
-  OwnedGradients(const std::vector<uintptr_t>& a, const std::vector<uintptr_t>& to_states) {
-    if (a.size() != 4) throw std::invalid_argument("4 addresses of gradients");
-    for (uintptr_t each : to_states) states.push_back(pointer<float>(each));
-    gradients = {states.empty() ? nullptr : states.data(), pointer<float>(a[0]), pointer<float>(a[1]),
-                 pointer<float>(a[2]), pointer<float>(a[3])};
-  }
-  OwnedGradients(const OwnedGradients&) = delete;
-  std::vector<float*> states;
-  MixedGradients gradients;
-};
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of rnas. Import torch first: the kernels run on its threads.";
@@ -155,15 +105,13 @@ PYBIND11_MODULE(_cpu, m) {
       .def("arrays", &Reader::arrays)
       .def("norms", &Reader::norms);
 
-  using Sizes = std::vector<int64_t>;
-  using Names = std::vector<std::string>;
-  using Addresses = std::vector<uintptr_t>;
+  using bind::Addresses;
+  using bind::Names;
+  using bind::Sizes;
   m.def(
       "mixed_sizes",
       [](const Sizes& shape, const Names& primitives, int threads) {
-        const MixedSizes s = cpu::mixed_sizes(OwnedShape(shape, primitives).shape, threads);
-        return py::make_tuple(s.edges, s.norms, s.theta, s.height_out, s.width_out, s.kept_masks, s.kept_activations,
-                              s.kept_outputs, s.kept_linear, s.workspace);
+        return bind::to_tuple(cpu::mixed_sizes(OwnedShape(shape, primitives).shape, threads));
       },
       "rnas/mixed_op.h");
   m.def(

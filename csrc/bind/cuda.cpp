@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 
 #include "bind/common.h"
+#include "bind/mixed_cuda.h"
 #include "rnas/pgd_step.h"
 
 namespace py = pybind11;
@@ -48,4 +49,5 @@ PYBIND11_MODULE(_cuda, m) {
                        pointer<CUstream_st>(stream));
       },
       "rnas/pgd_step.h");
+  bind::define_mixed_op<DeviceGuard>(m);
 }
