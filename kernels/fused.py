@@ -64,9 +64,9 @@ class Pool:
 POOL = Pool()
 
 
-def empty_bytes(size: int) -> Tensor:
+def empty_bytes(size: int, device: torch.device | str = "cpu") -> Tensor:
     """An empty uint8 tensor of `size` bytes."""
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def empty_cache() -> None:
@@ -231,15 +231,32 @@ class Norms:
             if norm.training and norm.track_running_stats and average is not None
             if counter is not None or norm.momentum is not None
         ]
-        counted = [counters[row] for row in rows if counters[row] is not None]
+        stored = [table[row] for table in (self.means, self.variances, counters) for row in rows]
+        stored = [tensor for tensor in stored if tensor is not None]
+        # Tensors that several norms share move several times, one after another.
+        parts = [rows] if len(set(stored)) == len(stored) else [[row] for row in rows]
         with torch.no_grad():
-            if counted:
-                torch._foreach_add_(counted, [counted[0].new_ones(())] * len(counted))
-            for row in rows:
-                momentum = self.modules[row].momentum
-                share = counters[row].to(mean.dtype).reciprocal() if momentum is None else momentum
-                self.means[row].lerp_(mean[row], share)
-                self.variances[row].lerp_(variance[row] * (count / (count - 1)), share)
+            batch = list(zip(mean.unbind(), (variance * (count / (count - 1))).unbind()))
+            for part in parts:
+                self._move(part, counters, batch)
+
+    def _move(self, rows: list[int], counters: list[Tensor | None], batch: list[tuple[Tensor, Tensor]]) -> None:
+        """Moves the averages of these rows, in a few calls for all: on a GPU each is a few kernels."""
+        counted = [counters[row] for row in rows if counters[row] is not None]
+        if counted:
+            torch._foreach_add_(counted, 1)
+        momenta = {row: self.modules[row].momentum for row in rows}
+        fixed = [row for row in rows if momenta[row] is not None]
+        cumulative = [row for row in rows if momenta[row] is None]
+        for index, averages in enumerate((self.means, self.variances)):
+            if fixed:
+                moving, towards = [averages[row] for row in fixed], [batch[row][index] for row in fixed]
+                torch._foreach_lerp_(moving, towards, [momenta[row] for row in fixed])
+            if cumulative:
+                moving, towards = [averages[row] for row in cumulative], [batch[row][index] for row in cumulative]
+                counts = torch.stack([counters[row] for row in cumulative]).to(towards[0].dtype)
+                shares = counts.reciprocal()[:, None].repeat(1, towards[0].shape[0])
+                torch._foreach_lerp_(moving, towards, list(shares.unbind()))
 
 
 class CompiledNorms:

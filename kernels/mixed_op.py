@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused
+from rnas.kernels import backend, engine, fused
 from rnas.kernels.reference import mixed_op as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 
@@ -56,10 +56,11 @@ def mixed_op(
     Only the gradients that are asked for are computed, and only what they need is kept: signs and winners (a few bits
     per element) where statistics are fixed and nothing but `x` requires a gradient; else one activation per separable
     convolution, and on batch statistics from 32 channels on the results of the 5x5 convolutions, or, where the
-    convolution weights require no gradient, the results of all convolutions. Bit for bit the same for the same inputs
-    and number of threads. The fused kernel serves float32 on a
-    CPU; calls that it does not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch, and
-    so does a second derivative on batch statistics.
+    convolution weights require no gradient, the results of all convolutions; on a GPU, one activation per separable
+    convolution wherever anything requires a gradient. Bit for bit the same for the same inputs and, on a CPU, number of
+    threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the call. The fused kernels serve
+    float32; calls that they do not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch,
+    and so does a second derivative on batch statistics and, on a GPU, every second derivative.
 
     Equivalent to::
 
@@ -160,10 +161,10 @@ def mixed_cell(
 def arrange(x: Tensor) -> Tensor:
     """Images (N, C, H, W) in the memory format in which the mixed operation will take them without a copy.
 
-    Equivalent to: x.contiguous(memory_format=torch.channels_last) where a CPU kernel serves x, else x itself.
+    Equivalent to: x.contiguous(memory_format=torch.channels_last) where a compiled kernel serves x, else x itself.
     """
     serving, _ = OP.decide(x.device, x.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if serving == "cpu" else x
+    return x.contiguous(memory_format=torch.channels_last) if serving in ("cpu", "cuda") else x
 
 
 # ---- what the fused op takes -----------------------------------------------------------------------------------------
@@ -249,9 +250,7 @@ def _cell(states, weights, theta, norms, nodes: int, stride: int, call: _Call) -
     x = states[0]
     gamma, beta = norms.affine(x)
     mean, variance = norms.statistics(x)
-    keep = fused.what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    if keep == fused.ACTIVATIONS and norms.on_batch and not theta.requires_grad:
-        keep = fused.OUTPUTS  # without gradients to weights, computing them again would be most of the backward pass
+    keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
     settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep)
     out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
     if norms.on_batch:
@@ -313,32 +312,11 @@ class _Flat(torch.autograd.Function):
 # ---- the registered ops ----------------------------------------------------------------------------------------------
 
 
-class _Sizes(NamedTuple):
-    """What `mixed_sizes` in csrc/include/rnas/mixed_op.h returns."""
-
-    edges: int
-    norms: int
-    theta: int
-    height_out: int
-    width_out: int
-    kept_masks: int
-    kept_activations: int
-    kept_outputs: int
-    kept_linear: int
-    workspace: int
-
-
-@functools.lru_cache(maxsize=256)
-def _sizes(shape: tuple[int, ...], primitives: str, threads: int, level: str) -> _Sizes:
-    """level: the instruction set in use, on which the memory layout depends."""
-    return _Sizes(*backend.module("cpu").mixed_sizes(shape, primitives.split(","), threads))
-
-
-def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...], _Sizes]:
+def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...], engine.Sizes]:
     """The shape as the compiled functions take it, and the sizes that follow from it."""
     n, c, h, w = (int(size) for size in states[0].shape)
     shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm))
-    return shape, _sizes(shape, settings.primitives, torch.get_num_threads(), backend.module("cpu").simd_level())
+    return shape, engine.of(states[0]).sizes(shape, settings.primitives)
 
 
 def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -356,30 +334,32 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
 
 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
-    settings = _Settings(*settings)
+    settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
     if theta.numel() != sizes.theta or weights.numel() != sizes.edges * len(settings.primitives.split(",")):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
-    out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, fused.POOL.take)
+    out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, on.memory)
     images = [fused.pixels_first(state) for state in states]
     tables = fused.dense(weights, theta, gamma, beta, mean, variance)
-    backend.module("cpu").mixed_forward(
+    workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
+    on.module.mixed_forward(
         shape,
         settings.primitives.split(","),
         fused.addresses([*images, *tables]),
         settings.eps,
         mean is None,
         settings.keep,
-        *fused.addresses([out, batch_mean, batch_variance, kept, fused.workspace(sizes.workspace)]),
-        torch.get_num_threads(),
+        *fused.addresses([out, batch_mean, batch_variance, kept, workspace]),
+        *on.place(),
     )
     return out, batch_mean, batch_variance, kept
 
 
 def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
-    return _outputs(states, mean is None, _Settings(*settings), fused.empty_bytes)
+    take = functools.partial(fused.empty_bytes, device=states[0].device)
+    return _outputs(states, mean is None, _Settings(*settings), take)
 
 
 def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
@@ -401,14 +381,15 @@ def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | Non
 def _backward(
     grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
 ):
-    settings = _Settings(*settings)
+    settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
     gradients = _gradients(states, weights, theta, gamma, beta, wanted)
     masks = settings.keep == fused.MASKS
     *images, out = [None if masks else fused.pixels_first(image) for image in (*states, out)]
     tables = fused.dense(weights, theta, gamma, beta, mean, variance)
     grad_out = fused.pixels_first(grad_out)
-    backend.module("cpu").mixed_backward(
+    workspace = on.workspace(sizes.workspace)
+    on.module.mixed_backward(
         shape,
         settings.primitives.split(","),
         fused.addresses([*images, *tables]),
@@ -418,8 +399,8 @@ def _backward(
         *fused.addresses([out, kept, grad_out]),
         fused.addresses(gradients[1:]),
         _addresses_of_states(gradients[0], wanted),
-        fused.workspace(sizes.workspace).data_ptr(),
-        torch.get_num_threads(),
+        workspace.data_ptr(),
+        *on.place(),
     )
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -440,7 +421,7 @@ def _backward_fake(
 def _double_backward(
     direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
 ):
-    settings = _Settings(*settings)
+    settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
     masks = settings.keep == fused.MASKS
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
@@ -449,8 +430,9 @@ def _double_backward(
     grad_out = fused.pixels_first(grad_out)
     grad_grad_out = fused.empty_image(grad_out, grad_out.shape[3], sizes.height_out, sizes.width_out)
     along = [fused.pixels_first(each) for each in direction.unbind()]
-    along_kept = None if masks else fused.POOL.take(sizes.kept_linear)
-    backend.module("cpu").mixed_double_backward(
+    along_kept = None if masks else on.memory(sizes.kept_linear)
+    workspace = on.workspace(sizes.workspace)
+    on.module.mixed_double_backward(
         shape,
         settings.primitives.split(","),
         fused.addresses([*images, *tables]),
@@ -460,8 +442,8 @@ def _double_backward(
         fused.addresses(along),
         *fused.addresses([grad_grad_out, along_kept]),
         fused.addresses(gradients),
-        fused.workspace(sizes.workspace).data_ptr(),
-        torch.get_num_threads(),
+        workspace.data_ptr(),
+        *on.place(),
     )
     return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
@@ -538,7 +520,8 @@ class _Backward(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         of_states = any(ctx.wanted[: ctx.count])
         only_states = of_states and all(direction is None for direction in directions[1:])
-        if only_states and not ctx.batch_statistics and not torch.is_grad_enabled():
+        linear = only_states and not ctx.batch_statistics and not torch.is_grad_enabled()
+        if linear and engine.of(directions[0]).differentiates_twice:
             return None, None, None, None, *_second_linear(ctx, directions)
         if ctx.settings.keep == fused.MASKS:
             raise RuntimeError(
@@ -674,6 +657,7 @@ OP = backend.Op(
     {
         "reference": backend.Implementation(_reference),
         "cpu": backend.Implementation(_fused, (torch.float32,)),
+        "cuda": backend.Implementation(_fused, (torch.float32,)),
     },
 )
 
