@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cuda_on_host
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,27 @@ def poisoned_allocations():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def kernels_on_host(tmp_path_factory):
+    """The module of tests/cuda_on_host.py."""
+    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda_device(request, monkeypatch) -> str:
+    """Where the CUDA kernels run, and are forced to: the device of the tensors. Memory without a value holds NaN there."""
+    if request.param == "host":
+        cuda_on_host.serve(request.getfixturevalue("kernels_on_host"), monkeypatch)
+    else:
+        monkeypatch.setenv(backend.VARIABLE, "cuda")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # in the reference and in second derivatives
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield "cpu" if request.param == "host" else "cuda"
+    torch.use_deterministic_algorithms(False)
+    if request.param == "host":
+        request.getfixturevalue("kernels_on_host").set_host_thread_order(0)
 
 
 def _simd_levels() -> list:

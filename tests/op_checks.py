@@ -92,9 +92,9 @@ def draw_norm(channels: int, mode: str, generator: torch.Generator) -> nn.BatchN
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
-    """Random numbers that depend on the shape and the seed alone."""
+    """Random numbers that depend on the shape and the seed alone, with the dtype and on the device of `like`."""
     values = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(like.dtype)
+    return values.to(like.device, like.dtype)
 
 
 def evaluate(implementation, problem: Call, wanted=(), first=()) -> dict[str, list[Tensor]]:
@@ -170,26 +170,32 @@ def compare(
     first=(),
     change: Callable[[Call], None] | None = None,
     kink: float = 1e-5,
+    device: str = "cpu",
     **how,
 ) -> None:
     """Compares an implementation with the float64 reference on `draw(seed, **how)`; see `evaluate` for wanted and first.
 
     A draw where plain float32 PyTorch is further than `kink` from float64 lies on a kink (a ReLU or a maximum inside
-    that rounding turns around) and is replaced by the next. `change` edits the problem in place.
+    that rounding turns around) and is replaced by the next. `change` edits the problem in place. All float32 runs on
+    `device`, whose problems' `copy` then takes one; float64 on the CPU.
     """
+
+    def run(of, layout):
+        copied = problem.copy(layout=layout) if device == "cpu" else problem.copy(layout=layout, device=device)
+        results = evaluate(of, copied, wanted, first)
+        return {kind: [tensor.cpu() for tensor in tensors] for kind, tensors in results.items()}
+
     for seed in range(DRAWS):
         problem = draw(seed, **how)
         if change:
             change(problem)
         exact = evaluate(reference, problem.copy(torch.float64), wanted, first)
-        plain = [
-            evaluate(reference, problem.copy(layout=name), wanted, first) for name in ("contiguous", "channels_last")
-        ]
+        plain = [run(reference, name) for name in ("contiguous", "channels_last")]
         if all(distance(p[kind], exact[kind]) <= kink for p in plain for kind in exact):
             break
     else:
         pytest.fail(f"none of {DRAWS} draws is away from the kinks")
-    assert_close(evaluate(implementation, problem.copy(layout=layout), wanted, first), exact, plain)
+    assert_close(run(implementation, layout), exact, plain)
 
 
 class Recorder(TorchDispatchMode):

@@ -61,19 +61,19 @@ class Problem(Call):
     partial: int = 1
     edge_weights: Tensor | None = None
 
-    def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Problem:
+    def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cpu") -> Problem:
         arrange = LAYOUTS[layout]
         return Problem(
-            [arrange(state.detach().to(dtype, copy=True)) for state in self.states],
-            self.weights.detach().to(dtype, copy=True),
-            [[arrange(tensor.detach().to(dtype, copy=True)) for tensor in edge] for edge in self.parameters],
-            [[copy.deepcopy(norm).to(dtype) for norm in edge] for edge in self.norms],
+            [arrange(state.detach().to(device, dtype, copy=True)) for state in self.states],
+            self.weights.detach().to(device, dtype, copy=True),
+            [[arrange(tensor.detach().to(device, dtype, copy=True)) for tensor in edge] for edge in self.parameters],
+            [[copy.deepcopy(norm).to(device, dtype) for norm in edge] for edge in self.norms],
             self.primitives,
             self.nodes,
             self.stride,
             self.pool_norm,
             self.partial,
-            None if self.edge_weights is None else self.edge_weights.detach().to(dtype, copy=True),
+            None if self.edge_weights is None else self.edge_weights.detach().to(device, dtype, copy=True),
         )
 
     def arguments(self) -> tuple:
@@ -118,7 +118,7 @@ MIXING = {  # name: (E, K) normal numbers -> mixing weights
 def draw(
     seed: int = 0,
     space: str | tuple = "darts",
-    cell: str | None = None,
+    cell: str | tuple | None = None,
     shape: tuple[int, ...] = (2, 3, 8, 8),
     stride: int = 1,
     mode: str = "train",
@@ -130,7 +130,7 @@ def draw(
 
     Args:
         space: a name of `SPACES`, or (primitives, pool_norm).
-        cell: a name of `CELLS`, whose stride then counts; None for a single edge.
+        cell: a name of `CELLS`, whose stride then counts, or (input states, nodes, stride); None for a single edge.
         shape: (N, C, H, W) of the states.
         mode: a name of `MODES`, or "mixed" for BN modules that differ.
         mixing: a name of `MIXING`.
@@ -139,7 +139,7 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed)
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
-    inputs, nodes, stride = CELLS[cell] if cell else (1, 0, stride)
+    inputs, nodes, stride = CELLS.get(cell, cell) if cell else (1, 0, stride)
     sources = [source for node in range(nodes) for source in range(inputs + node)] if cell else [0]
     parameters, norms, channels = [], [], shape[1] // partial
     for source in sources:
