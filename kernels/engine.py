@@ -31,9 +31,6 @@ class Sizes(NamedTuple):
 class Cpu:
     """`rnas._cpu` on PyTorch's threads, in memory that is handed on from call to call."""
 
-    differentiates_twice = True
-    """Whether it has second derivatives on fixed statistics."""
-
     @property
     def module(self) -> ModuleType:
         """The compiled module."""
@@ -49,6 +46,10 @@ class Cpu:
         if keep == fused.ACTIVATIONS and on_batch and not tables[1].requires_grad:
             return fused.OUTPUTS  # without gradients to theta, computing them again would be most of the backward pass
         return keep
+
+    def obstacle(self, channels: int) -> str | None:
+        """Why it does not take images of so many channels, or None."""
+        return None
 
     def memory(self, size: int) -> Tensor:
         """An empty uint8 tensor of `size` bytes for what a forward pass keeps."""
@@ -70,7 +71,8 @@ class Cuda:
     every call takes its own and lets go of it when its kernels are queued.
     """
 
-    differentiates_twice = False
+    MOST_CHANNELS = 960
+    """What a block's shared memory holds: kMostChannels in csrc/cuda/mixed/plan.h."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -87,6 +89,11 @@ class Cuda:
     def what_to_keep(self, states: Sequence[Tensor], tables: Sequence[Tensor | None], on_batch: bool) -> int:
         """As `Cpu.what_to_keep`: activations or nothing."""
         return fused.ACTIVATIONS if fused.what_to_keep(states, tables, on_batch) else fused.NOTHING
+
+    def obstacle(self, channels: int) -> str | None:
+        """As `Cpu.obstacle`."""
+        most = self.MOST_CHANNELS
+        return f"the CUDA kernels mix at most {most} channels, not {channels}" if channels > most else None
 
     def memory(self, size: int) -> Tensor:
         """As `Cpu.memory`."""

@@ -60,7 +60,7 @@ def mixed_op(
     convolution wherever anything requires a gradient. Bit for bit the same for the same inputs and, on a CPU, number of
     threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the call. The fused kernels serve
     float32; calls that they do not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch,
-    and so does a second derivative on batch statistics and, on a GPU, every second derivative.
+    and so does a second derivative on batch statistics.
 
     Equivalent to::
 
@@ -154,7 +154,8 @@ def mixed_cell(
             f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "
             f"{stride}; pass more images or call .eval() on the norms"
         )
-    run = OP.choose(x.device, x.dtype, fused.obstacle(x, call.norms_read))
+    obstacle = fused.obstacle(x, call.norms_read) or engine.of(x).obstacle(channels)
+    run = OP.choose(x.device, x.dtype, obstacle)
     return run(call).contiguous(memory_format=fused.layout(x))
 
 
@@ -520,8 +521,7 @@ class _Backward(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         of_states = any(ctx.wanted[: ctx.count])
         only_states = of_states and all(direction is None for direction in directions[1:])
-        linear = only_states and not ctx.batch_statistics and not torch.is_grad_enabled()
-        if linear and engine.of(directions[0]).differentiates_twice:
+        if only_states and not ctx.batch_statistics and not torch.is_grad_enabled():
             return None, None, None, None, *_second_linear(ctx, directions)
         if ctx.settings.keep == fused.MASKS:
             raise RuntimeError(

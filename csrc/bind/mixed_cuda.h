@@ -42,6 +42,24 @@ template <typename Guard> void define_mixed_op(py::module_& m) {
                              pointer<CUstream_st>(stream));
       },
       "rnas/mixed_op.h");
+  m.def(
+      "mixed_double_backward",
+      [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, int keeping, uintptr_t out,
+         uintptr_t kept, uintptr_t grad_out, const Addresses& direction, uintptr_t grad_grad_out,
+         uintptr_t direction_kept, const Addresses& gradients, uintptr_t workspace, int device, uintptr_t stream) {
+        const OwnedShape owned(shape, primitives);
+        const OwnedInputs in(inputs, owned.shape.inputs, eps, false);
+        const OwnedGradients grad(gradients, {});
+        std::vector<const float*> along;
+        for (uintptr_t each : direction) along.push_back(pointer<const float>(each));
+        py::gil_scoped_release release;
+        Guard guard(device);
+        cuda::mixed_double_backward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer(kept),
+                                    pointer<float>(grad_out), along.data(), pointer<float>(grad_grad_out),
+                                    pointer(direction_kept), grad.gradients, pointer(workspace),
+                                    pointer<CUstream_st>(stream));
+      },
+      "rnas/mixed_op.h");
 }
 
 }  // namespace rnas::bind

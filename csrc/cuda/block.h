@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "rnas/types.h"
 
@@ -24,9 +25,11 @@
 #include <limits>
 #include <vector>
 #define RNAS_DEVICE inline
+#define RNAS_BOTH inline
 #else
 #include "launch.h"
 #define RNAS_DEVICE __device__ __forceinline__
+#define RNAS_BOTH __host__ __device__ __forceinline__
 #endif
 
 namespace rnas::cuda {
@@ -97,7 +100,16 @@ class Block {
   }
 };
 
-template <typename Kernel> __global__ void __launch_bounds__(kThreads, 2) run_kernel(const __grid_constant__ Kernel kernel) {
+// How many blocks a multiprocessor has to have registers for: a kernel may say less in kBlocks.
+template <typename Kernel, typename = void> struct Resident {
+  static constexpr int kBlocks = 2;
+};
+template <typename Kernel> struct Resident<Kernel, std::void_t<decltype(Kernel::kBlocks)>> {
+  static constexpr int kBlocks = Kernel::kBlocks;
+};
+
+template <typename Kernel>
+__global__ void __launch_bounds__(kThreads, Resident<Kernel>::kBlocks) run_kernel(const __grid_constant__ Kernel kernel) {
   kernel(Block());
 }
 

@@ -175,6 +175,7 @@ struct FixedSlopes {
 // matrices. Each block goes through every slabs-th tile and adds the latter up in a slab of its own.
 // Grid (slabs, tasks).
 template <int V, typename AStage = Stage> struct Pointwise {
+  static constexpr int kBlocks = kBlocksOf<AStage>;
   struct Task {
     AStage stage;
     Image g;
@@ -278,6 +279,7 @@ template <int V, typename AStage = Stage> struct Pointwise {
       for (int k = 0; k < V; ++k)
 #pragma unroll
         for (int m = 0; m < V; ++m) sums[k][m] = 0.0f;
+#pragma unroll 2
       for (int pixel = group; pixel < tiling.pixels(); pixel += groups) {
         const Vec<V> dy = load<V>(shared.outputs + pixel * shared.stride + output);
         const Vec<V> from = load<V>(shared.inputs + pixel * shared.stride + input);

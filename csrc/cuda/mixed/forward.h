@@ -142,6 +142,7 @@ struct FixedNorms {
 
 // out = (first ? 0 : out) + sum over tasks of weight * (scale * stage + shift). Grid (tiles, 1).
 template <int V, typename AStage = Stage> struct Node {
+  static constexpr int kBlocks = kBlocksOf<AStage>;
   struct Task {
     AStage stage;
     const float* weight;         // one number

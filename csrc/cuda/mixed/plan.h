@@ -115,7 +115,12 @@ class Builder {
   const int64_t c_;
 };
 
+// The smallest tile of so many channels still fits the shared memory of a block.
+constexpr int64_t kMostChannels = 960;
+
 inline Plan make_plan(const MixedShape& shape) {
+  if (shape.channels > kMostChannels)
+    throw std::invalid_argument("mixed_op on CUDA takes at most 960 channels");
   if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||
       shape.nodes < 1 || shape.stride < 1 || shape.stride > 2 || shape.candidates < 1)
     throw std::invalid_argument("mixed_op: sizes must be positive and the stride 1 or 2");
@@ -171,8 +176,6 @@ inline Tiling make_tiling(int64_t batch, int64_t height, int64_t width, int64_t 
                 0};
   while (shared_bytes(tiling, channels) > kWantedShared && tiling.pixels() > 8)
     tiling.tile_height > 1 ? tiling.tile_height /= 2 : tiling.tile_width /= 2;
-  if (shared_bytes(tiling, channels) > kMostShared)
-    throw std::invalid_argument("mixed_op on CUDA: too many channels for the memory of a block");
   tiling.rows = (tiling.height + tiling.tile_height - 1) / tiling.tile_height;
   tiling.columns = (tiling.width + tiling.tile_width - 1) / tiling.tile_width;
   return tiling;

@@ -26,30 +26,28 @@ template <int V> RNAS_DEVICE Vec<V> zeros() {
   return made;
 }
 
+#if defined(RNAS_ON_HOST)
 template <int V> RNAS_DEVICE Vec<V> load(const float* from) {
   Vec<V> made;
-#if !defined(RNAS_ON_HOST)
-  if constexpr (V == 4) {
-    const float4 all = *reinterpret_cast<const float4*>(from);
-    made.v[0] = all.x, made.v[1] = all.y, made.v[2] = all.z, made.v[3] = all.w;
-    return made;
-  }
-#endif
-#pragma unroll
   for (int k = 0; k < V; ++k) made.v[k] = from[k];
   return made;
 }
-
 template <int V> RNAS_DEVICE void store(float* to, const Vec<V>& value) {
-#if !defined(RNAS_ON_HOST)
-  if constexpr (V == 4) {
-    *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
-    return;
-  }
-#endif
-#pragma unroll
   for (int k = 0; k < V; ++k) to[k] = value.v[k];
 }
+#else
+template <int V> RNAS_DEVICE Vec<V> load(const float* from);
+template <> RNAS_DEVICE Vec<1> load<1>(const float* from) { return {{*from}}; }
+template <> RNAS_DEVICE Vec<4> load<4>(const float* from) {
+  const float4 all = *reinterpret_cast<const float4*>(from);
+  return {{all.x, all.y, all.z, all.w}};
+}
+RNAS_DEVICE void put(float* to, const Vec<1>& value) { *to = value.v[0]; }
+RNAS_DEVICE void put(float* to, const Vec<4>& value) {
+  *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
+}
+template <int V> RNAS_DEVICE void store(float* to, const Vec<V>& value) { put(to, value); }
+#endif
 
 template <int V> RNAS_DEVICE void add_to(float* to, const Vec<V>& value) {
   Vec<V> sum = load<V>(to);
@@ -87,6 +85,9 @@ struct Stage {
 struct TangentStage : Stage {
   const float* direction;
 };
+
+// Kernels of tangents that need more registers than two blocks of a multiprocessor share.
+template <typename AStage> constexpr int kBlocksOf = std::is_same_v<AStage, TangentStage> ? 1 : 2;
 
 // A matrix (outputs, inputs) that makes outputs [first, last) from the pixels shifted by (dy, dx).
 struct Part {
@@ -126,8 +127,8 @@ RNAS_DEVICE Part part_of(const Stage& stage, int part, int channels) {
 struct Tiling {
   int batch, height, width, tile_height, tile_width, rows, columns;
 
-  RNAS_DEVICE int64_t count() const { return static_cast<int64_t>(batch) * rows * columns; }
-  RNAS_DEVICE int pixels() const { return tile_height * tile_width; }
+  RNAS_BOTH int64_t count() const { return static_cast<int64_t>(batch) * rows * columns; }
+  RNAS_BOTH int pixels() const { return tile_height * tile_width; }
 };
 
 struct Tile {
@@ -155,8 +156,10 @@ enum class Way { plain, rectified, tangent };
 
 // V channels of one image, row by row; zero outside of the image. What does not change from pixel to pixel lies in
 // registers.
-template <int V, Way kWay> class Rows {
+template <int V, Way kHow> class Rows {
  public:
+  static constexpr Way kWay = kHow;
+
   RNAS_DEVICE Rows(const Image& image, int n, int channel, const float* scale = nullptr, const float* shift = nullptr,
                    const float* direction = nullptr)
       : first_(image.at(n, 0, 0) + channel), height_(image.height), width_(image.width), pixel_(image.pixel),
@@ -172,14 +175,13 @@ template <int V, Way kWay> class Rows {
   RNAS_DEVICE Vec<V> at(const float* row, int x) const {
     if (!row || static_cast<unsigned>(x) >= static_cast<unsigned>(width_)) return zeros<V>();
     Vec<V> value = load<V>(row + x * pixel_);
-    if constexpr (kWay == Way::plain) return value;
-    if (normed_)
+    if (kWay != Way::plain && normed_)
 #pragma unroll
       for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale_.v[k] + shift_.v[k];
     if constexpr (kWay == Way::rectified) {
 #pragma unroll
       for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
-    } else {
+    } else if constexpr (kWay == Way::tangent) {
       const Vec<V> along = load<V>(direction_ + (row - first_) + x * pixel_);
 #pragma unroll
       for (int k = 0; k < V; ++k)
@@ -206,12 +208,13 @@ template <int V> RNAS_DEVICE Rows<V, Way::tangent> entering(const TangentStage& 
 }
 
 // Four outputs of a depthwise convolution in a row, from taps `dilation` apart; neighbouring outputs are kStep taps apart.
-// weights: [T][C] in shared memory. (y, x): the first tap of the first output. Where they share few taps, two outputs at
-// a time: four would need more registers than there are.
+// weights: [T][C] in shared memory. (y, x): the first tap of the first output. Two outputs at a time where they share few
+// taps, and of a direction: four would need more registers than there are.
 template <int V, int kKernel, int kStep, typename From>
 RNAS_DEVICE void convolve(const From& from, const float* weights, int channels, bool flipped, int y, int x,
                           int dilation, Vec<V> (&out)[kPixels]) {
-  constexpr int kCount = kPixels / kStep, kWindow = kStep * (kCount - 1) + kKernel;
+  constexpr int kCount = kPixels / (kStep == 2 || From::kWay == Way::tangent ? 2 : 1);
+  constexpr int kWindow = kStep * (kCount - 1) + kKernel;
 #pragma unroll
   for (int i = 0; i < kPixels; ++i) out[i] = zeros<V>();
 #pragma unroll
@@ -247,7 +250,7 @@ struct Shared {
 };
 
 // Floats of a pixel in shared memory: the further 4 put neighbouring groups of pixels into different banks.
-RNAS_DEVICE int row_stride(int channels) { return channels + 4; }
+RNAS_BOTH int row_stride(int channels) { return channels + 4; }
 
 RNAS_DEVICE Shared shared_of(const Block& block, const Tiling& tiling, int channels) {
   const int stride = row_stride(channels);
