@@ -123,7 +123,7 @@ class SearchConfig(RunConfig):
     batch_size: int = 64
     """Images per step and level."""
     warmup_epochs: int = 0
-    """Epochs at the start in which only the weights learn."""
+    """Epochs at the start in which only the weights learn; fewer than all."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: Augment = field(default_factory=Augment)
     attack: AttackConfig = field(default_factory=AttackConfig)

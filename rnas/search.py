@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from . import data, genotype, plot, seeding
 from .config import SearchConfig, at_least, check_attack, check_run, resolve_run
 from .genotype import Genotype
 from .loop import Interrupted, Loop, choose_device, cpu_threads, learning_rate, seeded, set_learning_rate
-from .methods import METHODS, Method, SearchStep, entropy, options_for
+from .methods import METHODS, Method, SearchPlan, SearchStep, entropy, options_for
 from .methods.method import accuracy
 from .runs import Run, write_text
 from .settings import merge, to_dict
@@ -91,11 +92,21 @@ def _resolve(config: SearchConfig) -> tuple[SearchConfig, data.Dataset]:
     _space(config).layout(config.layers, config.channels)
     device = choose_device(config.device)
     dataset = data.load(config.data)
+    _check_plan(METHODS[config.method], options, SearchPlan(config.epochs, config.warmup_epochs, dataset.num_classes))
     for half in data.halves(dataset.train, config.seed):
         data.number_of_batches(half, config.batch_size, drop_last=True)  # refuses a batch that no half can fill
     config = dataclasses.replace(config, options=options)
     name = f"search-{config.method}-{config.space}"
     return resolve_run(config, dataset.image_shape[0], str(device), torch.get_num_threads(), name), dataset
+
+
+def _check_plan(method: type[Method], options: Any, plan: SearchPlan) -> None:
+    if method.searches and plan.warmup_epochs >= plan.epochs:
+        raise ValueError(
+            f"warmup_epochs={plan.warmup_epochs} of epochs={plan.epochs}: the architecture would never learn; set it "
+            "below epochs"
+        )
+    method.check(options, plan)
 
 
 @dataclass(frozen=True)

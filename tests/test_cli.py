@@ -55,7 +55,7 @@ def test_flags_win_over_set_and_set_over_toml(small_images, tmp_path):
     toml = tmp_path / "c.toml"
     toml.write_text('epochs = 1\nseed = 5\nchannels = 2\n[attack]\nepsilon = "1/255"\n[options]\norder = 2\n')
     arguments = ["search", *SMALL, "--data.dataset", str(small_images), "--config", str(toml), "--set", "seed=6", "--set",
-                 "attack.step-size=1/510", "--attack.epsilon", "2/255", "--warmup-epochs", "1", "--run", str(tmp_path / "r"),
+                 "attack.step-size=1/510", "--attack.epsilon", "2/255", "--run", str(tmp_path / "r"),
                  "--quiet"]  # fmt: skip
     assert cli.main(arguments) == 0
     config = config_of(tmp_path / "r")

@@ -22,6 +22,10 @@ from rnas.config import (
     WeightOptimizerConfig,
 )
 from rnas.loop import Interrupted, Loop
+from rnas.methods import METHODS, SearchPlan
+from rnas.methods.advrush import AdvRushOptions
+from rnas.methods.dsara import DsaraOptions
+from rnas.methods.dsrna import DsrnaOptions
 from rnas.runs import Run, load_tensors
 
 
@@ -75,13 +79,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(search_config, t
     )
 
 
-def test_warm_up_leaves_the_architecture_alone(search_config):
-    result = search.search(replace(search_config, warmup_epochs=2))
-    fresh = search.build(
-        replace(search_config, attack=AttackConfig(epsilon=0.1)), search.data.load(search_config.data)
-    )[1]
+def test_warm_up_leaves_the_architecture_alone(search_config, monkeypatch):
+    """Stopped with its last batch, a search has the architecture parameters that it began with; then they move."""
+    config = replace(search_config, epochs=3, warmup_epochs=2)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 6, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            search.search(config)
+    fresh = search.build(replace(config, attack=AttackConfig(epsilon=0.1)), search.data.load(config.data))[1]
     for name, alpha in fresh.alpha.items():
-        assert torch.equal(final_state(result.run)[f"/method/alpha.{name}"], alpha)
+        assert torch.equal(final_state(Path(config.run))[f"/method/alpha.{name}"], alpha)
+    result = search.resume(config.run, quiet=True)
+    for name, alpha in fresh.alpha.items():
+        assert not torch.equal(final_state(result.run)[f"/method/alpha.{name}"], alpha)
 
 
 class StopAt:
@@ -219,6 +229,7 @@ BAD_SEARCHES = {
     "steps": ({"attack": AttackConfig(steps=0)}, "attack.steps must be a finite number of at least 1"),
     "device": ({"device": "quantum"}, "unknown device"),
     "missing data": ({"data": DataConfig(dataset="missing.npz")}, "missing.npz"),
+    "warm-up": ({"warmup_epochs": 2}, "warmup_epochs=2 of epochs=2: the architecture would never learn; set it below"),
 }
 
 
@@ -228,6 +239,51 @@ def test_a_bad_search_is_refused_before_any_file_is_made(search_config, case):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         search.search(replace(search_config, **changes))
     assert not os.path.exists(search_config.run)
+
+
+NEVER = "of epochs=4: .* would never"
+PLANS = {  # options, and the message for a search of 4 epochs, 1 of them warm-up, on 4 classes; "" where it is good
+    "curvature too late": (AdvRushOptions(start_epoch=4), f"options.start_epoch=4 {NEVER} count; .*options.gamma=0"),
+    "curvature in the last epoch": (AdvRushOptions(start_epoch=3), ""),
+    "no curvature": (AdvRushOptions(start_epoch=4, gamma=0.0), ""),
+    "no second stage": (DsaraOptions(switch_epoch=4), f"options.switch_epoch=4 {NEVER} begin; .*one-adversarial"),
+    "second stage of an epoch": (DsaraOptions(switch_epoch=3), ""),
+    "no first stage": (DsaraOptions(switch_epoch=1), "options.switch_epoch=1 after warmup_epochs=1: .*one-both"),
+    "first stage of an epoch": (DsaraOptions(switch_epoch=2), ""),
+    "one stage": (DsaraOptions(switch_epoch=9, stages="one-both"), ""),
+    "R on the weights": (DsrnaOptions(on_weights=True, weight_epoch=4), f"options.weight_epoch=4 {NEVER} count"),
+    "R on the weights at last": (DsrnaOptions(on_weights=True, weight_epoch=3), ""),
+    "no R on the weights": (DsrnaOptions(on_weights=True, weight_epoch=4, weight_gamma=0.0), ""),
+    "rows": (DsrnaOptions(samples=5), "options.samples=5 of 4 classes: .*options.estimator=exact"),
+    "rows for the weights": (DsrnaOptions(samples=5, gamma=0, on_weights=True, weight_epoch=0), "options.samples=5"),
+    "all rows": (DsrnaOptions(samples=4), ""),
+    "directions": (DsrnaOptions(samples=5, estimator="projection"), ""),
+    "rows that nothing takes": (DsrnaOptions(samples=5, gamma=0.0), ""),
+    "rows beside a certificate": (DsrnaOptions(samples=5, variant="certified"), ""),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_part_of_a_method_that_never_acts_is_refused_before_any_work(search_config, case, monkeypatch):
+    options, message = PLANS[case]
+    (method,) = (name for name, each in METHODS.items() if isinstance(options, each.Options))
+    config = replace(search_config, method=method, options=options, epochs=4, warmup_epochs=1, layers=4)
+    config = replace(config, space="dsara" if method == "dsara" else "darts")
+    monkeypatch.setattr(search, "_search", lambda config, *parts: "the search begins")
+    if not message:
+        assert search.search(config) == "the search begins"
+        return
+    with pytest.raises(ValueError, match=message):
+        search.search(config)
+    assert not os.path.exists(config.run)
+
+
+def test_a_certificate_whose_radius_stays_zero_is_refused(search_config):
+    config = replace(search_config, method="dsrna", epochs=1, options=DsrnaOptions(variant="combined"))
+    with pytest.raises(ValueError, match=r"options\.epsilon_ramp=0\.4 of epochs=1: the radius .* would stay 0"):
+        search.search(config)
+    for options in (DsrnaOptions(variant="combined", epsilon_ramp=0.0), DsrnaOptions(), DsrnaOptions(epsilon=0.0)):
+        METHODS["dsrna"].check(options, SearchPlan(1, 0, 4))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -9,7 +9,7 @@ from .advrush import AdvRush
 from .darts import Darts
 from .dsara import Dsara
 from .dsrna import Dsrna
-from .method import Batch, LevelResult, Method, Mixing, SearchStep, discretise, entropy
+from .method import Batch, LevelResult, Method, Mixing, SearchPlan, SearchStep, discretise, entropy
 from .pcdarts import PcDarts
 from .racl import Racl
 from .random import Random
@@ -33,6 +33,7 @@ __all__ = [
     "Racl",
     "Random",
     "Rnas",
+    "SearchPlan",
     "SearchStep",
     "discretise",
     "entropy",

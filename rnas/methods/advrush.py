@@ -14,7 +14,7 @@ from .. import attacks
 from ..config import at_least
 from ..spaces import Space
 from ..supernet import Supernet
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class AdvRushOptions:
     """L2 length of the finite difference z over the whole image, in pixel units. The authors' code steps 1.5 in images
     divided by their standard deviation, which is about 0.25 for CIFAR-10."""
     start_epoch: int = 50
-    """First epoch with the curvature (of 60); before it the architecture learns from the cross entropy alone. In a
-    search of no more epochs than this the curvature never counts."""
+    """First epoch with the curvature (of 60); before it the architecture learns from the cross entropy alone. Must be
+    below the epochs of the search."""
     statistics: Literal["running", "batch"] = "running"
     """BN statistics of the curvature. running, as in the authors' code: images do not mix. batch: those of the cross
     entropy; an image's gradient then holds its influence on the others too, and its second derivative is plain PyTorch,
@@ -55,6 +55,15 @@ class AdvRush(Method):
     def __init__(self, options: AdvRushOptions, space: Space, seed: int) -> None:
         super().__init__(options, space, seed)
         self.alpha = initial_alpha(space, seed)
+
+    @classmethod
+    def check(cls, options: AdvRushOptions, plan: SearchPlan) -> None:
+        """Refuse a curvature that would never count."""
+        if options.gamma and options.start_epoch >= plan.epochs:
+            raise ValueError(
+                f"options.start_epoch={options.start_epoch} of epochs={plan.epochs}: the curvature would never count; "
+                "set it below epochs, or options.gamma=0 to do without"
+            )
 
     def mixing(self) -> Mixing:
         """softmax(alpha) over the operations of each edge, (E, K) per cell type."""

@@ -16,7 +16,7 @@ from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
 from .levels import pgd_batch
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha
 from .min_norm import min_norm
 from .unrolled import Unrolled, Weights, unrolled_gradients_of_each
 
@@ -32,8 +32,8 @@ class DsaraOptions:
     stages: Literal["two", "one-adversarial", "one-both"] = "two"
     """two: the first stage, then the second. one-adversarial, one-both: only the first or only the second."""
     switch_epoch: int = 20
-    """First epoch (from 0, warm-up included) of the second stage; a search of no more epochs never gets there.
-    Inferred, not published."""
+    """First epoch (from 0, warm-up included) of the second stage; with stages "two" it must lie between the warm-up and
+    the last epoch. Inferred, not published."""
     combination: Literal["min-norm", "sum"] = "min-norm"
     """How the second stage combines the gradients u1 and u2: the shortest convex combination, or u1 + u2."""
     adversarial_weight: float = 0.1
@@ -75,6 +75,23 @@ class Dsara(Method):
     def __init__(self, options: DsaraOptions, space: Space, seed: int) -> None:
         super().__init__(options, space, seed)
         self.alpha = initial_alpha(space, seed)
+
+    @classmethod
+    def check(cls, options: DsaraOptions, plan: SearchPlan) -> None:
+        """Refuse two stages of which one has no step of the architecture."""
+        if options.stages != "two":
+            return
+        switch = options.switch_epoch
+        if switch >= plan.epochs:
+            raise ValueError(
+                f"options.switch_epoch={switch} of epochs={plan.epochs}: the second stage would never begin; set it "
+                "below epochs, or options.stages=one-adversarial to do without"
+            )
+        if switch <= plan.warmup_epochs:
+            raise ValueError(
+                f"options.switch_epoch={switch} after warmup_epochs={plan.warmup_epochs}: the first stage would have "
+                "no step of the architecture; set it above warmup_epochs, or options.stages=one-both to do without"
+            )
 
     def mixing(self) -> Mixing:
         """softmax(alpha) over the operations of each edge, (E, K) per cell type."""

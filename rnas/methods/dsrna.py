@@ -26,6 +26,7 @@ from .method import (
     LevelResult,
     Method,
     Mixing,
+    SearchPlan,
     SearchStep,
     accuracy,
     edge_softmax,
@@ -53,7 +54,7 @@ class DsrnaOptions:
     """Of the Jacobian norm, as in rnas.kernels.jacobian_norm. sampled: the mean over random rows, without bias for the
     exact mean and its gradient, at the cost of `samples` rows where exact takes all K (ours; the paper's is exact)."""
     samples: int = 1
-    """Rows (sampled) or random vectors (projection) per image."""
+    """Rows (sampled, at most the number of classes) or random vectors (projection) per image."""
     jacobian_images: int = 0
     """Images of a batch that the Jacobian norm sees; 0 takes all (our default, the paper does not say)."""
     statistics: Literal["running", "batch"] = "running"
@@ -81,7 +82,8 @@ class DsrnaOptions:
     weight_gamma: float = 1e-4
     """Weight of R in the loss of the weights."""
     weight_epoch: int = 10
-    """First epoch, counted from 0, in which the weights' loss holds R."""
+    """First epoch, counted from 0, in which the weights' loss holds R; with `on_weights` it must be below the epochs of
+    the search."""
     adversarial: Literal["both", "weights", "architecture", "none"] = "none"
     """Which level's cross entropy sees PGD examples; DSRNA needs none. R is measured on clean images always."""
     partial: int = 1
@@ -129,6 +131,28 @@ class Dsrna(Method):
         self.alpha = initial_alpha(space, seed)
         if options.partial > 1:
             self.beta = initial_beta(space, seed)
+
+    @classmethod
+    def check(cls, options: DsrnaOptions, plan: SearchPlan) -> None:
+        """Refuse an R that would never count or could not be measured."""
+        on_weights = options.on_weights and options.weight_gamma > 0
+        if on_weights and options.weight_epoch >= plan.epochs:
+            raise ValueError(
+                f"options.weight_epoch={options.weight_epoch} of epochs={plan.epochs}: R would never count in the loss "
+                "of the weights; set it below epochs, or options.on_weights=False to do without"
+            )
+        if not (options.gamma or on_weights):
+            return
+        if options.variant != "jacobian" and options.epsilon_ramp and options.epsilon != 0 and plan.epochs == 1:
+            raise ValueError(
+                f"options.epsilon_ramp={options.epsilon_ramp} of epochs=1: the radius of the certificate would stay 0; "
+                "set more epochs, or options.epsilon_ramp=0 to start with the full radius"
+            )
+        if options.variant != "certified" and options.estimator == "sampled" and options.samples > plan.num_classes:
+            raise ValueError(
+                f"options.samples={options.samples} of {plan.num_classes} classes: options.estimator=sampled has a row "
+                "per class; set at most as many, or options.estimator=exact for all of them"
+            )
 
     @property
     def partial(self) -> int:

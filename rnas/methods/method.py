@@ -53,6 +53,16 @@ class SearchStep:
 
 
 @dataclass(frozen=True)
+class SearchPlan:
+    """What is known of a search before it starts, for methods to refuse what could not work."""
+
+    epochs: int
+    warmup_epochs: int
+    """Epochs at the start without an architecture step; fewer than `epochs`."""
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class LevelResult:
     """What one level reports: mean loss, accuracy in [0, 1] on the inputs it saw, and other numbers worth logging."""
 
@@ -81,6 +91,13 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.space = space
+
+    @classmethod
+    def check(cls, options: Any, plan: SearchPlan) -> None:
+        """Refuse options that do not fit the search, above all a part of the method that would never act in it.
+
+        options: an instance of `Options`. Raises ValueError with key, value, and what to type instead.
+        """
 
     @property
     def partial(self) -> int:
