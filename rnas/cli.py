@@ -90,6 +90,8 @@ def _search(arguments: list[str]) -> None:
     else:
         result = _resumable(lambda: search.search(config), "search")
     print(f"\ngenotype: {genotype.to_text(result.genotype)}")
+    for remark in result.remarks:
+        print(f"remark: {remark}")
     _list_files(result.files)
 
 

@@ -133,6 +133,7 @@ def _work(config: CompareConfig, run: Run, journal: Journal, stage: str, cell: C
         if stage == "search":
             found = search.resume(sub.path, quiet=True) if interrupted else search.search(search_config(config, cell))
             numbers = {"space": sub.read_config()["space"], "genotype": found.genotype.to_dict()}
+            numbers["remarks"] = list(found.remarks)
         else:
             trained = train.resume(sub.path, quiet=True) if interrupted else train.train(train_config(config, cell))
             numbers = {"parameters": count_parameters(trained.network)}
@@ -241,6 +242,7 @@ def _network(journal: Journal, cell: Cell) -> dict:
         "train_seconds": trained["seconds"],
         "evaluate_seconds": evaluated["seconds"],
         "genotype": found["genotype"],
+        "remarks": found.get("remarks", []),
     }
 
 

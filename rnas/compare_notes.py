@@ -29,8 +29,8 @@ def notes(
 ) -> list[str]:
     """Sentences for a reader who wants to judge the table, or to make it again.
 
-    networks: {method, space} each; protocol: {threat: {norm, epsilon, step_size}, images}; machines: those of
-    `describe_machine`, of every process that worked on the comparison.
+    networks: {method, seed, space, remarks} each; protocol: {threat: {norm, epsilon, step_size}, images}; machines:
+    those of `describe_machine`, of every process that worked on the comparison.
     """
     spaces = {network["method"]: network["space"] for network in networks}
     elsewhere = [f"{method} searches {space}" for method, space in spaces.items() if space != config.search.space]
@@ -41,6 +41,8 @@ def notes(
         )
     if used_overrides(config):
         found.append(f"Settings of one method alone: {', '.join(used_overrides(config))}.")
+    for network in networks:
+        found += [f"{network['method']}, seed {network['seed']}: {remark}." for remark in network["remarks"]]
     if added_methods(config):
         found.append(f"{added_note(config)}.")
     for machine in [each for index, each in enumerate(machines) if each not in machines[:index]]:

@@ -30,6 +30,8 @@ class SearchResult:
     genotype: Genotype
     run: Path
     files: tuple[Path, ...]
+    remarks: tuple[str, ...] = ()
+    """What the method says about the result, such as a constraint that does not hold; in remarks.txt too."""
 
 
 def search(config: SearchConfig) -> SearchResult:
@@ -238,8 +240,8 @@ def describe(record: dict) -> str:
 
 
 def _finish(run: Run, method: Method) -> SearchResult:
-    """Write the genotype, its pictures and the curves; leave the pictures out where matplotlib is missing."""
-    found = method.genotype()
+    """Write the genotype, remarks, pictures and curves; leave the pictures out where matplotlib is missing."""
+    found, remarks = method.genotype(), tuple(method.remarks())
     files = [found.save(run.path / "genotype.json")]
     try:
         text = run.path / "genotype.txt"
@@ -247,13 +249,15 @@ def _finish(run: Run, method: Method) -> SearchResult:
         files.append(text)
     except ValueError:  # the classic text cannot say it
         pass
+    if remarks:
+        files.append(write_text(run.path / "remarks.txt", "\n".join(remarks) + "\n"))
     try:
         files += plot.draw_cells(found, run.path / "cells")
         if method.searches:
             files.append(plot.draw_curves(run.read_metrics(), run.path / "curves.png"))
     except ImportError as error:  # matplotlib is missing: the search itself is complete
         print(f"no pictures: {error}")
-    return SearchResult(found, run.path, (*files, run.checkpoint_path, run.metrics_path, run.config_path))
+    return SearchResult(found, run.path, (*files, run.checkpoint_path, run.metrics_path, run.config_path), remarks)
 
 
 __all__ = ["Interrupted", "SearchResult", "build", "describe", "resume", "search", "search_step"]

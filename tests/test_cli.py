@@ -152,6 +152,17 @@ def test_ctrl_c_leaves_a_resumable_run(small_images, tmp_path):
     assert genotype.load(run).concat == (2, 3)
 
 
+def test_a_remark_of_the_method_is_printed_after_the_genotype(small_images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures take longer than this search
+    arguments = ["--data.dataset", str(small_images), "--run", str(tmp_path / "s"), "--quiet"]
+    options = ["--method", "racl", "--options.bound-start", "0.5", "--options.bound-end", "0.5"]
+    assert cli.main(["search", *SMALL, *arguments, *options, "--options.first-power-iterations", "20"]) == 0
+    out = capsys.readouterr().out
+    (remark,) = re.findall(r"^remark: (the constraint of racl does not hold: .*)$", out, flags=re.MULTILINE)
+    assert out.index("genotype: ") < out.index("remark: ") < out.index("files:")
+    assert (tmp_path / "s" / "remarks.txt").read_text() == remark + "\n"
+
+
 def test_a_genotype_printed_by_search_can_be_read_back(small_images, tmp_path, capsys):
     assert (
         cli.main(["search", *SMALL, "--data.dataset", str(small_images), "--run", str(tmp_path / "s"), "--quiet"]) == 0

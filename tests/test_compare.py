@@ -294,6 +294,15 @@ def test_the_time_of_an_interrupted_epoch_counts(config, monkeypatch):
     assert recorded + 0.3 - 0.02 <= found["search_seconds"] <= elapsed  # file times are a few milliseconds coarse
 
 
+def test_a_remark_of_a_search_stands_below_the_table(config, monkeypatch):
+    monkeypatch.setattr(METHODS["rnas"], "remarks", lambda method: ["something does not hold"])
+    short = {part: replace(getattr(config, part), epochs=1) for part in ("search", "train")}
+    result = compare.compare(replace(config, seeds=(1,), **short))
+    assert "rnas, seed 1: something does not hold." in result.notes
+    assert sum("does not hold" in note for note in result.notes) == 1
+    assert [each["remarks"] for each in content(result.run)["networks"]] == [["something does not hold"], [], []]
+
+
 def test_lost_work_does_not_count(tmp_path):
     """Start at 100, an epoch's record at 130, the last checkpoint at 150: 20 s of the open epoch are kept."""
     run = Run(tmp_path, "search")

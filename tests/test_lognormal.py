@@ -11,6 +11,7 @@ from rnas.methods.lognormal import (
     LogNormal,
     LogNormalParameter,
     log_quantile,
+    probability_within,
     product_of_lognormals,
     product_over_cells,
     standard_quantile,
@@ -178,6 +179,18 @@ def test_the_quantile_of_the_network_is_that_of_a_million_samples(sigma, source)
         wrong = chain(sigma, constants, not independent)
         if sigma > 0.1:
             assert float((totals <= float(log_quantile(wrong, ETA))).double().mean()) != pytest.approx(ETA, abs=0.03)
+
+
+def test_the_probability_is_the_share_of_samples_and_inverts_the_quantile(source):
+    mu, variance = torch.randn(5, generator=source).double(), 0.1 + torch.rand(5, generator=source).double()
+    x = LogNormal(mu, variance)
+    bounds = mu + torch.tensor([-1.5, -0.3, 0.0, 0.6, 2.0])
+    samples = mu + variance.sqrt() * torch.randn(200_000, 5, generator=source, dtype=torch.float64)
+    torch.testing.assert_close(
+        probability_within(x, bounds), (samples <= bounds).double().mean(0), atol=0.006, rtol=0
+    )  # 5 standard deviations of a share of 200,000
+    for eta in (0.05, 0.5, 0.9, 0.999):
+        torch.testing.assert_close(probability_within(x, log_quantile(x, eta)), torch.full_like(mu, eta))
 
 
 @pytest.mark.parametrize("full", [False, True])

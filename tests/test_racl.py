@@ -134,7 +134,7 @@ def test_the_architecture_step_moves_nothing_but_its_own_gradients(search_config
     assert all(p.requires_grad and p.grad is None for p in supernet.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.norm() > 0 for p in method.parameters())
     assert set(result.numbers) == {
-        "constraint", "log_lipschitz_quantile", "log_lipschitz_bound", "theta", "sigma", "input_gradient"
+        "constraint", "confidence", "log_lipschitz_quantile", "log_lipschitz_bound", "theta", "sigma", "input_gradient"
     }  # fmt: skip
     assert all(math.isfinite(value) for value in (result.loss, *result.numbers.values()))
     assert result.numbers["sigma"] == pytest.approx(0.1) and result.numbers["input_gradient"] > 0
@@ -152,6 +152,9 @@ def test_the_gradient_is_that_of_the_augmented_lagrangian(search_config, level):
     result = method.architecture_step(supernet, batch, batch, step)
     lambdas, bound = method.lipschitz.values.clone(), result.numbers["log_lipschitz_bound"]
     assert result.numbers["constraint"] > 0.1
+    samples = sampled_log_lambda(method, lambdas, 100_000)
+    assert result.numbers["confidence"] == pytest.approx(float((samples <= bound).double().mean()), abs=0.01)
+    assert result.numbers["confidence"] < 0.9 and "raise options.rho (now 0.3)" in method.remarks()[0]
 
     def objective() -> float:
         with method.sampled(step.generator("sample")), attacks.frozen(supernet):
@@ -179,8 +182,9 @@ def test_the_gradient_is_that_of_the_augmented_lagrangian(search_config, level):
     with torch.no_grad():
         for alpha in method.alpha.values():
             alpha.mu_offset -= 3.0
-    assert method.architecture_step(supernet, batch, batch, step).numbers["constraint"] < 0
-    assert float(method.theta) == 0
+    numbers = method.architecture_step(supernet, batch, batch, step).numbers
+    assert numbers["constraint"] < 0 and numbers["confidence"] > 0.9
+    assert float(method.theta) == 0 and method.remarks() == []
 
 
 @pytest.mark.parametrize(("start", "ends"), [(10.0, (9.0, 7.0)), (-10.0, (-11.0, -13.0))])
@@ -297,6 +301,7 @@ def test_the_constraint_holds_at_the_end_with_the_confidence_it_reports(racl_con
     options = RaclOptions(rho=5.0, bound_start=1.0, bound_end=0.9, cells=cells, zeta=0.0)
     architecture = replace(racl_config.architecture, learning_rate=0.02)
     result = search.search(replace(racl_config, options=options, epochs=14, architecture=architecture))
+    assert result.remarks == () and not (result.run / "remarks.txt").exists()
     records = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     assert "constraint" not in records[0] and records[1]["constraint"] > -1 and records[-1]["constraint"] <= 0
     method = Racl(options, TWO_NODES, 0)
@@ -309,6 +314,41 @@ def test_the_constraint_holds_at_the_end_with_the_confidence_it_reports(racl_con
     assert held >= 0.9 - 0.01
     fresh = sampled_log_lambda(Racl(options, TWO_NODES, 0), lambdas, 20_000)
     assert float((fresh <= bound).double().mean()) < 0.9 - 0.01, "the untrained distribution must not hold it"
+
+
+def test_a_constraint_that_does_not_hold_is_said_by_the_result_the_run_and_a_resumed_one(
+    racl_config, tmp_path, monkeypatch
+):
+    options = RaclOptions(rho=1e-4, bound_start=0.5, bound_end=0.5, first_power_iterations=20)
+    config, steps, step = replace(racl_config, options=options), [], Racl.architecture_step
+
+    def watched(method, *arguments):
+        steps.append(step(method, *arguments))
+        return steps[-1]
+
+    monkeypatch.setattr(Racl, "architecture_step", watched)
+    whole = search.search(config)
+    last = steps[-1].numbers
+    assert last["constraint"] > 0 and len(steps) == 6
+    (remark,) = whole.remarks
+    assert f"g = {last['constraint']:.3g} above 0" in remark and f"= {last['confidence']:.3g} where" in remark
+    assert f"<= {last['log_lipschitz_bound']:.4g})" in remark and "options.eta asks for 0.9" in remark
+    assert (whole.run / "remarks.txt").read_text() == remark + "\n" and whole.run / "remarks.txt" in whole.files
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)  # all batches: nothing but the checkpoint knows the last step
+        with pytest.raises(search.Interrupted):
+            search.search(replace(config, run=str(tmp_path / "stopped")))
+    assert not (tmp_path / "stopped" / "remarks.txt").exists()
+    assert search.resume(tmp_path / "stopped", quiet=True).remarks == whole.remarks
+
+
+def test_a_checkpoint_without_the_last_constraint_still_loads():
+    method = Racl(RaclOptions(), TWO_NODES, 0)
+    state = {name: value for name, value in method.state_dict().items() if name != "last_constraint"}
+    Racl(RaclOptions(), TWO_NODES, 1).load_state_dict(state)
+    del state["theta"]
+    with pytest.raises(RuntimeError, match="theta"):
+        Racl(RaclOptions(), TWO_NODES, 1).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

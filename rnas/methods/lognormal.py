@@ -35,6 +35,11 @@ def log_quantile(x: LogNormal, eta: float) -> Tensor:
     return x.mu + standard_quantile(eta) * x.variance.clamp_min(0).sqrt()
 
 
+def probability_within(x: LogNormal, log_bound: Tensor | float) -> Tensor:
+    """`Pr(ln X <= log_bound) = Phi((log_bound - mu) / s)` of a log-normal number: what `log_quantile` inverts."""
+    return torch.special.ndtr((log_bound - x.mu) / x.variance.clamp_min(0).sqrt())
+
+
 def mean(mu: Tensor, variance: Tensor) -> Tensor:
     """E[X] = exp(mu + variance / 2), elementwise."""
     return (mu + variance / 2).exp()

@@ -137,6 +137,13 @@ class Method(nn.Module, ABC):
         Must leave weights, BN statistics and `.grad` of the supernet as they were.
         """
 
+    def remarks(self) -> list[str]:
+        """What the user of the result should know, a sentence each, such as a constraint that does not hold.
+
+        Read when the search has ended, from parameters and buffers alone: a resumed search says the same.
+        """
+        return []
+
     def genotype(self) -> Genotype:
         """The architecture that the parameters stand for now."""
         with torch.no_grad():
