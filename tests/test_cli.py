@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rnas import __version__, cli, genotype
+from rnas import __version__, cli, flags, genotype
+from rnas.config import CompareConfig, EvaluateConfig, SearchConfig, TrainConfig
+from rnas.methods import options_for
 
 pytest.importorskip("tyro", reason="the command line needs tyro")
 
@@ -75,6 +78,40 @@ def test_help_explains_every_flag(command, capsys):
         "train": ["--recipe", "Madry"],
     }.get(command, []):
         assert text in out, text
+
+
+def parsed(words: str, kind=TrainConfig, base=None, **how):
+    return flags.parse("job", kind, kind() if base is None else base, words.split(), **how)
+
+
+def test_flags_become_the_configuration_of_the_dataclass():
+    config, resume = parsed("--attack.epsilon 8/255 --epochs 3 --augment.flip --weights.milestones 0.25 1/2")
+    assert (config.attack.epsilon, config.epochs, config.weights.milestones) == (8 / 255, 3, (0.25, 0.5))
+    assert type(config) is TrainConfig and config.augment.flip and resume == ""
+    changed = {name: getattr(config, name) for name in ("attack", "epochs", "augment", "weights")}
+    assert config == replace(TrainConfig(), **changed)
+    base = SearchConfig(method="dsara", options=options_for("dsara"))
+    config, _ = parsed("--options.switch-epoch 7 --set options.order=1", SearchConfig, base)
+    assert config == replace(base, options=replace(base.options, switch_epoch=7, order=1))
+    config, _ = parsed("runs/a runs/b --steps 1 5", EvaluateConfig, positional="runs")
+    assert (config.runs, config.steps) == (("runs/a", "runs/b"), (1, 5))
+    assert parsed("--resume runs/a --quiet", resumable=True) == (replace(TrainConfig(), quiet=True), "runs/a")
+
+
+def test_hidden_fields_have_no_flags_and_keep_their_values(capsys):
+    base = CompareConfig(train=TrainConfig(seed=4))
+    config, _ = parsed("--train.epochs 2", CompareConfig, base, hidden={"train": ("seed",)})
+    assert config == replace(base, train=TrainConfig(seed=4, epochs=2)) and type(config.train) is TrainConfig
+    with pytest.raises(SystemExit) as stop:
+        parsed("--train.seed 5", CompareConfig, base, hidden={"train": ("seed",)})
+    assert stop.value.code == 2 and "--train.seed" in capsys.readouterr().err
+    assert parsed("--train.seed 5", CompareConfig, base)[0].train.seed == 5
+
+
+def test_the_command_line_loads_tyro_only_to_read_flags():
+    code = "import sys, rnas.cli; rnas.cli.main(['--version']); print('tyro' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 def test_summary_and_version(capsys):

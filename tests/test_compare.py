@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rnas import cli, compare, compare_plan, compare_table, evaluate, genotype, plot, search, train
+from rnas import cli, compare, compare_plan, compare_table, evaluate, flags, genotype, plot, search, train
 from rnas.compare_plan import Cell
 from rnas.compare_table import Spread, chance_of_separation, make_table, sentences, verdict
 from rnas.config import AttackConfig, CompareConfig, DataConfig, EvaluateConfig, SearchConfig, TrainConfig
@@ -466,7 +466,7 @@ def test_the_configuration_for_mnist_names_methods_that_exist(tmp_path):
 
     from rnas.settings import load_toml, merge
 
-    values = cli._assignments(load_toml(REPOSITORY / "configs" / "compare_mnist.toml"))
+    values = flags.flat_overrides(load_toml(REPOSITORY / "configs" / "compare_mnist.toml"))
     assert set(METHODS) <= set(values["methods"])
     values["methods"] = [name for name in values["methods"] if name in METHODS]
     config = compare_plan.resolve(merge(CompareConfig(run=str(tmp_path / "r")), values))
