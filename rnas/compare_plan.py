@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import evaluate, search, train
-from .config import CompareConfig, EvaluateConfig, SearchConfig, TrainConfig, at_least, check_run
-from .loop import choose_device, cpu_threads, seeded
+from .config import CompareConfig, EvaluateConfig, SearchConfig, TrainConfig, at_least
+from .loop import choose_device, cpu_threads
 from .methods import METHODS, options_for
-from .network import Network
 from .settings import set_value
 
 REFERENCES = ("darts", "random")
@@ -173,24 +174,19 @@ def _misplaced(part: str, name: str) -> str:
 
 def _check_cell(config: CompareConfig, cell: Cell) -> tuple[SearchConfig, TrainConfig]:
     """Go through the checks of one network's three jobs; returns its resolved search and training."""
-    try:
-        searched, dataset = search._resolve(search_config(config, cell))
-        method = search.build(searched, dataset)[1]
-        trained, dataset = train._resolve(train_config(config, cell))
-        with seeded(0, torch.device("cpu")):
-            Network(method.genotype(), **train._arguments(trained, dataset))
-        _check_evaluation(evaluate_config(config, cell), trained, dataset.image_shape[0])
-    except ValueError as error:
-        raise ValueError(f"{cell.method}: {error}") from None
+    with _named("search", cell):
+        searched = search.check(search_config(config, cell))
+        untrained = search.make_method(searched).genotype()  # of the shape that the search will find
+    with _named("train", cell):
+        trained = train.check(train_config(config, cell), untrained)
+    with _named("evaluate", cell):
+        evaluate.check(evaluate_config(config, cell), [trained])
     return searched, trained
 
 
-def _check_evaluation(config: EvaluateConfig, trained: TrainConfig, channels: int) -> None:
-    if not config.steps or any(steps < 1 for steps in config.steps):
-        raise ValueError(f"evaluate.steps must name numbers of PGD steps, each at least 1; got {config.steps}")
-    check_run(config)
-    at_least(1, "evaluate", config, "restarts")
-    if config.autoattack:
-        evaluate._torchattacks()
-    evaluate._threat_model(config, [trained], channels)
-    evaluate._test_set(trained.data, config)
+@contextmanager
+def _named(stage: str, cell: Cell) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{stage} of {cell.method}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from .config import (
     resolve_attack,
 )
 from .loop import choose_device, cpu_threads, seeded
-from .network import count_parameters
+from .network import Network, count_parameters
 from .progress import Progress
 from .runs import Run, write_text
 from .settings import merge
@@ -60,6 +61,25 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises ValueError for a configuration that cannot work, FileNotFoundError for a run without a trained network.
     """
+    config, dataset, trained, networks = _prepare(config)
+    with cpu_threads(config.threads):
+        return _evaluate(config, dataset, trained, networks)
+
+
+def check(config: EvaluateConfig, trained: Sequence[TrainConfig] = ()) -> EvaluateConfig:
+    """The resolved configuration: ball, device and threads filled in. Writes nothing.
+
+    trained: the resolved configuration of every run in `config.runs`, where those are not trained yet; the networks
+    are not looked for then. Raises what `evaluate` would before any work.
+    """
+    return _prepare(config, trained)[0]
+
+
+_Prepared = tuple[EvaluateConfig, data.Dataset, Sequence[TrainConfig], list[Network]]
+
+
+def _prepare(config: EvaluateConfig, trained: Sequence[TrainConfig] = ()) -> _Prepared:
+    """Everything that comes before the work: the checks, the test set, and the networks unless `trained` is given."""
     if not config.runs:
         raise ValueError("no runs given: rnas evaluate takes the folders of finished `rnas train` runs")
     if not config.steps or any(steps < 1 for steps in config.steps):
@@ -68,14 +88,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     at_least(1, "", config, "restarts")
     if config.autoattack:
         _torchattacks()  # before hours of other attacks
-    device = choose_device(config.device)
-    with cpu_threads(config.threads or torch.get_num_threads()):
-        return _evaluate(config, device)
-
-
-def _evaluate(config: EvaluateConfig, device: torch.device) -> Evaluation:
-    trained = [merge(TrainConfig(), Run.open(path, "train").read_config()) for path in config.runs]
-    networks = [load_network(path, device) for path in config.runs]
+    device, networks = choose_device(config.device), []
+    if not trained:
+        trained = [merge(TrainConfig(), Run.open(path, "train").read_config()) for path in config.runs]
+        networks = [load_network(path, device) for path in config.runs]
     if len({(each.data.dataset, each.data.test_images) for each in trained}) > 1:
         names = ", ".join(f"{path}: {each.data.dataset}" for path, each in zip(config.runs, trained))
         raise ValueError(
@@ -83,6 +99,15 @@ def _evaluate(config: EvaluateConfig, device: torch.device) -> Evaluation:
         )
     dataset = _test_set(trained[0].data, config)
     attack = _threat_model(config, trained, dataset.image_shape[0])
+    ball = {name: getattr(attack, name) for name in ("norm", "epsilon", "step_size")}
+    threads = config.threads or torch.get_num_threads()
+    return dataclasses.replace(config, **ball, device=str(device), threads=threads), dataset, trained, networks
+
+
+def _evaluate(
+    config: EvaluateConfig, dataset: data.Dataset, trained: Sequence[TrainConfig], networks: Sequence[Network]
+) -> Evaluation:
+    attack, device = AttackConfig(config.norm, config.epsilon, config.step_size), choose_device(config.device)
     rows = []
     for path, run_config, network in zip(config.runs, trained, networks):
         name = Path(path).name
@@ -187,7 +212,7 @@ def _test_set(data_config: DataConfig, config: EvaluateConfig) -> data.Dataset:
     return data.load(dataclasses.replace(data_config, **changes))
 
 
-def _threat_model(config: EvaluateConfig, trained: list[TrainConfig], channels: int) -> AttackConfig:
+def _threat_model(config: EvaluateConfig, trained: Sequence[TrainConfig], channels: int) -> AttackConfig:
     """The configured ball; what is left open comes from the runs' training, a step size from epsilon / 4."""
     norm, epsilon = config.norm or trained[0].attack.norm, config.epsilon
     if epsilon is None:

@@ -91,7 +91,7 @@ def parse(
 
 
 def early_flags(arguments: list[str], *names: str) -> argparse.Namespace:
-    """The flags that decide the defaults of all others: --config, --set, --resume and `names`; "" or [] where absent."""
+    """The flags that decide the defaults of all others: --config, --set, --resume and `names`; "" or [] if absent."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
     parser.add_argument("--set", action="append", default=[])

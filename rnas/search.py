@@ -40,10 +40,9 @@ def search(config: SearchConfig) -> SearchResult:
     Raises ValueError for a configuration that cannot work, FileExistsError for a run folder that is there already,
     both before anything is written; `rnas.loop.Interrupted` after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
-    config, dataset = _resolve(config)
+    config, dataset, parts = _prepare(config)
     Run.refuse_existing(config.run, "search")
     with cpu_threads(config.threads):
-        parts = _parts(config, dataset)
         return _search(config, dataset, parts, Run.create(config.run, "search", to_dict(config)))
 
 
@@ -52,18 +51,30 @@ def resume(path: str | Path, *, quiet: bool = False) -> SearchResult:
     run = Run.open(path, "search")
     values = run.read_config()
     config = merge(SearchConfig(options=options_for(values.get("method", "darts"))), values)
-    config, dataset = _resolve(dataclasses.replace(config, run=str(path), quiet=quiet))
+    config, dataset, parts = _prepare(dataclasses.replace(config, run=str(path), quiet=quiet))
     with cpu_threads(config.threads):
-        return _search(config, dataset, _parts(config, dataset), run)
+        return _search(config, dataset, parts, run)
+
+
+def check(config: SearchConfig) -> SearchConfig:
+    """The resolved configuration: what was left open filled in, as it would stand in config.json. Writes nothing.
+
+    Raises what `search` would before any work, but for a run folder that is there already: a resumed run has one.
+    """
+    return _prepare(config)[0]
+
+
+def make_method(config: SearchConfig) -> Method:
+    """The method of a resolved configuration with the architecture parameters that it starts with, on the CPU."""
+    return METHODS[config.method](config.options, _space(config), config.seed)
 
 
 def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method]:
     """The untrained supernet and the method of a configuration, both decided by its seed."""
-    space, device = _space(config), choose_device(config.device)
-    method = METHODS[config.method](config.options, space, config.seed)
+    method, device = make_method(config), choose_device(config.device)
     with seeded(seeding.derive(config.seed, "supernet"), device):
         supernet = Supernet(
-            space,
+            method.space,
             channels=config.channels,
             layers=config.layers,
             num_classes=dataset.num_classes,
@@ -73,6 +84,13 @@ def build(config: SearchConfig, dataset: data.Dataset) -> tuple[Supernet, Method
             partial=method.partial,
         )
     return supernet.to(device, memory_format=torch.channels_last), method.to(device)
+
+
+def _prepare(config: SearchConfig) -> tuple[SearchConfig, data.Dataset, _Parts]:
+    """Everything that comes before the work: the checks, the data, and what will learn."""
+    config, dataset = _resolve(config)
+    with cpu_threads(config.threads):
+        return config, dataset, _parts(config, dataset)
 
 
 def _space(config: SearchConfig) -> Space:
@@ -260,4 +278,14 @@ def _finish(run: Run, method: Method) -> SearchResult:
     return SearchResult(found, run.path, (*files, run.checkpoint_path, run.metrics_path, run.config_path), remarks)
 
 
-__all__ = ["Interrupted", "SearchResult", "build", "describe", "resume", "search", "search_step"]
+__all__ = [
+    "Interrupted",
+    "SearchResult",
+    "build",
+    "check",
+    "describe",
+    "make_method",
+    "resume",
+    "search",
+    "search_step",
+]

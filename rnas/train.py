@@ -72,16 +72,10 @@ def train(config: TrainConfig) -> TrainResult:
     FileExistsError for a run folder that is there already, all before anything is written; `rnas.loop.Interrupted`
     after Ctrl-C or SIGTERM, with a checkpoint to resume from.
     """
-    if not config.genotype:
-        raise ValueError(
-            "no genotype given: --genotype takes a search run, a genotype file, or a published name such as RACL"
-        )
-    found = genotype.load(config.genotype)
-    config, dataset = _resolve(config)
+    config, dataset, parts = _prepare(config, _chosen(config))
     Run.refuse_existing(config.run, "train")
     with cpu_threads(config.threads):
-        parts = _parts(config, dataset, found)
-        files = {"genotype.json": genotype.to_json(found)}
+        files = {"genotype.json": genotype.to_json(parts.network.genotype)}
         return _train(config, dataset, parts, Run.create(config.run, "train", to_dict(config), files))
 
 
@@ -89,9 +83,33 @@ def resume(path: str | Path, *, quiet: bool = False) -> TrainResult:
     """Go on with an interrupted training, on a CPU to the same bits as an uninterrupted one. Raises as `train` does."""
     run = Run.open(path, "train")
     config = dataclasses.replace(merge(TrainConfig(), run.read_config()), run=str(path), quiet=quiet)
+    config, dataset, parts = _prepare(config, genotype.load(run.path))
+    with cpu_threads(config.threads):
+        return _train(config, dataset, parts, run)
+
+
+def check(config: TrainConfig, found: Genotype | None = None) -> TrainConfig:
+    """The resolved configuration: what was left open filled in, as it would stand in config.json. Writes nothing.
+
+    found: stands for the genotype that `config.genotype` names, where that is not there yet; None: it is loaded.
+    Raises what `train` would before any work, but for a run folder that is there already: a resumed run has one.
+    """
+    return _prepare(config, found or _chosen(config))[0]
+
+
+def _chosen(config: TrainConfig) -> Genotype:
+    if not config.genotype:
+        raise ValueError(
+            "no genotype given: --genotype takes a search run, a genotype file, or a published name such as RACL"
+        )
+    return genotype.load(config.genotype)
+
+
+def _prepare(config: TrainConfig, found: Genotype) -> tuple[TrainConfig, data.Dataset, _Parts]:
+    """Everything that comes before the work: the checks, the data, and what will learn."""
     config, dataset = _resolve(config)
     with cpu_threads(config.threads):
-        return _train(config, dataset, _parts(config, dataset, genotype.load(run.path)), run)
+        return config, dataset, _parts(config, dataset, found)
 
 
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> Network:

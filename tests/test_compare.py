@@ -343,7 +343,7 @@ BAD = {
     "seed twice": ({"seeds": (1, 1)}, "seeds must differ"),
     "no seed": ({"seeds": ()}, "no seeds given"),
     "threads": ({"threads": -1}, "threads must be"),
-    "space of the method": ({"overrides": ("rnas.space=dsara",)}, "rnas: .*no cell of type robust"),
+    "space of the method": ({"overrides": ("rnas.space=dsara",)}, "search of rnas: .*no cell of type robust"),
     "space it cannot search": ({"methods": ("dsara",), "overrides": ("dsara.space=darts",)}, "searches the space dsara"),
     "override form": ({"overrides": ("rnas.options.weight",)}, "METHOD.KEY=VALUE"),
     "override method": ({"overrides": ("racle.options.weight=1",)}, "unknown search method 'racle'"),
@@ -353,17 +353,18 @@ BAD = {
     "override of the budget": ({"overrides": ("rnas.epochs=9",)}, "the budget is the same for all"),
     "override of the data": ({"overrides": ("rnas.data.train_images=9",)}, "the budget is the same for all"),
     "override of the seed": ({"overrides": ("rnas.seed=9",)}, "the comparison itself decides 'seed'"),
-    "channels": ({"methods": ("pcdarts",)}, "pcdarts: "),
-    "a curvature that never counts": ({"methods": ("advrush",)}, "advrush: options.start_epoch=50 of epochs=2"),
+    "channels": ({"methods": ("pcdarts",)}, "search of pcdarts: "),
+    "a curvature that never counts": ({"methods": ("advrush",)}, "search of advrush: options.start_epoch=50 of epochs=2"),
     "a stage that never begins": ({"methods": ("dsara",), "search": SearchConfig(epochs=2, batch_size=16, layers=4)},
-                                  "dsara: options.switch_epoch=20 of epochs=2"),
-    "warm-up": ({"overrides": ("rnas.warmup_epochs=2",)}, "rnas: warmup_epochs=2 of epochs=2"),
+                                  "search of dsara: options.switch_epoch=20 of epochs=2"),
+    "warm-up": ({"overrides": ("rnas.warmup_epochs=2",)}, "search of rnas: warmup_epochs=2 of epochs=2"),
     "search seed": ({"search": SearchConfig(seed=1)}, "search.seed has no place in a comparison: list the seeds"),
     "genotype": ({"train": TrainConfig(genotype="RACL")}, "train.genotype has no place"),
     "search": ({"search": SearchConfig(epochs=0)}, "epochs must be"),
-    "train": ({"train": TrainConfig(drop_path=2.0)}, "drop_path must be"),
+    "train": ({"train": TrainConfig(drop_path=2.0)}, "train of .*: drop_path must be"),
     "layers": ({"train": TrainConfig(layers=2)}, "at least 3 cells"),
-    "steps": ({"evaluate": EvaluateConfig(steps=())}, "evaluate.steps must name"),
+    "steps": ({"evaluate": EvaluateConfig(steps=())}, "evaluate of .*: steps must name"),
+    "restarts": ({"evaluate": EvaluateConfig(restarts=0)}, "evaluate of .*: restarts must be"),
     "epsilon": ({"evaluate": EvaluateConfig(epsilon=8.0)}, "Did you mean 8/255"),
     "test images": ({"evaluate": EvaluateConfig(test_images=10_000)}, "10000|10,000"),
     "device": ({"device": "quantum"}, "unknown device"),
@@ -383,6 +384,11 @@ def test_a_bad_comparison_is_refused_before_any_work(config, monkeypatch, case):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         compare.compare(replace(config, **changes))
     assert not os.path.exists(config.run)
+
+
+def test_the_plan_uses_nothing_private_of_the_jobs():
+    source = Path(compare_plan.__file__).read_text()
+    assert not re.findall(r"\b(?:search|train|evaluate)\._\w+", source)
 
 
 def test_an_existing_folder_is_refused_and_a_foreign_one_is_not_resumed(config, tmp_path):

@@ -27,6 +27,7 @@ from rnas.methods.advrush import AdvRushOptions
 from rnas.methods.dsara import DsaraOptions
 from rnas.methods.dsrna import DsrnaOptions
 from rnas.runs import Run, load_tensors
+from rnas.settings import to_dict
 
 
 def assert_same_bits(first: dict, second: dict) -> None:
@@ -238,6 +239,8 @@ def test_a_bad_search_is_refused_before_any_file_is_made(search_config, case):
     changes, message = BAD_SEARCHES[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         search.search(replace(search_config, **changes))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        search.check(replace(search_config, **changes))
     assert not os.path.exists(search_config.run)
 
 
@@ -284,6 +287,26 @@ def test_a_certificate_whose_radius_stays_zero_is_refused(search_config):
         search.search(config)
     for options in (DsrnaOptions(variant="combined", epsilon_ramp=0.0), DsrnaOptions(), DsrnaOptions(epsilon=0.0)):
         METHODS["dsrna"].check(options, SearchPlan(1, 0, 4))
+
+
+def test_check_resolves_as_the_jobs_do_and_writes_nothing(search_config, train_config, monkeypatch):
+    assert search.check(replace(search_config, threads=1)).attack.step_size == 2 / 255
+    trained = train.check(train_config)
+    assert trained.attack.epsilon == 8 / 255 and trained.threads == torch.get_num_threads()
+    config = EvaluateConfig(runs=(train_config.run,), norm="l2", quiet=True)
+    found = evaluate.check(config, [trained])
+    assert (found.norm, found.epsilon, found.step_size) == ("l2", 0.5, 0.125)
+    assert (found.device, found.threads) == ("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads())
+    assert not os.path.exists(search_config.run) and not os.path.exists(train_config.run)
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        evaluate.check(config)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = search.search(replace(search_config, threads=1, epochs=1))
+    saved = json.loads((result.run / "config.json").read_text())["config"]
+    assert saved == to_dict(search.check(replace(search_config, threads=1, epochs=1)))  # its folder is there by now
+    assert train.check(replace(train_config, genotype=str(result.run))).genotype == str(result.run)
+    with pytest.raises(ValueError, match="at least 3 cells"):
+        train.check(replace(train_config, genotype="", layers=2), result.genotype)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -352,6 +375,8 @@ def test_bad_training_is_refused(train_config):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train.train(replace(train_config, **changes))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.check(replace(train_config, **changes))
     assert not os.path.exists(train_config.run)
 
 
