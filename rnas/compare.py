@@ -120,7 +120,7 @@ def _work(config: CompareConfig, run: Run, journal: Journal, stage: str, cell: C
     """Do or finish one stage of one network, and log its numbers."""
     began = time.monotonic()
     if stage == "evaluate":
-        journal.log("start", stage, cell, at=time.time(), carried_seconds=0.0)
+        journal.log("start", stage, cell, at=time.time())
         table = evaluate.evaluate(evaluate_config(config, cell))
         seconds = time.monotonic() - began
         threat = {name: getattr(table.attack, name) for name in ("norm", "epsilon", "step_size")}
@@ -128,8 +128,7 @@ def _work(config: CompareConfig, run: Run, journal: Journal, stage: str, cell: C
     else:
         sub = Run(run.path / cell.folder(stage), stage)
         interrupted = sub.path.exists()
-        carried = _carried(sub, journal.find("start", stage, cell)) if interrupted else 0.0
-        journal.log("start", stage, cell, at=time.time(), carried_seconds=carried)
+        journal.log("start", stage, cell, at=time.time())
         if stage == "search":
             found = search.resume(sub.path, quiet=True) if interrupted else search.search(search_config(config, cell))
             numbers = {"space": sub.read_config()["space"], "genotype": found.genotype.to_dict()}
@@ -138,20 +137,7 @@ def _work(config: CompareConfig, run: Run, journal: Journal, stage: str, cell: C
             trained = train.resume(sub.path, quiet=True) if interrupted else train.train(train_config(config, cell))
             numbers = {"parameters": count_parameters(trained.network)}
         seconds = math.fsum(record["seconds"] for record in sub.read_metrics())
-        seconds += math.fsum(record["carried_seconds"] for record in journal.find("start", stage, cell))
     journal.log("done", stage, cell, **numbers, seconds=round(seconds, 3), wall_seconds=time.monotonic() - began)
-
-
-def _carried(sub: Run, starts: list[dict]) -> float:
-    """Seconds of an unfinished epoch that the run's checkpoint keeps but no record of the run will ever count.
-
-    An epoch's record counts the process that finishes it. What came after the checkpoint is lost and done again, so it
-    does not count here either. The epoch began with the last record or, at the latest, with the last start.
-    """
-    if not sub.checkpoint_path.exists() or not starts:
-        return 0.0
-    began = max(starts[-1]["at"], sub.metrics_path.stat().st_mtime)
-    return round(max(0.0, sub.checkpoint_path.stat().st_mtime - began), 3)
 
 
 class _Report:

@@ -64,6 +64,7 @@ class Loop:
         self.images = 0
         self.stop_requested = False
         self.saved_at = self.epoch_started = self.last_batch_at = time.monotonic()
+        self.earlier_seconds = 0.0  # of this epoch, by processes before this one
         self.images_this_process = 0
         self.lock = ExitStack()
         self.lock.enter_context(run.locked())  # before load_checkpoint, which cuts metrics.jsonl back
@@ -122,16 +123,21 @@ class Loop:
             raise Interrupted(str(self.run.path))
 
     def end_epoch(self, **extra: Any) -> dict:
-        """Log the epoch's means and `extra`, move on to the next epoch and write a checkpoint. Returns the record."""
-        seconds = max(self.last_batch_at - self.epoch_started, 0.0)  # without what came after the last batch
+        """Log the epoch's means and `extra`, move on to the next epoch and write a checkpoint. Returns the record.
+
+        Its `seconds` are those of all processes that worked on the epoch, without work that a kill lost;
+        `images_per_second` is the speed of this process.
+        """
+        seconds = self._seconds()
         means = {name: total / max(self.images, 1) for name, total in self.sums.items()}
         speed = {
-            "seconds": round(seconds, 3),
+            "seconds": round(self.earlier_seconds + seconds, 3),
             "images_per_second": round(self.images_this_process / max(seconds, 1e-9), 1),
         }
         record = {"kind": "epoch", "epoch": self.epoch, **means, **extra, **speed}
         self.run.log(record)
         self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
+        self.earlier_seconds, self.epoch_started = 0.0, time.monotonic()
         self.save()
         return record
 
@@ -142,8 +148,13 @@ class Loop:
             if not _finite(part):
                 raise self._diverged(f"the state of {name} is not finite any more")
         place = {"epoch": self.epoch, "batch": self.batch, "images": self.images, "sums": self.sums}
+        place["seconds"] = self.earlier_seconds + self._seconds()
         self.run.save_checkpoint({"place": place, "parts": parts})
         self.saved_at = time.monotonic()
+
+    def _seconds(self) -> float:
+        """Of this process in this epoch, without what came after the last batch."""
+        return max(self.last_batch_at - self.epoch_started, 0.0)
 
     def _diverged(self, what: str) -> FloatingPointError:
         return FloatingPointError(
@@ -159,6 +170,7 @@ class Loop:
                 part.load_state_dict(parts[name])
             self.epoch, self.batch, self.images = place["epoch"], place["batch"], place["images"]
             self.sums = dict(place["sums"])
+            self.earlier_seconds = place.get("seconds", 0.0)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit the configuration in {self.run.config_path}: {error}") from None
 

@@ -291,7 +291,8 @@ def test_the_time_of_an_interrupted_epoch_counts(config, monkeypatch):
     recorded = sum(record["seconds"] for record in Run.open(result.run / "search-darts-s0", "search").read_metrics())
     (found,) = [each for each in content(result.run)["networks"] if each["method"] == "darts"]
     # two batches of the first epoch and one of the second were done by processes that finished neither
-    assert recorded + 0.3 - 0.02 <= found["search_seconds"] <= elapsed  # file times are a few milliseconds coarse
+    assert 0.6 <= found["search_seconds"] <= elapsed
+    assert found["search_seconds"] == pytest.approx(recorded, abs=2e-3)
 
 
 def test_a_remark_of_a_search_stands_below_the_table(config, monkeypatch):
@@ -301,19 +302,6 @@ def test_a_remark_of_a_search_stands_below_the_table(config, monkeypatch):
     assert "rnas, seed 1: something does not hold." in result.notes
     assert sum("does not hold" in note for note in result.notes) == 1
     assert [each["remarks"] for each in content(result.run)["networks"]] == [["something does not hold"], [], []]
-
-
-def test_lost_work_does_not_count(tmp_path):
-    """Start at 100, an epoch's record at 130, the last checkpoint at 150: 20 s of the open epoch are kept."""
-    run = Run(tmp_path, "search")
-    run.metrics_path.touch()
-    starts = [{"at": 100.0}]
-    assert compare._carried(run, starts) == 0  # no checkpoint: all is lost
-    run.checkpoint_path.touch()
-    for metrics, checkpoint, seconds in ((130, 150, 20), (90, 150, 50), (90, 95, 0)):
-        os.utime(run.metrics_path, (metrics, metrics))
-        os.utime(run.checkpoint_path, (checkpoint, checkpoint))
-        assert compare._carried(run, starts) == seconds
 
 
 def test_references_are_added_once_and_an_empty_list_means_all(config):
