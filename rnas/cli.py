@@ -44,7 +44,7 @@ class PlotConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 for an interrupted job."""
+    """Run one command and return its exit code: 0, 2 for bad input, 130 for a job that was asked to stop."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(SUMMARY)
@@ -175,11 +175,14 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _resumable(job: Callable[[], Any], command: str) -> Any:
-    """Run a job; after an interruption say how to go on."""
+    """Run a job; after an interruption say how to go on, if anything is left to do."""
     try:
         return job()
     except Interrupted as stop:
-        print(f"stopped, nothing is lost. Go on with: rnas {command} --resume {stop.run}", file=sys.stderr)
+        if stop.finished:
+            print(f"stopped after the last batch: {stop.run} is finished, all its files are written", file=sys.stderr)
+        else:
+            print(f"stopped, nothing is lost. Go on with: rnas {command} --resume {stop.run}", file=sys.stderr)
         raise
 
 

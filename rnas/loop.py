@@ -25,11 +25,14 @@ class Stateful(Protocol):
 
 
 class Interrupted(Exception):
-    """The job was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint into the folder `run`."""
+    """The job was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint into the folder `run`.
 
-    def __init__(self, run: str) -> None:
-        super().__init__(f"stopped; {run} can be resumed")
-        self.run = run
+    finished: the stop came after the last batch, and the folder holds all results too; nothing is left to resume.
+    """
+
+    def __init__(self, run: str, *, finished: bool = False) -> None:
+        super().__init__(f"stopped; {run} {'is finished' if finished else 'can be resumed'}")
+        self.run, self.finished = run, finished
 
 
 class Loop:
@@ -41,7 +44,8 @@ class Loop:
         epochs, batches, batch_size, images: epochs in all; batches in an epoch; images in a batch and in an epoch.
 
     Holds the run's lock from its creation on. Use as a context manager; inside, iterate `epochs()`, start each epoch at
-    batch `loop.batch`, call `done(...)` after each batch and `end_epoch(...)` after the last.
+    batch `loop.batch`, call `done(...)` after each batch and `end_epoch(...)` after the last; then write the results,
+    still inside: a stop that comes after the last batch waits for the end of the block, and raises Interrupted there.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Loop:
         self.saved_at = self.epoch_started = self.last_batch_at = time.monotonic()
         self.earlier_seconds = 0.0  # of this epoch, by processes before this one
         self.images_this_process = 0
-        self.lock = ExitStack()
+        self.lock, self.shown = ExitStack(), ExitStack()
         self.lock.enter_context(run.locked())  # before load_checkpoint, which cuts metrics.jsonl back
         try:
             state = run.load_checkpoint()
@@ -85,20 +89,25 @@ class Loop:
                 self.handlers[number] = signal.signal(number, self._request_stop)
             except ValueError:  # not the main thread: an embedding program keeps its own handling
                 break
-        self.progress.__enter__()
+        self.shown.enter_context(self.progress)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.progress.__exit__(*error)
-        self.lock.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        try:
+            self.shown.__exit__(kind, *error)
+        finally:
+            self.lock.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if kind is None and self.stop_requested:  # or a caller with more to do would never hear of it
+            raise Interrupted(str(self.run.path), finished=True)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, each yielded before its first or next batch."""
         while self.epoch < self.total_epochs:
             self.epoch_started, self.images_this_process = time.monotonic(), 0
             yield self.epoch
+        self.shown.close()  # the writing of results is not the batches' time
 
     def done(self, images: int, **numbers: float) -> None:
         """Count one batch; `numbers` are means over its images, averaged into the epoch's record.

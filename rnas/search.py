@@ -38,7 +38,8 @@ def search(config: SearchConfig) -> SearchResult:
     """Search an architecture and write everything to the run folder.
 
     Raises ValueError for a configuration that cannot work, FileExistsError for a run folder that is there already,
-    both before anything is written; `rnas.loop.Interrupted` after Ctrl-C or SIGTERM, with a checkpoint to resume from.
+    both before anything is written; `rnas.loop.Interrupted` after Ctrl-C or SIGTERM, with a checkpoint to resume from,
+    or with all results where it came after the last batch.
     """
     config, dataset, parts = _prepare(config)
     Run.refuse_existing(config.run, "search")
@@ -210,7 +211,7 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
             loop.progress.note(describe(record))
         if not epochs:
             loop.save()
-    return _finish(run, parts.method)
+        return _finish(run, parts.method)
 
 
 def search_step(

@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises ValueError for a configuration that cannot work, FileNotFoundError for a missing genotype or data set,
     FileExistsError for a run folder that is there already, all before anything is written; `rnas.loop.Interrupted`
-    after Ctrl-C or SIGTERM, with a checkpoint to resume from.
+    after Ctrl-C or SIGTERM, with a checkpoint to resume from, or with all results where it came after the last batch.
     """
     config, dataset, parts = _prepare(config, _chosen(config))
     Run.refuse_existing(config.run, "train")
@@ -226,10 +226,10 @@ def _train(config: TrainConfig, dataset: data.Dataset, parts: _Parts, run: Run) 
                 extra = _validate(network, held_out, config, device)
                 best.offer(extra["robust_accuracy"], epoch, network)
             loop.progress.note(describe(loop.end_epoch(**extra)))
-    if best.weights:
-        network.load_state_dict(best.weights)
-    network.set_drop_path(0.0)
-    return _finish(run, network.eval(), _arguments(config, dataset))
+        if best.weights:
+            network.load_state_dict(best.weights)
+        network.set_drop_path(0.0)
+        return _finish(run, network.eval(), _arguments(config, dataset))
 
 
 def train_step(

@@ -201,6 +201,17 @@ def stop_at_batch(monkeypatch, job: str, folder: str, batch: int, number: int) -
     monkeypatch.setattr(Loop, "done", counted)
 
 
+def stop_after_the_last_batch(monkeypatch, folder: str, number: int) -> None:
+    end_epoch = Loop.end_epoch
+
+    def interrupted(loop, **extra):
+        if loop.run.path.name == folder and loop.epoch == loop.total_epochs - 1:
+            os.kill(os.getpid(), number)
+        return end_epoch(loop, **extra)
+
+    monkeypatch.setattr(Loop, "end_epoch", interrupted)
+
+
 def stop_at_evaluation(monkeypatch, folder: str, number: int) -> None:
     table = evaluate.accuracy_table
 
@@ -213,7 +224,7 @@ def stop_at_evaluation(monkeypatch, folder: str, number: int) -> None:
 
 
 def test_interrupted_in_every_stage_it_resumes_to_the_same_table(config, whole, monkeypatch):
-    """Three interruptions of one comparison; no finished stage is done again."""
+    """Five interruptions of one comparison; no finished stage is done again."""
     kept = {}
 
     def interrupted(work) -> None:
@@ -225,8 +236,13 @@ def test_interrupted_in_every_stage_it_resumes_to_the_same_table(config, whole, 
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        stop_at_batch(patch, "search", "search-darts-s0", 5, signal.SIGINT)
+        stop_after_the_last_batch(patch, "search-rnas-s0", signal.SIGTERM)
         interrupted(lambda: compare.compare(config))
+    assert (Path(config.run) / "search-rnas-s0" / "genotype.json").is_file()
+    assert not (Path(config.run) / "train-rnas-s0").exists()  # the stop was not forgotten
+    with monkeypatch.context() as patch:
+        stop_at_batch(patch, "search", "search-darts-s0", 5, signal.SIGINT)
+        interrupted(lambda: compare.resume(config.run, quiet=True))
     with monkeypatch.context() as patch:
         stop_at_batch(patch, "train", "train-random-s0", 2, signal.SIGTERM)
         interrupted(lambda: compare.resume(config.run, quiet=True))
@@ -239,7 +255,7 @@ def test_interrupted_in_every_stage_it_resumes_to_the_same_table(config, whole, 
     assert len(kept) == 4
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert_same_results(result.run, whole)
-    assert len(content(result.run)["sessions"]) == 5
+    assert len(content(result.run)["sessions"]) == 6
 
 
 @pytest.mark.parametrize("moment", ["search", "train", "evaluate", "between", "end"])
