@@ -37,10 +37,15 @@ class Ascent:
 
     def climb(self, images: Images) -> Tensor:
         x_adv = self.start(images)
-        for _ in range(self.steps):
-            _, grad_x = self.gradient(x_adv, images)
-            self.step(x_adv, grad_x, images)
+        self.ascend(x_adv, images)
         return x_adv
+
+    def ascend(self, x_adv: Tensor, images: Images) -> int:
+        """All steps, written into x_adv. Returns the number of logits, K."""
+        for _ in range(self.steps):
+            logits, grad_x = self.gradient(x_adv, images)
+            self.step(x_adv, grad_x, images)
+        return logits.shape[1]
 
     def search(self, images: Images, restarts: int, early_drop: bool) -> Tensor:
         whole, found = images, images.x.clone()
@@ -125,10 +130,13 @@ class Ascent:
             )
         if logits.dim() != 2 or logits.shape[0] != images.count:
             raise ValueError(f"{expected}, got {tuple(logits.shape)}")
-        if self.highest_label >= logits.shape[1]:
-            raise ValueError(f"labels must be below the number of logits, {logits.shape[1]}, got {self.highest_label}")
+        self.check_labels(logits.shape[1])
         # Half precision loses the small differences between losses that the ascent lives on.
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def check_labels(self, classes: int) -> None:
+        if self.highest_label >= classes:
+            raise ValueError(f"labels must be below the number of logits, {classes}, got {self.highest_label}")
 
     def value(self, logits: Tensor, images: Images) -> Tensor:
         value = self.loss(logits, images.y)

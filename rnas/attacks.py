@@ -5,9 +5,11 @@ Legend: N images, C channels, H W pixels, K classes. Images are in pixel units, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from .ascent import LOSSES, Ascent, Loss, Model
 from .attack_inputs import Images, check_choice, check_images, check_labels, check_per_image
 from .config import AttackConfig
+from .graphs import Graphs, Outputs, fingerprint
+from .supernet import FixedMixture
 
 __all__ = ["fgsm", "frozen", "perturb", "pgd"]
 
@@ -74,6 +78,7 @@ def pgd(
     generator: torch.Generator | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """Projected gradient ascent on the loss inside the epsilon-ball around x and the box [lower, upper].
 
@@ -93,6 +98,9 @@ def pgd(
     statistics  "running" or "batch": see `frozen`.
     generator   source of the random starts, on any device. None: what the default generator would give next,
                 without advancing it, so two calls in a row use the same noise.
+    graphs      where to keep all steps of the attack as one CUDA graph, which the next calls with this model and these
+                settings start in place of the steps. For an nn.Module of which nothing but parameters, buffers and
+                training flags changes between calls; not for restarts or early_drop, which look at what they found.
 
     Returns x_adv: shape, dtype, device and memory format of x, part of no graph. Works under no_grad and
     inference_mode. Only the gradient to the images is computed, of the loss summed over the batch, so that it does not
@@ -127,6 +135,8 @@ def pgd(
             generator,
             highest_label,
         )
+        if graphs is not None and restarts == 1 and not early_drop and isinstance(model, nn.Module):
+            return _from_a_graph(graphs, ascent, images, statistics)
         with _random_states_kept(model, x.device), frozen(model, statistics):
             if restarts == 1 and not early_drop:
                 return ascent.climb(images)
@@ -134,7 +144,13 @@ def pgd(
 
 
 def perturb(
-    model: Model, x: Tensor, y: Tensor, attack: AttackConfig, *, generator: torch.Generator | None = None
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    attack: AttackConfig,
+    *,
+    generator: torch.Generator | None = None,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """`pgd` with the settings of an AttackConfig, its epsilon and step_size set: how training makes its examples."""
     return pgd(
@@ -149,6 +165,7 @@ def perturb(
         restarts=attack.restarts,
         statistics=attack.statistics,
         generator=generator,
+        graphs=graphs,
     )
 
 
@@ -215,7 +232,55 @@ def _set_training(module: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _random_states_kept(model: Model, device: torch.device) -> AbstractContextManager[None]:
+def _from_a_graph(graphs: Graphs, ascent: Ascent, images: Images, statistics: str) -> Tensor:
+    """`ascent.climb(images)` from the start on; that is drawn here, as a graph would repeat its random numbers."""
+    inputs = {"x": images.x, "y": images.y}
+    constants: dict[str, float] = {}
+    for name in ("epsilon", "step_size"):
+        value = getattr(images, name)
+        (inputs if isinstance(value, Tensor) else constants)[name] = value
+    model, weights, rebuild = _opened(ascent.model)
+
+    def climb(x: Tensor, y: Tensor, x_adv: Tensor, **others: Tensor) -> Outputs:
+        sizes = {name: constants.get(name, others.get(name)) for name in ("epsilon", "step_size")}
+        attack = dataclasses.replace(ascent, model=rebuild(others))
+        with frozen(attack.model, statistics):
+            classes = attack.ascend(x_adv, Images(x, y, index=y, **sizes))  # nobody leaves the batch: no index is read
+        return {"x_adv": x_adv, "classes": classes}
+
+    # id: the function holds on to the model, so it stays this model's. fingerprint: where its weights lie.
+    settings = dataclasses.replace(ascent, model=None, generator=None, highest_label=-1)
+    key = (type(ascent.model), id(model), settings, statistics, *constants.items())
+    with _random_states_kept(None, images.x.device):
+        inputs["x_adv"] = ascent.start(images)
+        found = graphs.run(
+            "the attack",
+            climb,
+            inputs | weights,
+            key=key,
+            watch=partial(fingerprint, model),
+            check=lambda outputs: ascent.check_labels(outputs["classes"]),
+        )
+    return found["x_adv"]
+
+
+def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Callable[[Mapping[str, Tensor]], nn.Module]]:
+    """What of a model stays between calls, its tensors that do not, and a function from those to the model."""
+    if type(model) is not FixedMixture:
+        return model, {}, lambda tensors: model
+    supernet, edges = model.supernet, model.edge_weights
+    weights = {f"mixing_{name}": tensor for name, tensor in model.mixing.items()}
+    weights |= {f"edges_{name}": tensor for name, tensor in (edges or {}).items()}
+    names = tuple(model.mixing)
+
+    def rebuild(tensors: Mapping[str, Tensor]) -> FixedMixture:
+        of_edges = None if edges is None else {name: tensors[f"edges_{name}"] for name in names}
+        return FixedMixture(supernet, {name: tensors[f"mixing_{name}"] for name in names}, of_edges)
+
+    return supernet, weights, rebuild
+
+
+def _random_states_kept(model: Model | None, device: torch.device) -> AbstractContextManager[None]:
     devices = {device}
     if isinstance(model, nn.Module):
         devices.update(parameter.device for parameter in model.parameters())

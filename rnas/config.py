@@ -124,6 +124,8 @@ class SearchConfig(RunConfig):
     """Images per step and level."""
     warmup_epochs: int = 0
     """Epochs at the start in which only the weights learn; fewer than all."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Attacks and both levels' steps as CUDA graphs. auto: on a CUDA device, eagerly where a step cannot be captured."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: Augment = field(default_factory=Augment)
     attack: AttackConfig = field(default_factory=AttackConfig)

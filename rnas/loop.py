@@ -212,7 +212,10 @@ def learning_rate(config: WeightOptimizerConfig, epoch: int, epochs: int) -> flo
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate `rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # a captured step reads it there
+        else:
+            group["lr"] = rate
 
 
 @contextmanager

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import data, genotype, plot, seeding
+from . import data, genotype, graphs, plot, seeding
 from .config import SearchConfig, at_least, check_attack, check_run, resolve_run
 from .genotype import Genotype
 from .loop import Interrupted, Loop, choose_device, cpu_threads, learning_rate, seeded, set_learning_rate
 from .methods import METHODS, Method, SearchPlan, SearchStep, entropy, options_for
-from .methods.method import accuracy
 from .runs import Run, write_text
 from .settings import merge, to_dict
 from .spaces import Space, get_space
 from .supernet import Supernet
+from .updates import architecture_update, make_capturable, read, weight_update
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _resolve(config: SearchConfig) -> tuple[SearchConfig, data.Dataset]:
     _check_plan(METHODS[config.method], options, SearchPlan(config.epochs, config.warmup_epochs, dataset.num_classes))
     for half in data.halves(dataset.train, config.seed):
         data.number_of_batches(half, config.batch_size, drop_last=True)  # refuses a batch that no half can fill
-    config = dataclasses.replace(config, options=options)
+    config = dataclasses.replace(config, options=options, graphs=graphs.choose(config.graphs, device))
     name = f"search-{config.method}-{config.space}"
     return resolve_run(config, dataset.image_shape[0], str(device), torch.get_num_threads(), name), dataset
 
@@ -161,6 +161,10 @@ def _parts(config: SearchConfig, dataset: data.Dataset) -> _Parts:
     )
 
 
+def _graphs(config: SearchConfig, device: torch.device, report: Callable[[str], None]) -> graphs.Graphs | None:
+    return graphs.Graphs(graphs.CudaGraphs(device), report=report) if config.graphs == "on" else None
+
+
 def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run) -> SearchResult:
     device = choose_device(config.device)
     train, valid = data.halves(dataset.train, config.seed)
@@ -176,6 +180,9 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
         checkpoint_seconds=config.checkpoint_seconds,
         quiet=config.quiet,
     )
+    captured = _graphs(config, device, loop.progress.note)
+    if captured is not None:
+        make_capturable(parts.weight_optimizer, parts.architecture_optimizer, device)
     stream = functools.partial(
         data.batches, batch_size=config.batch_size, augment=config.augment, drop_last=True, device=device, stop=batches
     )
@@ -194,6 +201,7 @@ def _search(config: SearchConfig, dataset: data.Dataset, parts: _Parts, run: Run
                     weight_optimizer=parts.weight_optimizer,
                     generator=seeding.purposes(config.seed, epoch, loop.batch, device=device),
                     epochs=config.epochs,
+                    graphs=captured,
                 )
                 searching = epoch >= config.warmup_epochs
                 numbers = search_step(
@@ -231,20 +239,11 @@ def search_step(
     """
     supernet.train()
     train_batch = method.prepare(supernet, *train, step, "weights")
-    numbers: dict[str, float] = {}
+    numbers = {}
     if valid is not None:
         valid_batch = method.prepare(supernet, *valid, step, "architecture")
-        result = method.architecture_step(supernet, train_batch, valid_batch, step)
-        architecture_optimizer.step()
-        architecture_optimizer.zero_grad()
-        numbers |= {"architecture_loss": result.loss, "architecture_accuracy": result.accuracy, **result.numbers}
-    step.weight_optimizer.zero_grad()
-    loss, logits = method.weight_loss(supernet, train_batch, step)
-    loss.backward()
-    if grad_clip:
-        nn.utils.clip_grad_norm_(supernet.parameters(), grad_clip)
-    step.weight_optimizer.step()
-    return numbers | {"weight_loss": loss.item(), "weight_accuracy": accuracy(logits, train_batch.y)}
+        numbers |= architecture_update(supernet, method, train_batch, valid_batch, step, architecture_optimizer)
+    return read(numbers | weight_update(supernet, method, train_batch, step, grad_clip=grad_clip))
 
 
 def describe(record: dict) -> str:

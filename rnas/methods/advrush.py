@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from .. import attacks
 from ..config import at_least
 from ..spaces import Space
 from ..supernet import Supernet
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha, number
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class AdvRush(Method):
         """softmax(alpha) over the operations of each edge, (E, K) per cell type."""
         return {cell_type: alpha.softmax(dim=1) for cell_type, alpha in self.alpha.items()}
 
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable:
+        """Of the architecture: whether the curvature counts."""
+        return level == "architecture" and step.epoch >= self.options.start_epoch
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """The clean images on both levels."""
         return Batch(x, y)
@@ -85,7 +89,7 @@ class AdvRush(Method):
             logits = self.logits(supernet, valid.x)
             loss = cross_entropy(logits, valid.y)
             gradients = torch.autograd.grad(loss, parameters)
-        total, numbers = loss.item(), {}
+        total, numbers = number(loss), {}
         if step.epoch >= options.start_epoch:
             with attacks.frozen(supernet, options.statistics), torch.enable_grad():
                 curved = curvature(lambda x: self.logits(supernet, x), valid.x, valid.y, options.h)
@@ -93,8 +97,8 @@ class AdvRush(Method):
                     plain + options.gamma * more
                     for plain, more in zip(gradients, torch.autograd.grad(curved, parameters))
                 ]
-            numbers["architecture_curvature"] = curved.item()
-            total += options.gamma * curved.item()
+            numbers["architecture_curvature"] = number(curved)
+            total = total + options.gamma * number(curved)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
         return LevelResult(total, accuracy(logits, valid.y), numbers)

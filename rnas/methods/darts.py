@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
 from .levels import first_order, pgd_batch
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha, number
 from .unrolled import unrolled_gradients
 
 
@@ -46,6 +47,10 @@ class Darts(Method):
         """softmax(alpha) over the operations of each edge, (E, K) per cell type."""
         return {cell_type: alpha.softmax(dim=1) for cell_type, alpha in self.alpha.items()}
 
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable:
+        """Nothing else."""
+        return ()
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
         return pgd_batch(self, supernet, x, y, step, level, self.options.adversarial)
@@ -64,7 +69,7 @@ class Darts(Method):
 
         if self.options.order == 1:
             loss, logits = first_order(self, supernet, objective)
-            return LevelResult(loss.item(), accuracy(logits, valid.y))
+            return LevelResult(number(loss), accuracy(logits, valid.y))
 
         def loss_on(batch: Batch):
             def loss(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,4 +86,4 @@ class Darts(Method):
             )
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
-        return LevelResult(loss.item(), accuracy(logits, valid.y))
+        return LevelResult(number(loss), accuracy(logits, valid.y))

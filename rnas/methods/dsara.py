@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from .. import attacks
 from ..spaces import Space
 from ..supernet import Supernet
 from .levels import pgd_batch
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchPlan, SearchStep, accuracy, initial_alpha, number
 from .min_norm import min_norm
 from .unrolled import Unrolled, Weights, unrolled_gradients_of_each
 
@@ -103,6 +103,10 @@ class Dsara(Method):
             return 1 if epoch < self.options.switch_epoch else 2
         return 1 if self.options.stages == "one-adversarial" else 2
 
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable:
+        """Of the architecture: the stage."""
+        return level == "architecture" and self.stage(step.epoch)
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, for both levels; the clean images stay beside them."""
         return pgd_batch(self, supernet, x, y, step, level)
@@ -158,7 +162,7 @@ class Dsara(Method):
         found = self.objectives(supernet, train, valid, step)
         numbers: dict[str, float] = {"stage": float(self.stage(step.epoch))}
         for name, each in found.items():
-            numbers |= {f"{name}_loss": each.loss.item(), f"{name}_accuracy": accuracy(each.logits, valid.y)}
+            numbers |= {f"{name}_loss": number(each.loss), f"{name}_accuracy": accuracy(each.logits, valid.y)}
         if "natural" not in found:
             gradients, loss = found["adversarial"].gradients, numbers["adversarial_loss"]
         else:

@@ -5,7 +5,7 @@ Legend: N images, K classes, E edges of a cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from .method import (
     Mixing,
     SearchPlan,
     SearchStep,
+    Uncaptured,
     accuracy,
     edge_softmax,
     initial_alpha,
@@ -168,6 +169,12 @@ class Dsrna(Method):
         if self.options.partial == 1:
             return None
         return edge_softmax(self.space, self.beta)
+
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable | Uncaptured:
+        """The step of the weights can be captured where their loss does not hold R."""
+        if level == "weights" and not self.options.on_weights:
+            return ()
+        return Uncaptured("measures R in it, with random rows and numbers that it reads")
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """Clean images; with them PGD examples against the supernet as it is now, where `adversarial` says so."""

@@ -7,9 +7,11 @@ sees, and what each level minimises. The job in `rnas.search` owns data, optimiz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from ..genotype import Genotype
 from ..seeding import generator
 from ..spaces import Space
 from ..supernet import FixedMixture, Supernet
+
+if TYPE_CHECKING:
+    from ..graphs import Graphs
 
 Mixing = dict[str, Tensor]
 Level = Literal["weights", "architecture"]
@@ -50,6 +55,10 @@ class SearchStep:
     """Gives the generator of a purpose; its numbers depend on seed, purpose, epoch and batch alone."""
     epochs: int = 0
     """Epochs of the whole search, for schedules; 0: not known."""
+    graphs: Graphs | None = None
+    """The CUDA graphs of the search; None: everything runs eagerly."""
+    captured: bool = False
+    """Whether this step is for a function that may become a graph."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,13 @@ class LevelResult:
     loss: float
     accuracy: float
     numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Uncaptured:
+    """Why the step of a level cannot become a CUDA graph: the predicate of a sentence about the method."""
+
+    reason: str
 
 
 class Method(nn.Module, ABC):
@@ -121,6 +137,14 @@ class Method(nn.Module, ABC):
     def classifier(self, supernet: Supernet) -> FixedMixture:
         """The supernet under the method's weights as they are now, as attacks want it."""
         return FixedMixture(supernet, self.mixing(), self.edge_weights())
+
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable | Uncaptured:
+        """What the step of `level` depends on beside tensors, options and `step.attack`; its CUDA graph is for that only.
+
+        The step is `weight_loss` ("weights") or `architecture_step`. It may become a graph if it reads no number from
+        the device but by `number` and `accuracy`, draws no random numbers, and keeps no tensor that it made.
+        """
+        return Uncaptured("does not say what it depends on")
 
     @abstractmethod
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
@@ -218,5 +242,26 @@ def entropy(mixing: Mixing) -> dict[str, float]:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Share of correct predictions; logits (N, classes), y (N,)."""
-    return float((logits.argmax(dim=1) == y).float().mean())
+    """Share of correct predictions; logits (N, classes), y (N,). A `number`."""
+    return number((logits.argmax(dim=1) == y).float().mean())
+
+
+def number(value: Tensor) -> float:
+    """The value of a tensor of one element; inside `deferred` a float64 tensor of no dimension in its place.
+
+    Arithmetic on float64 tensors gives the bits of that on Python numbers, so a formula need not know which it has.
+    """
+    return value.detach().double() if _deferred.get() else value.item()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, `number` does not wait for the device."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+_deferred: ContextVar[bool] = ContextVar("deferred", default=False)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .method import number
+
 
 class MinNorm(NamedTuple):
     """The weight gamma of the first gradient, in [0, 1], and `gamma * u1 + (1 - gamma) * u2` tensor by tensor."""
@@ -36,5 +38,5 @@ def min_norm(u1: Sequence[Tensor], u2: Sequence[Tensor]) -> MinNorm:
     scale = difference.abs().max()
     unit = difference / scale  # its square neither overflows nor vanishes, whatever the gradients' size
     best = (unit.dot(second / scale) / unit.dot(unit)).clamp(0, 1)
-    gamma = torch.where(scale == 0, torch.full_like(best, 0.5), best).item()
+    gamma = number(torch.where(scale == 0, torch.full_like(best, 0.5), best))
     return MinNorm(gamma, [gamma * a + (1 - gamma) * b for a, b in zip(u1, u2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from .method import (
     edge_softmax,
     initial_alpha,
     initial_beta,
+    number,
 )
 
 
@@ -66,6 +68,10 @@ class PcDarts(Method):
         """softmax(beta) over the edges into each node, (E,) per cell type; the edges lie node by node."""
         return edge_softmax(self.space, self.beta)
 
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable:
+        """Nothing else."""
+        return ()
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the supernet as it is now, where `adversarial` names this level."""
         return pgd_batch(self, supernet, x, y, step, level, self.options.adversarial)
@@ -83,4 +89,4 @@ class PcDarts(Method):
             return cross_entropy(logits, valid.y), logits
 
         loss, logits = first_order(self, supernet, objective)
-        return LevelResult(loss.item(), accuracy(logits, valid.y))
+        return LevelResult(number(loss), accuracy(logits, valid.y))

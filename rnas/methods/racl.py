@@ -20,7 +20,7 @@ from ..seeding import generator
 from ..spaces import NUM_INPUTS, Space
 from ..supernet import Supernet
 from .lognormal import LogNormal, LogNormalParameter, log_quantile, probability_within, product_over_cells
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, discretise
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, Uncaptured, accuracy, discretise
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,19 @@ class Racl(Method):
         finally:
             self._noise = None
 
+    def capture_key(self, level: Level, step: SearchStep) -> Uncaptured:
+        """Neither level's step can be captured."""
+        weights = level == "weights"
+        return Uncaptured("draws its sample in it" if weights else "reads its constants and its bound in it")
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """PGD examples against the step's sample of the supernet, where `adversarial` names this level."""
         if self.options.adversarial not in ("both", level):
             return Batch(x, y)
         with self.sampled(step.generator("sample")):
             classifier = self.classifier(supernet)
-        return Batch(x, y, attacks.perturb(classifier, x, y, step.attack, generator=step.generator(f"attack-{level}")))
+        generator = step.generator(f"attack-{level}")
+        return Batch(x, y, attacks.perturb(classifier, x, y, step.attack, generator=generator, graphs=step.graphs))
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the step's sample of the supernet on its batch of D_T."""

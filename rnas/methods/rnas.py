@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from ..consistency import CONSISTENCIES, both_logits
 from ..spaces import Space
 from ..supernet import Supernet
 from .levels import first_order, pgd_batch
-from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha
+from .method import Batch, Level, LevelResult, Method, Mixing, SearchStep, accuracy, initial_alpha, number
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Rnas(Method):
         """softmax(alpha) over the operations of each edge, (E, K) per cell type."""
         return {cell_type: alpha.softmax(dim=1) for cell_type, alpha in self.alpha.items()}
 
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable:
+        """Nothing else."""
+        return ()
+
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
         """The clean images and, where the regulariser acts, x_n; drawn without a look at the supernet for noise."""
         if self.options.levels != "both" and level != self.options.levels:
@@ -80,10 +85,10 @@ class Rnas(Method):
         """First-order gradient of the objective on D_V, by batch statistics; BN averages stay."""
         loss, clean, moved = first_order(self, supernet, lambda: self._objective(supernet, valid, constant=False))
         numbers = {
-            "architecture_regulariser": float(CONSISTENCIES[self.options.regulariser](clean, moved, valid.y)),
+            "architecture_regulariser": number(CONSISTENCIES[self.options.regulariser](clean, moved, valid.y)),
             "architecture_perturbed_accuracy": accuracy(moved, valid.y),
         }
-        return LevelResult(loss.item(), accuracy(clean, valid.y), numbers)
+        return LevelResult(number(loss), accuracy(clean, valid.y), numbers)
 
     def _objective(self, supernet: Supernet, batch: Batch, *, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, and the logits of x and of x_n; both those of x where the batch has no x_n."""

@@ -77,7 +77,7 @@ def unrolled_gradients_of_each(
     gradients = dict(zip(current, torch.autograd.grad(train_loss(current)[0], list(current.values()))))
     moved = {name: w.requires_grad_() for name, w in virtual_step(gradients, weights, optimizer).items()}
 
-    def architecture_gradient(directions: Sequence[Tensor], step: float) -> tuple[Tensor, ...]:
+    def architecture_gradient(directions: Sequence[Tensor], step: Tensor) -> tuple[Tensor, ...]:
         shifted = {name: w.detach() + step * d for (name, w), d in zip(weights.items(), directions)}
         return torch.autograd.grad(train_loss(shifted)[0], architecture)
 
@@ -87,7 +87,7 @@ def unrolled_gradients_of_each(
         gradients = torch.autograd.grad(loss, architecture + list(moved.values()))
         direct, directions = gradients[: len(architecture)], gradients[len(architecture) :]
         length = torch.stack([direction.norm() for direction in directions]).norm()
-        step = radius / float(length.clamp_min(torch.finfo(length.dtype).tiny))
+        step = radius / length.clamp_min(torch.finfo(length.dtype).tiny).double()  # not read: that would wait for a GPU
         above, below = architecture_gradient(directions, +step), architecture_gradient(directions, -step)
         result = [d - xi * (a - b) / (2 * step) for d, a, b in zip(direct, above, below)]
         results.append(Unrolled(result, loss.detach(), logits.detach()))
