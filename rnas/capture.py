@@ -57,7 +57,7 @@ class Guard:
 
 
 class Tape:
-    """CUDA graphs played on the CPU: the backend for tests of `rnas.graphs.Graphs`, and a check for those without a GPU.
+    """CUDA graphs played on the CPU: a backend of `rnas.graphs.Graphs` for tests, and for methods made without a GPU.
 
     A capture records every operation with the very tensors it took and gave, leaves all memory that was there before as
     it was, and what is new without a value; a replay runs the operations again, on that memory. So Python numbers are

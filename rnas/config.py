@@ -125,7 +125,7 @@ class SearchConfig(RunConfig):
     warmup_epochs: int = 0
     """Epochs at the start in which only the weights learn; fewer than all."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """Attacks and both levels' steps as CUDA graphs. auto: on a CUDA device, eagerly where a step cannot be captured."""
+    """Attacks and both levels' steps as CUDA graphs, eagerly where that cannot be. auto: on a CUDA device, else off."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: Augment = field(default_factory=Augment)
     attack: AttackConfig = field(default_factory=AttackConfig)

@@ -1,11 +1,12 @@
 """Steps of a search as CUDA graphs: recorded once, then started with one call instead of thousands of kernel launches.
 
-What is captured: a whole PGD attack (all its steps; `rnas.attacks.pgd(graphs=...)`), the step of the weights and that of
-the architecture with their optimizers (`rnas.updates`). The first calls of a step run eagerly on a side stream; they are
-steps of the search like any other, nothing is computed twice. The last of them runs under `rnas.capture.Guard`: a step
-that no graph can hold is known before anything is captured, and goes on eagerly with one line that says why and where.
+What is captured: a whole PGD attack (all its steps; `rnas.attacks.pgd(graphs=...)`), and the steps of the weights and
+of the architecture with their optimizers (`rnas.updates`). The first calls of a step run eagerly on a side stream; they
+are steps of the search like any other, nothing is computed twice. The last of them runs under `rnas.capture.Guard`: of a
+step that no graph can hold that is known before anything is captured, and it goes on eagerly with one line that says why
+and where.
 
-A replay reads weights, statistics and the state of the optimizers where they lie, so it sees what earlier steps changed.
+A replay reads weights, statistics and the state of optimizers where they lie, so it sees what earlier steps changed.
 Everything else that changes from call to call must be
 
 - an input: copied into a buffer of the graph before each replay. Random numbers are always drawn outside, from the
@@ -148,7 +149,7 @@ class Graphs:
         watch: Callable[[], Hashable] = tuple,
         check: Callable[[Outputs], None] | None = None,
     ) -> Outputs:
-        """`function(**inputs)`: eagerly at first, then from a graph. Returns tensors of its own, part of no autograd graph.
+        """`function(**inputs)`: eagerly at first, then from a graph. Returns clones, part of no autograd graph.
 
         name: of the step, in messages. function: may change memory in place that lives longer than the call, and its
         inputs; every call with one key must do the same. key: all that it depends on beside inputs, and memory that
@@ -158,19 +159,19 @@ class Graphs:
         count = self.counts.setdefault(name, {"eager": 0, "captures": 0, "replays": 0})
         if name in self.reasons or self._failed:
             count["eager"] += 1
-            return function(**inputs)
+            return _plain(function(**inputs))
         inputs = {each: tensor.detach() for each, tensor in inputs.items()}
         state = watch()
         entry = self._entry(name, (_surroundings(), _layouts(inputs), key, state))
         if entry is None or entry.calls < self.warmup:
             count["eager"] += 1
-            return self._warm_up(name, entry, partial(function, **inputs))
+            return _plain(self._warm_up(name, entry, partial(function, **inputs)))
         if entry.replay is None:
             reason = self._capture(entry, function, inputs, watch, state)
             if reason is not None:
                 self.refuse(name, reason)
                 count["eager"] += 1
-                return function(**inputs)
+                return _plain(function(**inputs))
             count["captures"] += 1
         if check is not None:
             check(entry.outputs)
@@ -226,8 +227,12 @@ class Graphs:
             return f"its capture failed, so this job captures nothing more: {type(error).__name__}: {first}"
         if watch() != state:  # what the function made anew lies in the graph's memory, where nothing stays
             return "it replaced tensors that have to stay where they are"
-        entry.inputs, entry.outputs, entry.replay = buffers, outputs, replay
+        entry.inputs, entry.outputs, entry.replay = buffers, _plain(outputs), replay
         return None
+
+
+def _plain(outputs: Outputs) -> Outputs:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in outputs.items()}
 
 
 def fingerprint(*things: nn.Module | torch.optim.Optimizer) -> tuple:

@@ -37,10 +37,8 @@ def architecture_update(
     return _run("architecture", update, {"train": train, "valid": valid}, method, step, watched)
 
 
-def weight_update(
-    supernet: Supernet, method: Method, train: Batch, step: SearchStep, *, grad_clip: float
-) -> Numbers:
-    """The gradient of the weights' loss, clipped to the L2 norm `grad_clip` (0: not), and one step of their optimizer."""
+def weight_update(supernet: Supernet, method: Method, train: Batch, step: SearchStep, *, grad_clip: float) -> Numbers:
+    """The gradient of the weights' loss, clipped to an L2 norm of `grad_clip` (0: not), and their optimizer's step."""
 
     def update(step: SearchStep, train: Batch) -> Numbers:
         # To None: in a graph the gradients are made in its own memory, and nothing adds to what an earlier step left.
@@ -99,7 +97,10 @@ def _run(
     watched: tuple,
     *settings: float,
 ) -> Numbers:
-    graphs, name = step.graphs, {"weights": "the step of the weights", "architecture": "the step of the architecture"}[level]
+    graphs, name = (
+        step.graphs,
+        {"weights": "the step of the weights", "architecture": "the step of the architecture"}[level],
+    )
     if graphs is None:
         return update(step, **batches)
     key = method.capture_key(level, step)

@@ -23,7 +23,9 @@ def pgd_batch(
     if levels not in ("both", level):
         return Batch(x, y)
     generator = step.generator(f"attack-{level}")
-    return Batch(x, y, attacks.perturb(method.classifier(supernet), x, y, step.attack, generator=generator, graphs=step.graphs))
+    return Batch(
+        x, y, attacks.perturb(method.classifier(supernet), x, y, step.attack, generator=generator, graphs=step.graphs)
+    )
 
 
 def first_order(method: Method, supernet: Supernet, objective: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

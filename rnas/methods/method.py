@@ -139,7 +139,7 @@ class Method(nn.Module, ABC):
         return FixedMixture(supernet, self.mixing(), self.edge_weights())
 
     def capture_key(self, level: Level, step: SearchStep) -> Hashable | Uncaptured:
-        """What the step of `level` depends on beside tensors, options and `step.attack`; its CUDA graph is for that only.
+        """What the step of `level` depends on beside tensors, options and `step.attack`: its CUDA graph is for that.
 
         The step is `weight_loss` ("weights") or `architecture_step`. It may become a graph if it reads no number from
         the device but by `number` and `accuracy`, draws no random numbers, and keeps no tensor that it made.
