@@ -2,9 +2,9 @@
 
 What is captured: a whole PGD attack (all its steps; `rnas.attacks.pgd(graphs=...)`), and the steps of the weights and
 of the architecture with their optimizers (`rnas.updates`). The first calls of a step run eagerly on a side stream; they
-are steps of the search like any other, nothing is computed twice. The last of them runs under `rnas.capture.Guard`: of a
-step that no graph can hold that is known before anything is captured, and it goes on eagerly with one line that says why
-and where.
+are steps of the search like any other, nothing is computed twice. The last of them runs under `rnas.capture.Guard`:
+what no graph can hold is found before anything is captured, and such a step goes on eagerly, with one line that says
+why and where.
 
 A replay reads weights, statistics and the state of optimizers where they lie, so it sees what earlier steps changed.
 Everything else that changes from call to call must be
