@@ -348,6 +348,18 @@ def test_an_attack_from_a_graph_draws_from_the_default_generator_as_the_eager_on
     assert torch.equal(*later) and not torch.equal(later[0], calls[0])
 
 
+@pytest.mark.parametrize("name", ["epsilon", "step_size", "steps", "norm", "lower", "statistics", "loss", "model"])
+def test_another_setting_or_model_is_another_attack(name):
+    usual = {"model": network(), "epsilon": 0.1, "step_size": 0.04, "steps": 3, "norm": "linf", "random_start": False}
+    value = {"steps": 1, "norm": "l2", "lower": -1.0, "statistics": "batch", "loss": "margin", "model": network(1)}
+    other = usual | {name: value.get(name, 0.02)}
+    (one, _), (x, y) = tape(warmup=1), images(0)
+    for options in (usual, other, usual):
+        eager = attacks.pgd(x=x, y=y, **options)
+        assert all(torch.equal(eager, attacks.pgd(x=x, y=y, graphs=one, **options)) for _ in range(3))
+    assert one.counts["the attack"] == {"eager": 2, "captures": 2, "replays": 7}
+
+
 def test_a_label_out_of_range_is_refused_before_a_replay():
     model, (one, _) = network(), tape(warmup=1)
     x, y = images(0)
