@@ -85,11 +85,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("nodes", 1, "nodes of a cell"),
         ("stem-stride", 2, "stride of the first convolution"),
         ("search-images", 1920, "training images that the search sees, half of them per level"),
-        ("search-epochs", 4, "the first without architecture steps"),
+        ("search-epochs", 3, "the first without architecture steps"),
         ("search-batch", 64, "images per step and level of the search"),
         ("certified-images", 4, "images of a batch that DSRNA's certificate sees"),
-        ("train-epochs", 2, "epochs of the recipe, on all training images"),
-        ("test-images", 50, "test images whose radii are measured, balanced; the accuracy is that of all"),
+        ("train-images", 4000, "training images of the recipe"),
+        ("train-epochs", 2, "epochs of the recipe"),
+        ("test-images", 40, "test images whose radii are measured, balanced; the accuracy is that of all"),
         ("bisection", 8, "halvings of the logarithmic range of a radius"),
         ("attack-steps", 20, "steps of PGD per radius tried"),
     ):
@@ -223,7 +224,7 @@ def train_config(options: argparse.Namespace, searched: Path, seed: int, folder:
         auxiliary_weight=0.0,
         epochs=options.train_epochs,
         batch_size=64,
-        data=DataConfig(dataset=options.dataset),
+        data=DataConfig(dataset=options.dataset, train_images=options.train_images),
         weights=WeightOptimizerConfig(learning_rate=0.1),
     )
 

@@ -16,6 +16,7 @@ from rnas.runs import write_text
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 REFERENCES = ("darts", "random")
+NOT_FOUND = "not found"  # by the attack, for at least half of some network's images
 COLOURS = {"darts": INK, "random": QUIET}
 
 
@@ -23,8 +24,11 @@ def summary(network: Mapping, norm: str) -> dict[str, float]:
     """Mean and median radii of one network over its correctly classified images, and how loose they are.
 
     looseness: the median over the images of attacked radius / certified radius; an attack that failed counts as inf.
+    Raises ValueError where no image is classified right.
     """
     radii = network["radii"][norm]
+    if not network["correct"]:
+        raise ValueError(f"{network['row']}, seed {network['seed']}, classifies no test image right: train it longer")
     attack = [math.inf if each is None else each for each in radii["attack"]]
     pairs = zip(attack, radii["certified"])
     return {
@@ -41,12 +45,14 @@ def by_row(networks: Sequence[Mapping]) -> dict[str, list[Mapping]]:
     return {row: [each for each in networks if each["row"] == row] for row in dict.fromkeys(n["row"] for n in networks)}
 
 
-def radius_text(spread: Spread) -> str:
-    """mean ± standard deviation (least to most) with the power of ten in front of it all."""
-    if not 0 < spread.mean < math.inf:
-        return f"{spread.mean:g}"
-    power = math.floor(math.log10(spread.mean))
-    return f"{text(spread, 10.0**-power, 2)} · 10^{power}"
+def radius_text(radii: Sequence[float]) -> str:
+    """mean ± standard deviation (least to most) times a power of ten."""
+    if not math.isfinite(max(radii)):
+        return NOT_FOUND
+    spread = Spread.of(radii)
+    power = math.floor(math.log10(spread.mean)) if spread.mean else 0
+    found = text(spread, 10.0**-power, 2)
+    return f"{found} · 10^{power}" if power else found
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -59,9 +65,10 @@ def norm_table(rows: Mapping[str, Sequence[Mapping]], norm: str) -> list[str]:
     lines = []
     for name, networks in rows.items():
         found = [summary(network, norm) for network in networks]
-        spreads = {key: Spread.of([each[key] for each in found]) for key in found[0]}
-        radii = [radius_text(spreads[key]) for key in ("mean", "median", "interval", "attack")]
-        lines.append([name, *radii, text(spreads["looseness"], 1, 1)])
+        radii = [radius_text([each[key] for each in found]) for key in ("mean", "median", "interval", "attack")]
+        looseness = [each["looseness"] for each in found]
+        ratio = text(Spread.of(looseness), 1, 1) if math.isfinite(max(looseness)) else NOT_FOUND
+        lines.append([name, *radii, ratio])
     head = ["row", "certified, mean", "certified, median", "interval alone, mean", "PGD, median", "PGD / certified"]
     return table(head, lines)
 
@@ -92,6 +99,11 @@ def operations(rows: Mapping[str, Sequence[Mapping]]) -> list[str]:
     return table(["row", "seed", *cells], lines)
 
 
+def ratio(spread: Spread, reference: Spread) -> str:
+    """The ratio of two means."""
+    return f"{spread.mean / reference.mean:.3g} times" if reference.mean else "of 0"
+
+
 def verdicts(rows: Mapping[str, Sequence[Mapping]]) -> list[str]:
     """Whether the differences to the references are larger than the spread, for the radii and the accuracy."""
     measures = {
@@ -109,7 +121,7 @@ def verdicts(rows: Mapping[str, Sequence[Mapping]]) -> list[str]:
         for name, measure in measures.items() if len(rows) > 1 else ():
             spreads = {row: Spread.of([measure(each) for each in networks]) for row, networks in rows.items()}
             parts = [
-                f"{row} {words[verdict(spread, spreads[reference])]}, {spread.mean / spreads[reference].mean:.3g} times"
+                f"{row} {words[verdict(spread, spreads[reference])]} (mean {ratio(spread, spreads[reference])})"
                 for row, spread in spreads.items()
                 if row != reference
             ]
@@ -148,7 +160,7 @@ def notes(networks: Sequence[Mapping], context: Mapping) -> list[str]:
         f"{settings['search_epochs']} search "
         f"epochs on {settings['search_images']} images, the first without architecture steps, no attacks; the "
         f"certificate sees {settings['certified_images']} images of a batch. One recipe: clean images, weight decay "
-        f"3e-4, {settings['train_epochs']} epochs.",
+        f"3e-4, {settings['train_epochs']} epochs on {settings['train_images']} images.",
         f"Measured on {machine_text(context['machine'])}; commit {context['commit']}. Seconds of the process on the "
         "CPU, which other work shared.",
         f"Command: `{context['command']}`",
