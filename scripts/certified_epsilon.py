@@ -77,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["darts", "dsrna-0.01", "dsrna-1", "random"])
     parser.add_argument("--run", type=Path, default=Path("runs/certified-epsilon"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "certified")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what is finished")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dataset", default="mnist-subset")
     for name, default, meaning in (
@@ -242,19 +243,23 @@ def work(options: argparse.Namespace, name: str, seed: int) -> dict:
         if found["settings"] != settings:
             raise ValueError(f"{result} was measured with other settings: choose another folder with --run")
         return found
-    seconds = {}
+    searched, trained, spent = folder / "search", folder / "train", folder / "seconds.json"
+    # Of the process that finished a stage: one that is interrupted takes its time with it.
+    seconds = json.loads(spent.read_text(encoding="utf-8")) if spent.exists() else {}
     began = time.process_time()
-    searched, trained = folder / "search", folder / "train"
     if searched.exists():
         genotype = search.resume(searched, quiet=True).genotype
     else:
         genotype = search.search(search_config(options, row, seed, searched)).genotype
-    seconds["search"], began = time.process_time() - began, time.process_time()
+    seconds.setdefault("search", time.process_time() - began)
+    write_text(spent, json.dumps(seconds))
+    began = time.process_time()
     if trained.exists():
         network = train.resume(trained, quiet=True).network
     else:
         network = train.train(train_config(options, searched, seed, trained)).network
-    seconds["train"] = time.process_time() - began
+    seconds.setdefault("train", time.process_time() - began)
+    write_text(spent, json.dumps(seconds))
     test = data.load(DataConfig(dataset=options.dataset)).test
     chosen = data.load(DataConfig(dataset=options.dataset, test_images=options.test_images)).test
     x, y = next(data.batches(chosen, len(chosen), seed=0, epoch=0, shuffle=False))
@@ -276,7 +281,7 @@ def work(options: argparse.Namespace, name: str, seed: int) -> dict:
 
 def common_settings(options: argparse.Namespace) -> dict:
     """What all networks of a table share."""
-    apart = ("seeds", "rows", "run", "output", "threads")
+    apart = ("seeds", "rows", "run", "output", "report", "threads")
     return {key: value for key, value in vars(options).items() if key not in apart}
 
 
@@ -301,10 +306,16 @@ def main(arguments: list[str] | None = None) -> int:
     with cpu_threads(options.threads):
         for seed in options.seeds:
             for name in options.rows:
+                if options.report and not (options.run / f"{name}-s{seed}" / "result.json").exists():
+                    print(f"{name}, seed {seed}: not finished")
+                    continue
                 found = work(options, name, seed)
                 networks.append(found)
                 spent = ", ".join(f"{key} {value:.1f} s" for key, value in found["seconds"].items())
                 print(f"{name}, seed {seed}: accuracy {found['accuracy']:.1%}; {spent}", flush=True)
+    if not networks:
+        print(f"nothing is finished in {options.run}")
+        return 1
     context = {
         "command": command,
         "commit": version,

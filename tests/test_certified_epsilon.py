@@ -145,10 +145,13 @@ def test_a_run_goes_on_and_takes_more_seeds(script, small_images, tmp_path, monk
     # What is measured is read; a search that had not come to its result goes on.
     (tmp_path / "run" / "random-s0" / "result.json").unlink()
     monkeypatch.setattr(script.search, "search", lambda config: pytest.fail("searched again"))
+    assert script.main([*arguments, *rows, "--seeds", "0", "--report"]) == 0
+    assert len(json.loads((tmp_path / "out" / "certified.json").read_text())["networks"]) == 1
     script.main([*arguments, *rows, "--seeds", "0"])
     again = json.loads((tmp_path / "out" / "certified.json").read_text())
     for one, two in zip(first["networks"], again["networks"]):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
+        assert all(one["seconds"][stage] == two["seconds"][stage] for stage in ("search", "train"))
     monkeypatch.undo()
     monkeypatch.syspath_prepend(SCRIPTS)
     script.main([*arguments, "--rows", "random", "--seeds", "0", "1"])
