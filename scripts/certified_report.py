@@ -158,7 +158,7 @@ def notes(networks: Sequence[Mapping], context: Mapping) -> list[str]:
         f"PGD: distance of the nearest misclassified image that PGD-{settings['attack_steps']} on the margin found in "
         "balls of bisected radius, an upper bound of what anyone can certify. PGD / certified: the median over images "
         "of their ratio; the true radius lies between the two.",
-        f"Started inside the certified ball, PGD fooled {broken} of {images} images in two norms.",
+        f"Inside the certified balls PGD fooled {broken} of {2 * images} (image, norm) pairs.",
         f"One space and budget: {settings['nodes']} node{'s' * (settings['nodes'] != 1)} per cell, "
         f"{settings['layers']} cells, C={settings['channels']}, stem stride {settings['stem_stride']}; "
         f"{settings['search_epochs']} search "
