@@ -56,7 +56,7 @@ PYTHON
 mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
 [ "${#files[@]}" -gt 0 ] || fail "no test is marked gpu"
 say "tests on the GPU: ${files[*]}"
-part 110 tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}" || fail "GPU tests are red: nothing is timed"
+part 170 tests "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}" || fail "GPU tests are red: nothing is timed"
 
 if command -v compute-sanitizer >/dev/null && [ -f tests/test_pgd_step.py ]; then
   say "memory accesses of pgd_step"

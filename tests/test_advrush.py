@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,13 @@ def test_the_gradient_on_batch_statistics_is_exact_too(config):
         return cross_entropy_by_hand(one) + 5.0 * moved
 
     assert_gradients(one.method, total, per_parameter=2)
+
+
+def test_the_curvature_counts_in_the_last_sixth_unless_told_otherwise(config):
+    method = problem(config()).method
+    for epochs in (1, 4, 6, 50, 60, 0):
+        starts = [epoch for epoch in range(60) if method.is_curved(SimpleNamespace(epoch=epoch, epochs=epochs))]
+        assert starts[0] == {1: 0, 4: 3, 6: 5, 50: 41, 60: 50, 0: 50}[epochs]
 
 
 @pytest.mark.parametrize(("epoch", "counts"), [(0, False), (1, False), (2, True), (3, True)])
