@@ -227,5 +227,5 @@ def test_bad_settings_are_refused(text):
 
 def test_the_published_configuration_is_a_configuration():
     found = published_config("advrush")
-    assert found.options == AdvRushOptions()
+    assert found.options == AdvRushOptions(start_epoch=50)
     assert (found.epochs, found.batch_size, found.options.start_epoch) == (60, 32, 50)

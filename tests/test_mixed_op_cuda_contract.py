@@ -304,3 +304,26 @@ def test_tensors_of_a_device_that_is_not_current(cuda_device):
     found = values_and_gradients(problem.copy(device="cuda:1").require(KINDS))
     assert torch.cuda.current_device() == 0 and {each.device.index for each in found} == {1}
     assert same([each.cpu() for each in found], [each.cpu() for each in expected])
+
+
+# What a GPU is asked to do ---------------------------------------------------------------------------------------------
+
+
+@only_on_host
+@pytest.mark.parametrize(
+    ("mode", "wanted", "forward", "backward"),
+    [
+        ("train", KINDS, 24, 58),
+        ("train", ("weights",), 24, 31),
+        ("eval", ("inputs",), 11, 29),
+    ],
+)
+def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_device, request):
+    """Of the DARTS space: some 80 for a training step, 40 for a step of an attack, at any size."""
+    launches = request.getfixturevalue("kernels_on_host").launches
+    problem = draw(cell=(2, 4, 1), shape=(2, 4, 5, 5), mode=mode).copy(device=cuda_device).require(wanted)
+    start = launches()
+    output = problem.run()
+    middle = launches()
+    output.sum().backward()
+    assert (middle - start, launches() - middle) == (forward, backward)

@@ -53,6 +53,12 @@ inline int& host_thread_order() {
   return order;
 }
 
+// How many kernels have been launched.
+inline int64_t& host_launches() {
+  static int64_t count = 0;
+  return count;
+}
+
 class Block {
  public:
   Block(int64_t x, int64_t y, void* shared) : x(x), y(y), shared_(static_cast<char*>(shared)) {}
@@ -75,6 +81,7 @@ template <typename Kernel>
 void launch(const char*, const Kernel& kernel, Grid grid, int64_t shared, CUstream_st*) {
   static_assert(sizeof(Kernel) <= kMostArguments, "too many arguments");
   if (shared > kMostShared) throw std::invalid_argument("too much shared memory");
+  ++host_launches();
   std::vector<double> memory((shared + 7) / 8);
   for (int64_t y = 0; y < grid.y; ++y)
     for (int64_t x = 0; x < grid.x; ++x) {

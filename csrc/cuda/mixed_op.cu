@@ -122,9 +122,11 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
   run(plan, in, out, kept, grad_out, direction, grad_grad_out, direction_kept, grad, workspace, stream);
 }
 
-#if defined(RNAS_ON_HOST)
-void set_host_thread_order(int order);  // for tests
+#if defined(RNAS_ON_HOST)  // for tests
+void set_host_thread_order(int order);
 void set_host_thread_order(int order) { host_thread_order() = order; }
+int64_t count_host_launches();
+int64_t count_host_launches() { return host_launches(); }
 #endif
 
 }  // namespace rnas::cuda
