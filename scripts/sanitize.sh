@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the CPU kernels on a build with the address and undefined-behaviour sanitizers.
+# The tests of the CPU kernels, and some of the CUDA kernels as they run on the host, on a build with the address and
+# undefined-behaviour sanitizers.
 #
 #   BIN=.venv/bin [LEVEL=avx2] bash scripts/sanitize.sh [arguments of pytest]
 #
@@ -17,14 +18,22 @@ if [ "$level" = highest ]; then
   level=$("$python" -c 'import torch; from rnas import _cpu; print(_cpu.simd_levels()[-1])')
 fi
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-cmake -S csrc -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$flags" -DRNAS_LEVEL="$level" \
-  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-  -Dpybind11_DIR="$folder/tools/pybind11/share/cmake/pybind11" >"$folder/log" || { cat "$folder/log"; exit 1; }
-cmake --build "$folder/build" >"$folder/log" || { cat "$folder/log"; exit 1; }
+options=(-G Ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$flags" -DRNAS_LEVEL="$level"
+  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
+  -Dpybind11_DIR="$folder/tools/pybind11/share/cmake/pybind11")
+{
+  cmake -S csrc -B "$folder/build" "${options[@]}" && cmake --build "$folder/build" &&
+    cmake -S csrc -B "$folder/cuda" "${options[@]}" -DRNAS_CUDA_ON_HOST=ON &&
+    cmake --build "$folder/cuda" --target _cuda_on_host
+} >"$folder/log" || { cat "$folder/log"; exit 1; }
 
 # The sanitizers' runtime has to come before everything else; Python's own leaks are not what is looked for.
 export RNAS_CPU_MODULE="$(echo "$folder"/build/_cpu*.so)"
+export RNAS_CUDA_ON_HOST_MODULE="$(echo "$folder"/cuda/_cuda_on_host*.so)"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -m pytest -q -p scripts.sanitized_module tests/test_mixed_op.py tests/test_relu_conv_norm.py \
   tests/test_conv_norm.py tests/test_pgd_step.py tests/test_fused.py tests/test_profile.py -k "not compiles and not opcheck" "$@"
+# The CUDA kernels as plain C++: what they read and write, thread by thread.
+"$python" -m pytest -q tests/test_mixed_op_cuda.py \
+  -k "test_values_and_all_gradients or test_every_primitive_alone or test_second_derivatives or test_any_alignment"
