@@ -8,7 +8,8 @@ implementations differ: there it is one step from the clean images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from problem import EPSILON, STEP_SIZE, STEPS, Problem
@@ -105,6 +106,20 @@ def _ascend(problem: Problem, x_adv: Tensor, steps: int) -> Tensor:
     return x_adv
 
 
+def search_iteration(problem: Problem, attack: Work = pgd) -> list[Tensor]:
+    """What an adversarial search does with a batch on each level: PGD-7 and the gradient to alpha, then to the weights.
+
+    Both levels see the same images here; updates of weights and alpha are not timed.
+    """
+    found = []
+    for level in (alpha_gradient, training_step):
+        problem.supernet.eval()
+        (x_adv,) = attack(problem)
+        problem.supernet.train()
+        found += level(replace(problem, x=x_adv))
+    return found
+
+
 def jacobian_norm(problem: Problem) -> list[Tensor]:
     """Gradient to weights and alpha of the cross entropy plus the squared norm of d(v . logits)/dx.
 
@@ -152,6 +167,17 @@ JOBS = {
             captured_sample=captured_pgd_sample,
             repeats=STEPS,
             training=False,
+        ),
+        Job(
+            "search_iteration",
+            search_iteration,
+            relative_error,
+            2 * GRADIENT_TOLERANCE,  # of images that differ in a few pixels, see pgd_7
+            sample=partial(search_iteration, attack=pgd_sample),
+            captured=partial(search_iteration, attack=captured_pgd),
+            captured_sample=partial(search_iteration, attack=captured_pgd_sample),
+            cpu_batches=(),  # there it is what its parts are
+            countable=False,
         ),
         Job(
             "jacobian_norm",

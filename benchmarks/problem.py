@@ -32,7 +32,13 @@ class Size:
 
 # The larger batch first: torch.compile makes graphs for every batch up to the one it has seen, and would begin anew.
 FULL = Size(channels=16, layers=8, nodes=4, image=32, batches=(64, 16))
+FULL_CUDA = replace(FULL, batches=(256, 64))
 QUICK = Size(channels=4, layers=3, nodes=2, image=16, batches=(2,))
+
+
+def size_of(device: str, quick: bool) -> Size:
+    """What is timed on a device type."""
+    return QUICK if quick else FULL_CUDA if device == "cuda" else FULL
 
 
 @dataclass(frozen=True)

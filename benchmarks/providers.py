@@ -56,6 +56,7 @@ CUDA = (
     Provider("eager_graph", graph=True),
     Provider("channels_last_graph", torch.channels_last, graph=True),
     Provider("compile_graph", torch.channels_last, compiled=True, graph=True),
+    Provider("rnas_graph", torch.channels_last, fused=True, graph=True),
 )
 
 

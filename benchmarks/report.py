@@ -11,7 +11,7 @@ from pathlib import Path
 import machine
 import profiles
 from comparison import FAILED, MEASURED, REFUSED, Row
-from problem import FULL, QUICK, Size
+from problem import Size, size_of
 
 
 class ReplayClock:
@@ -42,7 +42,7 @@ class Session:
     def __init__(self, device: str, quick: bool, folder: Path | None, command: str) -> None:
         self.device = device
         self.quick = quick
-        self.size: Size = QUICK if quick else FULL
+        self.size: Size = size_of(device, quick)
         self.head = {**machine.describe(device, command, quick), "size": asdict(self.size)}
         self.path = None if folder is None else folder / f"{machine.slug(device)}.json"
         self.groups: dict[tuple, dict[str, Row]] = {}

@@ -12,7 +12,7 @@ import torch
 from comparison import MEASURED, Gate, Row, compare
 from conftest import device_of
 from jobs import JOBS, Job
-from problem import FULL, QUICK, Problem, build
+from problem import Problem, build, size_of
 from providers import prepare, providers
 from report import CLOCK, Session, broken, replay
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    device, size = device_of(config), QUICK if config.getoption("--quick") else FULL
+    device = device_of(config)
+    size = size_of(device, config.getoption("--quick"))
     cases = [
         pytest.param(job, batch, provider.name, id=f"{job.name}-{batch}-{provider.name}")
         for job in JOBS.values()

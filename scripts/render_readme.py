@@ -19,6 +19,7 @@ JOBS = {
     "training_step": "training step",
     "alpha_gradient": "gradient to alpha",
     "pgd_7": "PGD-7",
+    "search_iteration": "search iteration, PGD-7 on both levels",
     "jacobian_norm": "CE + Jacobian norm",
     "pgd_step_32": "`pgd_step`, 3x32x32",
     "pgd_step_224": "`pgd_step`, 3x224x224",
@@ -32,6 +33,7 @@ PROVIDERS = {
     "channels_last_graph": "channels_last in a CUDA graph",
     "compile_graph": "torch.compile in a CUDA graph",
     "rnas": "rnas",
+    "rnas_graph": "rnas in a CUDA graph",
 }
 LEGEND = """\
 Best of the rounds, all implementations of a row timed in turns in one process, and how many times as fast as eager

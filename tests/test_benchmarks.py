@@ -300,6 +300,16 @@ class TestProviders:
         found = self.prepare(benchmarks, "rnas", name, problem).sample()
         assert job.distance(found, expected) > job.tolerance
 
+    def test_a_search_iteration_is_its_parts(self, benchmarks, problem):
+        """On a GPU alone it is a row of its own."""
+        job = benchmarks["jobs"].JOBS["search_iteration"]
+        expected, ours = (self.prepare(benchmarks, name, job.name, problem).sample() for name in ("eager", "rnas"))
+        assert job.distance(ours, expected) <= job.tolerance
+        assert job.distance(ours[1:], [2 * each for each in expected[1:]]) > job.tolerance
+        captured = job.captured_sample(problem.arranged(torch.channels_last))
+        assert job.distance(captured, expected) <= job.tolerance
+        assert len(expected) == len(problem.alpha) + len(list(problem.supernet.parameters()))
+
     def test_only_one_provider_calls_the_fused_ops(self, benchmarks, problem, monkeypatch):
         calls = []
         for name in ("mixed_op", "mixed_cell", "relu_conv_norm"):
