@@ -1,6 +1,6 @@
 """Certified radii of the architectures that DSRNA and DARTS find on the MNIST subset, with random ones as control.
 
-    python scripts/certified_epsilon.py [--seeds 0 1 2] [--rows darts dsrna-0.01 ...] [--run FOLDER] [--output FOLDER]
+    python scripts/certified_epsilon.py [--seeds 0 1 ...] [--rows darts dsrna-0.01 ...] [--run FOLDER] [--output FOLDER]
 
 Searches one architecture per row and seed, trains all of them with one recipe, and finds for every correctly
 classified test image the largest radius that is certified and the smallest at which PGD fools the network. Seed by
@@ -75,7 +75,7 @@ DEFAULT_ROWS = ["darts", "dsrna-0.01", "dsrna-0.1", "dsrna-1", "random"]
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; its defaults are the run in docs/certified."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=DEFAULT_ROWS)
     parser.add_argument("--run", type=Path, default=Path("runs/certified-epsilon"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "certified")
