@@ -398,13 +398,12 @@ template <int V, typename AStage = Stage> struct DepthwiseWeights {
       const float* line = rows.row(from_y);
       for (int x = group; x < width; x += groups) {
         const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
+        Vec<V> from[kKernel];
+        rows.load_all(line, x * stage.stride - reach, stage.dilation, from);
 #pragma unroll
-        for (int column = 0; column < kKernel; ++column) {
-          const int from_x = x * stage.stride - reach + column * stage.dilation;
-          const Vec<V> from = rows.at(line, from_x);
+        for (int column = 0; column < kKernel; ++column)
 #pragma unroll
-          for (int k = 0; k < V; ++k) found[column].v[k] += d.v[k] * from.v[k];
-        }
+          for (int k = 0; k < V; ++k) found[column].v[k] += d.v[k] * from[column].v[k];
       }
     }
   }

@@ -173,7 +173,7 @@ template <int V, Way kHow> class Rows {
                                                                     : nullptr;
   }
   RNAS_DEVICE Vec<V> at(const float* row, int x) const {
-    if (!row || static_cast<unsigned>(x) >= static_cast<unsigned>(width_)) return zeros<V>();
+    if (!holds(row, x)) return zeros<V>();
     Vec<V> value = load<V>(row + x * pixel_);
     if (kWay != Way::plain && normed_)
 #pragma unroll
@@ -191,7 +191,37 @@ template <int V, Way kHow> class Rows {
   }
   RNAS_DEVICE Vec<V> at(int y, int x) const { return at(row(y), x); }
 
+  // found[j] = at(row, x + j * step). All loads come before the first use: no thread waits for one after the other.
+  template <int kCount> RNAS_DEVICE void load_all(const float* row, int x, int step, Vec<V> (&found)[kCount]) const {
+    if constexpr (kWay == Way::tangent) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) found[j] = at(row, x + j * step);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      found[j] = holds(row, x + j * step) ? load<V>(row + (x + j * step) * pixel_) : zeros<V>();
+    if constexpr (kWay == Way::rectified) {
+      if (normed_) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          const bool inside = holds(row, x + j * step);  // outside it stays zero
+#pragma unroll
+          for (int k = 0; k < V; ++k) found[j].v[k] = found[j].v[k] * scale_.v[k] + (inside ? shift_.v[k] : 0.0f);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kCount; ++j)
+#pragma unroll
+        for (int k = 0; k < V; ++k) found[j].v[k] = found[j].v[k] < 0.0f ? 0.0f : found[j].v[k];
+    }
+  }
+
  private:
+  RNAS_DEVICE bool holds(const float* row, int x) const {
+    return row && static_cast<unsigned>(x) < static_cast<unsigned>(width_);
+  }
+
   const float* first_;
   int height_, width_, pixel_;
   bool normed_;
@@ -223,8 +253,7 @@ RNAS_DEVICE void convolve(const From& from, const float* weights, int channels, 
     for (int row = 0; row < kKernel; ++row) {
       const float* line = from.row(y + row * dilation);
       Vec<V> window[kWindow];
-#pragma unroll
-      for (int j = 0; j < kWindow; ++j) window[j] = from.at(line, x + (kStep * begin + j) * dilation);
+      from.load_all(line, x + kStep * begin * dilation, dilation, window);
 #pragma unroll
       for (int column = 0; column < kKernel; ++column) {
         const int tap = row * kKernel + column;
