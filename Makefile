@@ -4,7 +4,7 @@
 # make gpu      on a machine with a GPU: build, GPU tests, GPU benchmarks
 # make resources   registers, shared memory and spills of every GPU kernel, compared with csrc/cuda/resources.json
 #                  (to renew it: python scripts/kernel_resources.py --write)
-# make planted  plant one error after another in the CPU kernels: a test must turn red for each (15 to 20 minutes)
+# make planted  plant one error after another in the kernels: a test must turn red for each (20 to 30 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,9 +1,10 @@
-"""Plants one error after another in the CPU kernels and expects the tests to turn red for each.
+"""Plants one error after another in the kernels, of CUDA as they run on the host, and expects a red test for each.
 
     python scripts/planted_errors.py [--list | --check] [name or part of a name ...]
 
-Works on a copy of the repository in a temporary folder: builds rnas._cpu there for one instruction set, runs the tests
-that the table in planted_table.py names, first without an error, then with each. Exits with 1 if one goes unnoticed.
+Works on a copy of the repository in a temporary folder: builds rnas._cpu there for one instruction set, or the CUDA
+kernels as plain C++, runs the tests that the tables in planted_table.py and planted_cuda.py name, first without an
+error, then with each. Exits with 1 if one goes unnoticed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from planted_table import PLANTED, Planted
+from planted_cuda import PLANTED_CUDA
+from planted_table import PLANTED as PLANTED_CPU
+from planted_table import Planted
 
 ROOT = Path(__file__).resolve().parents[1]
+PLANTED = [*PLANTED_CPU, *PLANTED_CUDA]
+HOST = "host"
+"""In the place of an instruction set: the CUDA kernels as plain C++."""
 LIMIT = 900  # seconds for one run of tests
 
 
@@ -77,18 +83,20 @@ class Workshop:
         shutil.copy(ROOT / "pyproject.toml", folder)
 
     def build(self, level: str) -> Path:
-        """Builds rnas._cpu for one instruction set; of an earlier build only what an edit changed."""
+        """Builds rnas._cpu for one instruction set, or _cuda_on_host; of an earlier build only what an edit changed."""
         import pybind11
 
-        build = self.folder / "build" / level
+        build, on_host = self.folder / "build" / level, level == HOST
         if not build.is_dir():
-            options = {"CMAKE_BUILD_TYPE": "None", "RNAS_LEVEL": level, "Python_EXECUTABLE": sys.executable}
+            options = {"CMAKE_BUILD_TYPE": "None", "Python_EXECUTABLE": sys.executable}
+            options |= {"RNAS_CUDA_ON_HOST": "ON"} if on_host else {"RNAS_LEVEL": level}
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
             options = [f"-D{name}={value}" for name, value in options.items()]
             self.run("cmake", "-S", self.folder / "csrc", "-B", build, "-G", "Ninja", *options)
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        self.run("cmake", "--build", build, *jobs)
-        return next(build.glob("_cpu*"))
+        target = ["--target", "_cuda_on_host"] if on_host else []
+        self.run("cmake", "--build", build, *target, *jobs)
+        return next(build.glob("_cuda_on_host*" if on_host else "_cpu*"))
 
     def test(self, module: Path, file: str, expression: str) -> tuple[int, str]:
         """Runs a selection of tests on a module up to the first failure: exit status and output.
@@ -97,14 +105,17 @@ class Workshop:
         """
         report = self.folder / "report.txt"
         options = ["-q", "-x", "--tb=no", "-rfE", "--disable-warnings"]
-        options += ["-p", "no:cacheprovider", "-p", "scripts.sanitized_module", file, "-k", expression]
+        options += ["-p", "no:cacheprovider", file, "-k", expression]
+        on_host = module.name.startswith("_cuda_on_host")
+        if not on_host:
+            options += ["-p", "scripts.sanitized_module"]
 
         def child():
             with report.open("w") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
             os.chdir(self.folder)
-            os.environ["RNAS_CPU_MODULE"] = str(module)
+            os.environ["RNAS_CUDA_ON_HOST_MODULE" if on_host else "RNAS_CPU_MODULE"] = str(module)
             sys.path.insert(0, str(self.folder))
             os._exit(pytest.main(options))
 
@@ -163,7 +174,7 @@ def run(errors: list[Planted]) -> int:
     levels, start, missed = simd_levels(), time.monotonic(), 0
     runnable = defaultdict(list)
     for error in errors:
-        if error.level and error.level not in levels:
+        if error.level and error.level not in (*levels, HOST):
             print(f"{error.name}: left out, this processor has no {error.level}")
         else:
             runnable[error.level or levels[-1]].append(error)
