@@ -76,8 +76,7 @@ CELL = on_host(
     "cell.h",
     ("cell: pools of another state", VALUES, "void measure(",
      "if (source == edge.source) slot = known;", "slot = known;"),
-    ("cell: the statistics of the second halves", VALUES, "void measure(", "if (index == 1 || !batch) continue;",
-     "if (index == 0 || !batch) continue;"),
+    ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),
 )  # fmt: skip
 
 PLANTED_CUDA = [*STAGE, *FORWARD, *BACKWARD, *CELL]
