@@ -6,6 +6,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +149,41 @@ def test_the_command_line_takes_it(config, capsys):
 
 def test_every_other_method_searches():
     assert Method.searches and not Random.searches
+
+
+# Other probabilities -------------------------------------------------------------------------------------------------
+
+
+def test_operations_follow_their_probabilities():
+    chances = (0.5, 0.0, 0.1, 0.0, 0.25, 0.05, 0.1)
+    options = RandomOptions(probabilities=chances)
+    found = [Random(options, DARTS, seed).genotype() for seed in range(400)]
+    counts = Counter(name for one in found for nodes in one.cells.values() for node in nodes for name, _ in node)
+    total = sum(counts.values())
+    for name, chance in zip((name for name in DARTS.primitives if name != "none"), chances):
+        error = 4.5 * math.sqrt(chance * (1 - chance) / total)
+        assert abs(counts[name] / total - chance) <= error, name
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "message"),
+    [
+        ((0.5, 0.4), "sum to 1; got .*, sum 0.9"),
+        ((0.5, 0.6), "sum to 1; got .*, sum 1.1"),
+        ((1.5, -0.5), "numbers from 0 to 1"),
+        ((math.nan, 1.0), "numbers from 0 to 1"),
+        ((0.5, 0.5), "one number for each of the 7 operations max_pool_3x3, .*; got 2"),
+    ],
+)
+def test_a_vector_that_is_no_distribution_is_refused_before_any_work(config, probabilities, message):
+    with pytest.raises(ValueError, match=message):
+        search.search(replace(config, options=RandomOptions(probabilities=probabilities)))
+    assert not Path(config.run).exists()
+
+
+def test_probabilities_as_a_flag(capsys, tmp_path):
+    words = ["search", "--method", "random", "--run", str(tmp_path / "r"), "--options.probabilities", "0.5", "0.4"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    assert "got (0.5, 0.4), sum 0.9" in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "r").exists()
