@@ -63,20 +63,28 @@ BACKWARD = on_host(
     ("middle: no ReLU", VALUES, "struct Middle", "g.v[k] = entered.v[k] > 0.0f ? g.v[k] : 0.0f;", ""),
     ("middle: kernels not turned", VALUES, "struct Middle", "tiling, tile, channels, true,",
      "tiling, tile, channels, false,"),
+    ("weights: a row of taps too low", VALUES, "void add_rows(",
+     "- reach + tap * stage.dilation", "+ tap * stage.dilation"),
+)  # fmt: skip
+
+GATHER = on_host(
+    "gather.h",
     ("gather: kernels not turned", VALUES, "struct Gather", "tiling, tile, channels, true,",
      "tiling, tile, channels, false,"),
     ("gather: all are winners", ALONE, "void add_pool(", "item.winners[from + k - item.d] == row * 3 + column", "true"),
     ("gather: what was there", VALUES, "struct Gather", "edge.base.data ? load", "false ? load"),
     ("gather: an identity's weight", VALUES, "struct Gather", "*edge.weight * g.v[k]", "g.v[k]"),
-    ("weights: a row of taps too low", VALUES, "void add_rows(",
-     "- reach + tap * stage.dilation", "+ tap * stage.dilation"),
 )  # fmt: skip
 
-CELL = on_host(
-    "cell.h",
+FORWARD_PASS = on_host(
+    "forward_pass.h",
     ("cell: pools of another state", VALUES, "void measure(",
      "if (source == edge.source) slot = known;", "slot = known;"),
+)  # fmt: skip
+
+BACKWARD_PASS = on_host(
+    "backward_pass.h",
     ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),
 )  # fmt: skip
 
-PLANTED_CUDA = [*STAGE, *FORWARD, *BACKWARD, *CELL]
+PLANTED_CUDA = [*STAGE, *FORWARD, *BACKWARD, *GATHER, *FORWARD_PASS, *BACKWARD_PASS]

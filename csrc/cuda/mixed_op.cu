@@ -2,7 +2,8 @@
 
 #include <initializer_list>
 
-#include "mixed/cell.h"
+#include "mixed/backward_pass.h"
+#include "mixed/forward_pass.h"
 
 namespace rnas::cuda {
 namespace {

@@ -1,0 +1,176 @@
+#pragma once
+
+// Backward, from the edges into a node to their sources: the pools, and the sum of all that the stages have handed on.
+
+#include "mixed/backward.h"
+
+namespace rnas::cuda::mixed {
+
+// ---- pools -----------------------------------------------------------------------------------------------------------
+
+// The gradients of the outputs of an edge's pools before their norms, and the winners of the max pool. That of the
+// average pool is divided by its count. Grid (tiles, tasks).
+template <int V> struct Pools {
+  struct Task {
+    Stage stage;  // of a pool; kind tells which
+    Image g;
+    Slope slope;
+    float* d;                // (N, H, W, C)
+    unsigned char* winners;  // (N, H, W, C), of a max pool
+  };
+  Tiling tiling;
+  int channels;
+  Task tasks[kTasks];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Task& task = tasks[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    const Image d{task.d, tiling.height, tiling.width, channels};
+    each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+      const int y = tile.y + row, x = tile.x + column;
+      float* to = d.at(tile.n, y, x) + channel;
+      const Vec<V> g = load<V>(task.g.at(tile.n, y, x) + channel);
+      const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
+      if (task.stage.kind == Kind::max_pool) {
+        int winner[V];
+        store<V>(to, slope(g, max_pool<V>(task.stage, tile.n, y, x, channel, winner)));
+#pragma unroll
+        for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = static_cast<unsigned char>(winner[k]);
+        return;
+      }
+      Vec<V> made = slope(g, avg_pool<V>(task.stage, tile.n, y, x, channel));
+      const float count = static_cast<float>(pool_window(task.stage.source, task.stage.stride, y, x).pixels());
+#pragma unroll
+      for (int k = 0; k < V; ++k) made.v[k] /= count;
+      store<V>(to, made);
+    });
+  }
+};
+
+// ---- a state ---------------------------------------------------------------------------------------------------------
+
+// The gradient of an edge's source from all that its stages have handed on, added to `base` where there is one.
+// Grid (tiles of the source, edges).
+template <int V> struct Gather {
+  static constexpr int kEdges = 3, kStages = 9;  // as many as the arguments hold
+  struct Item {
+    Stage stage;
+    const float* d;  // (N, H, W, C) at the output
+    const unsigned char* winners;
+  };
+  struct Edge {
+    Image source, base, to;
+    Image g;              // of the node, for an identity
+    const float* weight;  // of the identity, null: none
+    int count, height, width;  // stages; size of the output
+    Item items[kStages];
+  };
+  Tiling tiling;
+  int channels;
+  Edge edges[kEdges];
+
+  RNAS_DEVICE void operator()(const Block& block) const {
+    const Edge& edge = edges[block.y];
+    const Tile tile = tile_of(tiling, block.x);
+    const Shared shared = shared_of(block, tiling, channels);
+    const auto sum_at = [&](int row, int column, int channel) {
+      return shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
+    };
+    block.each([&](int thread) {
+      for (int at = thread; at < tiling.pixels() * shared.stride; at += kThreads) shared.outputs[at] = 0.0f;
+    });
+    for (int each = 0; each < edge.count; ++each) {
+      const Item& item = edge.items[each];
+      if (item.stage.kind < Kind::separable) continue;
+      const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+      if (item.stage.kind == Kind::separable && item.stage.stride == 1) {
+        load_depthwise(block, shared, item.stage, channels);
+        depthwise_phase<V>(
+            block, shared, item.stage, tiling, tile, channels, true,
+            [&](int channel) { return Rows<V, Way::plain>(d, tile.n, channel); },
+            [&](int row, int column, int channel, const Vec<V>& value) { add_to<V>(sum_at(row, column, channel), value); });
+      } else {
+        each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+          Vec<V> sum = load<V>(sum_at(row, column, channel));
+          add_convolution(item.stage, d, tile.n, tile.y + row, tile.x + column, channel, sum);
+          store<V>(sum_at(row, column, channel), sum);
+        });
+      }
+    }
+    each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
+      const int n = tile.n, y = tile.y + row, x = tile.x + column;
+      const Vec<V> convolved = load<V>(sum_at(row, column, channel));
+      const Vec<V> state = load<V>(edge.source.at(n, y, x) + channel);
+      Vec<V> sum = edge.base.data ? load<V>(edge.base.at(n, y, x) + channel) : zeros<V>();
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? convolved.v[k] : 0.0f;
+      for (int each = 0; each < edge.count; ++each)
+        if (edge.items[each].stage.kind < Kind::separable) add_pool(edge, edge.items[each], n, y, x, channel, sum);
+      if (edge.weight) {
+        const Vec<V> g = load<V>(edge.g.at(n, y, x) + channel);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum.v[k] += *edge.weight * g.v[k];
+      }
+      store<V>(edge.to.at(n, y, x) + channel, sum);
+    });
+  }
+
+  // The convolutions that the phase above does not take: at stride 2, and dense ones.
+  RNAS_DEVICE void add_convolution(const Stage& stage, const Image& d, int n, int y, int x, int channel,
+                                   Vec<V>& sum) const {
+    // Which output pixel sees (y, x) through a tap that reads (dy, dx) further; false: none.
+    const auto seen_by = [&](int dy, int dx, int& at_y, int& at_x) {
+      at_y = y - dy, at_x = x - dx;
+      if (stage.stride == 2) {
+        if (at_y % 2 != 0 || at_x % 2 != 0) return false;
+        at_y /= 2, at_x /= 2;
+      }
+      return d.holds(at_y, at_x);
+    };
+    int at_y, at_x;
+    if (stage.kind == Kind::separable) {
+      const int half = stage.kernel / 2, taps = stage.kernel * stage.kernel;
+      for (int row = 0; row < stage.kernel; ++row)
+        for (int column = 0; column < stage.kernel; ++column) {
+          if (!seen_by((row - half) * stage.dilation, (column - half) * stage.dilation, at_y, at_x)) continue;
+          const Vec<V> value = load<V>(d.at(n, at_y, at_x) + channel);
+#pragma unroll
+          for (int k = 0; k < V; ++k)
+            sum.v[k] += stage.depthwise[(channel + k) * taps + row * stage.kernel + column] * value.v[k];
+        }
+      return;
+    }
+    for (int each = 0; each < stage.parts(); ++each) {
+      const Part part = part_of(stage, each, channels);
+      if (!seen_by(part.dy, part.dx, at_y, at_x)) continue;
+      for (int output = part.first; output < part.last; ++output) {
+        const float value = d.at(n, at_y, at_x)[output];
+        const Vec<V> weights = part.row<V>(output, channel);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum.v[k] += value * weights.v[k];
+      }
+    }
+  }
+
+  RNAS_DEVICE void add_pool(const Edge& edge, const Item& item, int n, int y, int x, int channel, Vec<V>& sum) const {
+    const int stride = item.stage.stride;
+    const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+    for (int row = 0; row < 3; ++row)
+      for (int column = 0; column < 3; ++column) {  // the place in a window at which (y, x) may lie
+        int at_y = y - (row - 1), at_x = x - (column - 1);
+        if (stride == 2) {
+          if (at_y % 2 != 0 || at_x % 2 != 0) continue;
+          at_y /= 2, at_x /= 2;
+        }
+        if (!d.holds(at_y, at_x)) continue;
+        const float* from = d.at(n, at_y, at_x) + channel;
+        const Vec<V> value = load<V>(from);
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+          if (item.stage.kind == Kind::avg_pool || item.winners[from + k - item.d] == row * 3 + column)
+            sum.v[k] += value.v[k];
+      }
+  }
+};
+
+}  // namespace rnas::cuda::mixed
