@@ -64,11 +64,9 @@ class Cell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         offset = 0
         for _ in range(self.steps):
-            node = sum(
-                edge_weights[offset + j] * self._ops[offset + j](h, weights[offset + j]) for j, h in enumerate(states)
-            )
+            edges = zip(states, self._ops[offset:], weights[offset:], edge_weights[offset:])
             offset += len(states)
-            states.append(node)
+            states.append(sum(beta * op(state, row) for state, op, row, beta in list(edges)))
         return torch.cat(states[2:], dim=1)
 
 
