@@ -17,6 +17,7 @@ _SUBMODULES = (
     "config",
     "data",
     "evaluate",
+    "fusion",
     "genotype",
     "kernels",
     "loop",
@@ -34,8 +35,12 @@ _SUBMODULES = (
     "train",
 )
 
+_FUNCTIONS = {"accelerate": "fusion", "restore": "fusion"}
+
 
 def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"rnas.{_FUNCTIONS[name]}"), name)
     if name not in _SUBMODULES:
         raise AttributeError(f"module 'rnas' has no attribute {name!r}")
     try:
@@ -50,4 +55,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES])
+    return sorted([*globals(), *_SUBMODULES, *_FUNCTIONS])

@@ -1,0 +1,332 @@
+"""Results of candidate operations that are not computed yet, and the sums that code makes of them.
+
+The code around the candidates runs as its author wrote it; each candidate hands back a `Deferred` tensor in place of its
+result. Multiplied by a number and added to others it stays deferred, as a sum of weighted candidates: what the fused
+operation computes. Whatever else is done to it, it is computed first, and the code goes on with the value. So nothing
+has to be guessed about that code: what it multiplies and adds is fused, and all else is what it was.
+
+Legend: N images, C channels, H W pixels, K candidates of an edge, E edges.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Scale = Tensor | float
+"""A number, or a tensor that holds one."""
+
+
+class Call:
+    """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
+
+    __slots__ = ("consumed", "plan", "value", "version", "x")
+
+    def __init__(self, plan, x: Tensor) -> None:
+        self.plan, self.x, self.version = plan, x, version_of(x)
+        self.consumed = False
+        """Whether its batch norms have seen it."""
+        self.value: Tensor | None = None
+        """Its own result, where that was asked for."""
+
+
+class Group(NamedTuple):
+    """`prod(outer) * sum_k scales[k] * calls[k]`: candidates on one state. A scale of None is 1."""
+
+    outer: tuple[Scale, ...]
+    calls: tuple[Call, ...]
+    scales: tuple[Scale | None, ...]
+
+
+class Deferred(Tensor):
+    """`sum(groups) + sum(addends)`, (N, C, H, W), until somebody looks at it; from then on its value."""
+
+    _rnas_value: Tensor | None
+    _rnas_groups: tuple[Group, ...]
+    _rnas_addends: tuple[tuple[tuple[Scale, ...], Tensor, int], ...]  # scales, a tensor that broadcasts, its version
+
+    @staticmethod
+    def make(scope, shape: torch.Size, like: Tensor, groups, addends=(), finish=None) -> Deferred:
+        """like: of its dtype and on its device. finish: what is done to the sum behind all, see `partial.py`."""
+        made = Tensor._make_wrapper_subclass(Deferred, shape, dtype=like.dtype, device=like.device, requires_grad=scope.grad)
+        made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
+        made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
+        made._rnas_value, made._rnas_source = None, False
+        return made
+
+    # ---- what keeps it deferred --------------------------------------------------------------------------------------
+
+    def __mul__(self, other):
+        return times(self, other)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other):
+        return plus(self, other)
+
+    def __radd__(self, other):
+        return plus(self, other, other_first=True)
+
+    def __sub__(self, other):
+        return plus(self, other * -1.0) if isinstance(other, Deferred) else plus(self, -other)
+
+    def __rsub__(self, other):
+        return plus(times(self, -1.0), other, other_first=True)
+
+    def __neg__(self):
+        return times(self, -1.0)
+
+    def __truediv__(self, other):
+        if is_number(other) and other != 0:
+            return times(self, 1.0 / other)
+        return value_of(self) / value_of(other)
+
+    def __iadd__(self, other):
+        made = plus(self, other) if _takes_part(self) else None
+        if is_open(made):  # what it is now is seen by all who hold it
+            self._rnas_groups, self._rnas_addends, self._rnas_finish = (
+                made._rnas_groups, made._rnas_addends, made._rnas_finish
+            )  # fmt: skip
+            return self
+        return Tensor.__iadd__(self, other)
+
+    # ---- what computes it --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(function)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if function in _ABOUT_THE_SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if writes(function, kwargs):
+            for each in flat((args, kwargs)):
+                each._rnas_scope.before_writing(each)
+        return function(*values(args), **values(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(
+            f"rnas.accelerate: {function} was called on the result of a candidate operation in a way that PyTorch does "
+            "not show to Python; call rnas.restore(model), or leave this module out"
+        )
+
+    def __repr__(self, *, tensor_contents=None):
+        return repr(value_of(self))
+
+    def __reduce_ex__(self, protocol):
+        return value_of(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return value_of(self).__deepcopy__(memo)
+
+
+HANDLERS: dict = {}
+"""Functions of PyTorch that leave a deferred tensor deferred: they take the arguments and may return NotImplemented."""
+
+_ABOUT_THE_SHAPE = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
+    Tensor.is_cuda.__get__, Tensor.get_device, Tensor.element_size,
+}  # fmt: skip
+
+
+def value_of(x):
+    """The value of a deferred tensor, computed where it is not; anything else as it is."""
+    if type(x) is not Deferred:
+        return x
+    if x._rnas_value is None:
+        x._rnas_scope.compute(x)
+    if x._rnas_scope.grad and not torch.is_grad_enabled():
+        _refuse_gradients(x)
+    return x._rnas_value
+
+
+def values(arguments):
+    """The arguments with values in place of deferred tensors, in lists, tuples and dicts too; all else untouched."""
+    kind = type(arguments)
+    if kind is Deferred:
+        return value_of(arguments)
+    if kind in (list, tuple):  # no subclasses: a torch.Size has to stay one
+        return kind([values(each) for each in arguments])
+    if kind is dict:
+        return {key: values(each) for key, each in arguments.items()}
+    return arguments
+
+
+def _refuse_gradients(x: Deferred) -> None:
+    """A gradient that arrives at the placeholder itself would be lost.
+
+    That can only be where code without gradients looked at it, such as an autograd.Function that was applied to it.
+    """
+    if not x.__dict__.get("_rnas_refuses"):
+        x._rnas_refuses = True
+        with torch._C.DisableTorchFunctionSubclass():
+            x.register_hook(_raise)
+
+
+def _raise(_):
+    raise RuntimeError(
+        "rnas.accelerate: an autograd.Function was applied to the result of a candidate operation before it was "
+        "computed, and its gradient would be lost; multiply the result by 1.0 and call .contiguous() first, or leave "
+        "this module out"
+    )
+
+
+def is_open(x) -> bool:
+    """Whether x is a deferred tensor that nobody has looked at."""
+    return type(x) is Deferred and x._rnas_value is None
+
+
+def _takes_part(x) -> bool:
+    """Whether a sum can take over what x is made of. A state of a cell is computed once, for all who use it."""
+    return x._rnas_value is None and not x._rnas_source and x._rnas_scope.is_as_before()
+
+
+def flat(args) -> list[Deferred]:
+    """All deferred tensors among the arguments, in lists too."""
+    return [each for each in tree_leaves(args) if type(each) is Deferred]
+
+
+def writes(function, kwargs: dict) -> bool:
+    """Whether a function of PyTorch changes one of its arguments."""
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+
+
+_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+_IN_PLACE |= {"__setitem__", "__set__"}
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def is_number(value) -> bool:
+    """Whether it is a number of Python."""
+    return type(value) in (int, float)
+
+
+def version_of(x: Tensor) -> int:
+    """Changes whenever the tensor is written to. Of an unknown value 0: nobody can have written to it."""
+    if type(x) is Deferred:
+        x._rnas_source = True
+        return 0
+    return 0 if x.is_inference() else x._version
+
+
+def times(x: Deferred, other) -> Tensor:
+    """x * other."""
+    if not _takes_part(x) or not _is_scale(x, other):
+        return value_of(x) * value_of(other)
+    groups = tuple([_times_group(group, other) for group in x._rnas_groups])
+    addends = tuple([((*scales, other), tensor, version) for scales, tensor, version in x._rnas_addends])
+    finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
+    return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
+
+
+def _times_group(group: Group, scale: Scale) -> Group:
+    if len(group.calls) == 1 and group.scales[0] is None and not group.outer:
+        return Group((), group.calls, (scale,))
+    return Group((*group.outer, scale), group.calls, group.scales)
+
+
+def _is_scale(x: Deferred, other) -> bool:
+    """Whether x * other is the same candidates with other weights."""
+    if is_number(other):
+        return True
+    if not isinstance(other, Tensor) or type(other) is Deferred or other.numel() != 1:
+        return False
+    like = x._rnas_like
+    if other.device != like.device or not other.is_floating_point():
+        return False
+    # A tensor with dimensions takes part in the choice of the result's dtype, and in its shape.
+    return not other.dim() or (other.dtype == like.dtype and other.dim() <= 4)
+
+
+def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
+    """x + other, or other + x."""
+    if _takes_part(x):
+        if is_number(other) and other == 0:  # where sum() begins
+            made = (x._rnas_groups, x._rnas_addends, x._rnas_finish)
+            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, *made)
+        if is_open(other) and not other._rnas_source and _agree(x, other):
+            first, second = (other, x) if other_first else (x, other)
+            if first._rnas_finish is None and second._rnas_finish is None:
+                return _joined(first, second, None)
+            if first._rnas_finish is not None and second._rnas_finish is not None:
+                finish = first._rnas_finish.plus(second._rnas_finish)
+                if finish is not None:
+                    return _joined(first, second, finish)
+        elif x._rnas_finish is None and _is_addend(x, other):  # a state of a cell too, by its value
+            tensor = value_of(other)
+            addends = (*x._rnas_addends, ((), tensor, version_of(tensor)))
+            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, x._rnas_groups, addends)
+    first, second = (other, x) if other_first else (x, other)
+    return value_of(first) + value_of(second)
+
+
+def _agree(x: Deferred, other: Deferred) -> bool:
+    return other._rnas_scope is x._rnas_scope and other._rnas_shape == x._rnas_shape
+
+
+def _joined(first: Deferred, second: Deferred, finish) -> Deferred:
+    groups = first._rnas_groups
+    for group in second._rnas_groups:
+        last = groups[-1] if groups else None
+        if last is not None and not last.outer and not group.outer and last.calls[0].x is group.calls[0].x:
+            groups = (*groups[:-1], Group((), last.calls + group.calls, last.scales + group.scales))
+        else:
+            groups = (*groups, group)
+    addends = first._rnas_addends + second._rnas_addends
+    return Deferred.make(first._rnas_scope, first._rnas_shape, first._rnas_like, groups, addends, finish)
+
+
+def _is_addend(x: Deferred, other) -> bool:
+    """Whether x + other has the shape and dtype of x and can wait."""
+    if is_open(other) and other._rnas_source and _agree(x, other):
+        return True
+    other = other._rnas_value if type(other) is Deferred else other
+    if not isinstance(other, Tensor) or other.dtype != x._rnas_like.dtype or other.device != x._rnas_like.device:
+        return False
+    shape = x._rnas_shape
+    if other.dim() > len(shape):
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(other.shape), reversed(shape)))
+
+
+def _handle(*functions):
+    def keep(handler):
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return keep
+
+
+@_handle(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
+def _multiply(a, b, *, out=None):
+    if out is not None:
+        return NotImplemented
+    return times(a, b) if type(a) is Deferred else times(b, a)
+
+
+@_handle(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(a, b, *, alpha=1, out=None):
+    if out is not None or alpha != 1:
+        return NotImplemented
+    return plus(a, b) if type(a) is Deferred else plus(b, a, other_first=True)
+
+
+@_handle(torch.cat, torch.concat, torch.concatenate)
+def _cat(tensors, dim=0, *, out=None):
+    if out is not None or dim not in (1, -3) or not all(isinstance(each, Tensor) for each in tensors):
+        return NotImplemented
+    scope = next(each for each in tensors if type(each) is Deferred)._rnas_scope
+    return scope.concatenate(tensors)

@@ -1,0 +1,229 @@
+"""Finds the mixed operations of a model and accelerates them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .modules import COUNTS, PLAN, Candidate, Holder, InFront, Plan, accelerate_module, original_class, restore_module
+from .reads import Reads
+from .recognise import Guess, Layers, recognise
+from .report import Left, Replaced, Report
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_IN_FRONT = ("relu_conv_norm", "factorized_reduce")
+
+Recognised = tuple[Guess, Layers, Reads]
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Lets the mixed operations of any supernet run on the fused kernels. The model is changed in place.
+
+    Args:
+        model: any nn.Module. What is looked for are modules that hold several candidate operations, at least one of
+            which is a primitive of `rnas.kernels.mixed_op`: by what they compute, whatever their classes and names.
+        strict: raise where a module holds candidates and some of them were not recognised, and change nothing.
+
+    Returns:
+        A `Report`: what was replaced, and what was left as it is and why.
+
+    The code around the candidates stays and runs as before. A recognised candidate hands it a tensor whose value is not
+    computed yet; sums of such tensors, each times a number, are computed by one call of `rnas.kernels.mixed_op` or
+    `mixed_cell`: for an edge, for a node with all its edges, or for a whole cell, as far as the code goes on adding.
+    Partial channels with a shuffle are part of it. Whatever else the code does with a result (drop path, a norm, a
+    hook), it gets the value, computed by the candidate's own forward. So weights may come as arguments or attributes,
+    candidates may be dropped, sampled or switched off.
+
+    Outputs, gradients, BN averages and second derivatives are those of before, up to rounding. Parameters, buffers,
+    state_dict, optimizers, train() and eval(), hooks, deepcopy, pickle and DataParallel work as before; copies are
+    accelerated too. Under torch.compile, vmap, forward mode and autocast, for other dtypes than the kernels take, and
+    where a candidate has hooks or was changed since, the modules' own code runs.
+
+    Different are: the candidate none gives zeros for images that are not finite; errors inside a candidate come up
+    where its result is used; a tensor that a candidate was called on must not be changed in place before the result is
+    used (that raises).
+
+    Equivalent to: nothing at all, but for the time and the memory.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: with `strict`, as said above.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if strict:
+        left = [each for each in _plan(model)[2].left]
+        if left:
+            raise ValueError(
+                "strict: these modules hold candidate operations that the kernels do not take:\n" + str(Report(left=left))
+            )
+    restore(model)
+    candidates, holders, report, fronts = _plan(model)
+    for module, (guess, layers, reads) in candidates:
+        accelerate_module(module, Candidate, PLAN, Plan(module, guess, layers, reads))
+    for module, (guess, layers, reads) in fronts:
+        accelerate_module(module, InFront, PLAN, Plan(module, guess, layers, reads))
+    for module in holders:
+        accelerate_module(module, Holder, COUNTS, report.counts)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undoes `accelerate`: every module is again of its class and holds what it held. Returns how many were changed.
+
+    Raises TypeError where model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return sum([restore_module(module) for module in model.modules()])
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _plan(model: nn.Module):
+    """(candidates with what they are, holders, report, layers in front of cells with what they are)."""
+    memory: dict = {}
+    report = Report()
+    candidates: dict[nn.Module, Recognised] = {}
+    holders: dict[nn.Module, str] = {}
+    parents = _parents(model)
+    names = {module: name for name, module in model.named_modules()}
+    everything = list(_groups(model))
+    # What stands in a cell beside its mixed operations are no candidates.
+    cells = set(_around({owner: "" for owner, groups in everything if any(map(_in_a_list, groups))}, parents))
+    inner: set[nn.Module] = set()  # what recognised candidates hold
+    for owner, groups in everything:
+        if owner in inner or owner in cells:
+            continue
+        found: dict[str, str] = {}
+        reasons: list[str] = []
+        for group in groups:
+            recognised = {name: recognise(module, memory) for name, module in group.items()}
+            known = {name: each for name, each in recognised.items() if _is_candidate(each)}
+            if not _is_worth_it(group, known):
+                reasons += _resembling(group, recognised)
+                continue
+            for name, each in known.items():
+                candidates[group[name]] = each
+                found[name] = each[0].primitive
+            reasons += [
+                f"{name}: {_why(each)}"
+                for name, each in recognised.items()
+                if name not in known and (_in_a_list(group) or list(group[name].children()))
+            ]
+            inner.update(module for each in known for module in group[each].modules())
+        if found:
+            holders[owner] = names[owner]
+            report.replaced.append(Replaced(names[owner], original_class(owner).__name__, found))
+        if reasons:
+            report.left.append(Left(names[owner], original_class(owner).__name__, "; ".join(reasons)))
+    around = _around(holders, parents)
+    fronts = _in_front(around, set(candidates), memory)
+    report.in_front = {names[module]: each[0].primitive for module, each in fronts.items()}
+    return list(candidates.items()), [*holders, *around], report, list(fronts.items())
+
+
+def _in_a_list(group: dict[str, nn.Module]) -> bool:
+    """Whether the group is a list or dict of modules: their names have a dot."""
+    return any("." in name for name in group)
+
+
+def _is_candidate(found: Recognised | str) -> bool:
+    return not isinstance(found, str) and found[0].primitive not in _IN_FRONT
+
+
+def _is_worth_it(group: dict[str, nn.Module], known: dict[str, Recognised]) -> bool:
+    """Whether there is something to compute among the candidates of a group.
+
+    What is no list has to hold two that consist of layers: the layers of a block would look like candidates.
+    """
+    computing = {name for name, each in known.items() if each[0].primitive not in ("none", "skip_connect")}
+    computing |= {name for name, each in known.items() if each[0].primitive == "skip_connect" and each[0].stride == 2}
+    if _in_a_list(group):
+        return bool(computing)
+    return sum(bool(list(group[name].children())) for name in computing) > 1
+
+
+def _why(found: Recognised | str) -> str:
+    return found if isinstance(found, str) else "the number of channels changes"
+
+
+def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The first parent of every module."""
+    found: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        for child in module.children():
+            found.setdefault(child, module)
+    return found
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[dict[str, nn.Module]]]]:
+    """Modules with a forward, and the groups of at least two modules that they hold side by side, by their names."""
+    for owner in model.modules():
+        if isinstance(owner, (*_LISTS, nn.Sequential)) and original_class(owner).forward in _FORWARDS:
+            continue
+        groups = [group for group in _held(owner, "") if len(group) > 1]
+        if groups:
+            yield owner, groups
+
+
+_FORWARDS = {nn.ModuleList.forward, nn.ModuleDict.forward, nn.Sequential.forward}
+
+
+def _held(module: nn.Module, prefix: str) -> Iterator[dict[str, nn.Module]]:
+    """What the module holds directly, and in lists and dicts of modules, those within them too."""
+    yield {prefix + name: child for name, child in module.named_children() if not _is_list(child)}
+    for name, child in module.named_children():
+        if _is_list(child):
+            yield from _held(child, f"{prefix}{name}.")
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, _LISTS) and original_class(module).forward in _FORWARDS
+
+
+def _resembling(group: dict[str, nn.Module], recognised: dict[str, Recognised | str]) -> list[str]:
+    """Reasons for a group none of whose members is fused, where it looks like candidates: convolutions with norms."""
+    if not all(_looks_like_one(module) for module in group.values()) or any(map(_has_groups, group.values())):
+        return []
+    return [f"{name}: {each}" for name, each in recognised.items() if isinstance(each, str)]
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    kinds = [type(each).__name__ for each in module.modules()]
+    small = len(kinds) <= 16
+    return small and any("Conv" in kind or "Pool" in kind for kind in kinds)
+
+
+def _has_groups(module: nn.Module) -> bool:
+    """Whether it is itself a holder of candidates rather than one."""
+    return any(len(group) > 1 for each in module.modules() if not _is_list(each) for group in _held(each, ""))
+
+
+def _around(holders: dict[nn.Module, str], parents: dict[nn.Module, nn.Module]) -> list[nn.Module]:
+    """The nearest module with a forward above each holder: the cell of an edge."""
+    found: dict[nn.Module, None] = {}
+    for holder in holders:
+        above = parents.get(holder)
+        while above is not None and original_class(above).forward in _FORWARDS:
+            above = parents.get(above)
+        if above is not None and above not in holders:
+            found[above] = None
+    return list(found)
+
+
+def _in_front(cells: list[nn.Module], taken: set[nn.Module], memory: dict) -> dict[nn.Module, Recognised]:
+    """The layers that stand in cells beside the mixed operations and that the kernels know."""
+    found: dict[nn.Module, Recognised] = {}
+    for cell in cells:
+        for group in _held(cell, ""):
+            for module in group.values():
+                known = recognise(module, memory) if module not in taken else ""
+                if not isinstance(known, str) and known[0].primitive in (*_IN_FRONT, "conv_1x1", "skip_connect"):
+                    guess, layers, _ = known
+                    one_by_one = guess.primitive != "conv_1x1" or guess.stride == 1
+                    if layers.convolutions and one_by_one:
+                        found[module] = known
+    return found

@@ -1,0 +1,305 @@
+"""From sums of weighted candidates to calls of `kernels.mixed_op` and `kernels.mixed_cell`.
+
+Legend: J nodes of a cell, S states that enter it, E edges, K candidates of an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.mixed_op import PRIMITIVES
+from .deferred import Call, Deferred, Group, Scale, is_open, value_of
+
+_ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
+
+
+class Edge(NamedTuple):
+    """Candidates that one fused edge can hold: on one state, each primitive once, of one stride."""
+
+    primitives: tuple[str, ...]
+    stride: int
+    pool_norm: bool
+    channels: int
+    calls: tuple[Call, ...]
+    scales: tuple[Scale | None, ...]
+    outer: tuple[Scale, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """The state."""
+        return self.calls[0].x
+
+    @property
+    def kind(self) -> tuple:
+        """What edges of one fused call have in common."""
+        return self.primitives, self.pool_norm, self.channels
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def open_ancestors(x: Deferred) -> list[Deferred]:
+    """The nodes without a value on which x depends, and x: each behind those that it depends on."""
+    found: list[Deferred] = []
+
+    def visit(each) -> None:
+        if type(each) is not Deferred or each._rnas_value is not None or any(each is other for other in found):
+            return
+        for group in each._rnas_groups:
+            for call in group.calls:
+                if call.value is None:
+                    visit(call.x)
+        found.append(each)
+
+    visit(x)
+    return found
+
+
+def whole_cell(nodes: list[Deferred], counts) -> Tensor | None:
+    """All nodes by one call of mixed_cell, (N, J * C, H', W'), where they make a cell; else None, and nothing is done.
+
+    A cell: each node is the sum of one edge from each of the S states and each node before it.
+    """
+    edges, inputs = [], []
+    for index, node in enumerate(nodes):
+        if node._rnas_addends or node._rnas_finish is not None:
+            return None
+        made = [_as_edge(group) for group in node._rnas_groups]
+        if any(edge is None for edge in made):
+            return None
+        inputs = inputs or [edge.x for edge in made]
+        made = _in_order(made, [*inputs, *nodes[:index]])
+        if made is None:
+            return None
+        edges += made
+    count, stride = len(inputs), edges[0].stride
+    if len({edge.kind for edge in edges}) != 1 or any(is_open(each) for each in inputs):
+        return None
+    position = 0
+    for index in range(len(nodes)):
+        for source in range(count + index):
+            if edges[position].stride != (stride if source < count else 1):
+                return None
+            position += 1
+    states = [value_of(each) for each in inputs]
+    out = _fused(states, edges, len(nodes), stride)
+    counts.cells += 1
+    counts.edges += len(edges)
+    channels = out.shape[1] // len(nodes)
+    for index, node in enumerate(nodes):
+        node._rnas_value = out.narrow(1, index * channels, channels)
+    return out
+
+
+def _in_order(edges: list[Edge], sources: list[Tensor]) -> list[Edge] | None:
+    """The edges in the order of the sources, one for each; None where they are others."""
+    by_source = {id(edge.x): edge for edge in edges}
+    if len(edges) != len(sources) or len({id(source) for source in sources}) != len(sources):
+        return None
+    ordered = [by_source.get(id(source)) for source in sources]
+    return None if any(edge is None for edge in ordered) else ordered
+
+
+# ---- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def node(x: Deferred, counts) -> None:
+    """Gives x its value; what it depends on has one."""
+    groups = x._rnas_groups
+    if len(groups) == 1 and not x._rnas_addends and x._rnas_finish is None and not groups[0].outer:
+        if len(groups[0].calls) == 1 and groups[0].scales[0] is None:  # nothing was made of it: as it would have been
+            x._rnas_value = alone(groups[0].calls[0])
+            counts.alone += 1
+            return
+    total = _sum(groups, counts)
+    for scales, tensor, version in x._rnas_addends:
+        check_version(tensor, version)
+        for scale in scales:
+            tensor = tensor * scale
+        total = tensor if total is None else total + tensor
+    if x._rnas_finish is not None:
+        total = x._rnas_finish.finished(total)
+    x._rnas_value = total
+
+
+def _sum(groups: Sequence[Group], counts) -> Tensor | None:
+    """The sum of the groups: by one call for all edges of a kind and stride, and module by module where there is none."""
+    batches: dict[tuple, list[Edge]] = {}
+    total: Tensor | None = None
+    for group in groups:
+        edges, others = _edges(group)
+        for edge in edges:
+            batches.setdefault((edge.kind, edge.stride, value_of(edge.x).shape), []).append(edge)
+        for call, scale in others:
+            value = alone(call)
+            for each in (scale, *group.outer):
+                value = value if each is None else value * each
+            total = value if total is None else total + value
+            counts.alone += 1
+    for edges in batches.values():
+        made = _fused([value_of(edge.x) for edge in edges], edges, 1, edges[0].stride)
+        total = made if total is None else total + made
+        counts.edges += len(edges)
+    return total
+
+
+def _edges(group: Group) -> tuple[list[Edge], list[tuple[Call, Scale | None]]]:
+    """The group as edges that the kernels take, and the calls that they do not."""
+    edge = _as_edge(group)
+    if edge is not None:
+        return [edge], []
+    parts: list[list[tuple[Call, Scale | None]]] = []
+    others = []
+    for call, scale in zip(group.calls, group.scales):
+        if call.consumed or call.value is not None:
+            others.append((call, scale))
+            continue
+        for part in parts:
+            names = {each.plan.guess.primitive for each, _ in part}
+            if call.plan.guess.primitive not in names and _alike(call, part[0][0]):
+                part.append((call, scale))
+                break
+        else:
+            parts.append([(call, scale)])
+    edges = []
+    for part in parts:
+        made = _as_edge(Group(group.outer, *map(tuple, zip(*part))))
+        if made is None:
+            others += part
+        else:
+            edges.append(made)
+    return edges, others
+
+
+def _alike(a: Call, b: Call) -> bool:
+    first, second = a.plan.guess, b.plan.guess
+    if first.stride != second.stride:
+        return False
+    pools = [each.pool_norm for each in (first, second) if "pool" in each.primitive]
+    return len(set(pools)) < 2
+
+
+def _as_edge(group: Group) -> Edge | None:
+    """The group as one edge, its candidates in the order of the kernels' primitives; None where it is none."""
+    pairs = sorted(zip(group.calls, group.scales), key=lambda pair: _ORDER[pair[0].plan.guess.primitive])
+    calls, scales = zip(*pairs)
+    guesses = [call.plan.guess for call in calls]
+    primitives = tuple([guess.primitive for guess in guesses])
+    if len(set(primitives)) != len(primitives) or any([call.consumed or call.value is not None for call in calls]):
+        return None
+    if len({guess.stride for guess in guesses}) != 1 or set(primitives) == {"none"}:
+        return None
+    pool_norms = {guess.pool_norm for guess in guesses if "pool" in guess.primitive}
+    if len(pool_norms) > 1:
+        return None
+    channels = _shape(calls[0].x)[1]
+    pool_norm = pool_norms.pop() if pool_norms else True
+    return Edge(primitives, guesses[0].stride, pool_norm, channels, calls, scales, group.outer)
+
+
+def _shape(x: Tensor) -> torch.Size:
+    return x._rnas_shape if type(x) is Deferred else x.shape
+
+
+def is_edge(x: Deferred) -> bool:
+    """Whether a deferred tensor is of candidates on one state: what an edge returns."""
+    sources = {id(group.calls[0].x) for group in x._rnas_groups}
+    return len(sources) == 1
+
+
+def is_alias(x: Deferred) -> bool:
+    """Whether the value of x is the very state that a candidate was called on."""
+    if x._rnas_value is not None or len(x._rnas_groups) != 1 or x._rnas_addends:
+        return False
+    (group,) = x._rnas_groups
+    return group.scales == (None,) and group.calls[0].plan.guess.primitive == "skip_connect" and not group.outer
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> Tensor:
+    for edge in edges:
+        for call in edge.calls:
+            check_version(call.x, call.version)
+            call.consumed = True
+    like = states[0]
+    rows = [like.new_ones(()) if scale is None else scale for edge in edges for scale in edge.scales]
+    weights = _stacked(rows, like).view(len(edges), -1)
+    outer = None
+    if any(edge.outer for edge in edges):
+        outer = _stacked([_product(edge.outer) for edge in edges], like)
+    return kernels.mixed_cell(
+        states,
+        weights,
+        [[weight for call in edge.calls for weight in call.plan.weights()] for edge in edges],
+        [[norm for call in edge.calls for norm in call.plan.layers.norms] for edge in edges],
+        primitives=edges[0].primitives,
+        nodes=nodes,
+        stride=stride,
+        pool_norm=edges[0].pool_norm,
+        edge_weights=outer,
+    )
+
+
+def _product(scales: tuple[Scale, ...]) -> Scale:
+    total: Scale = 1.0
+    for scale in scales:
+        total = scale * total
+    return total
+
+
+def _stacked(scales: list[Scale], like: Tensor) -> Tensor:
+    """(len(scales),) in the dtype of `like`."""
+    tensors = []
+    for scale in scales:
+        if not isinstance(scale, Tensor):
+            scale = like.new_tensor(scale)
+        elif scale.dim():
+            scale = scale.reshape(())
+        tensors.append(scale if scale.dtype == like.dtype else scale.to(like.dtype))
+    return torch.stack(tensors)
+
+
+def alone(call: Call) -> Tensor:
+    """The candidate's own forward on its state, once: its batch norms see each call once, however often it is used."""
+    if call.value is None:
+        x = value_of(call.x)
+        check_version(call.x, call.version)
+        if call.consumed:
+            with _averages_kept(call.plan.layers.norms):
+                call.value = call.plan.original(x)
+        else:
+            call.value = call.plan.original(x)
+        call.consumed = True
+    return call.value
+
+
+@contextmanager
+def _averages_kept(norms):
+    """Other buffers in place of the norms' own, which a graph may have saved, for as long as it lasts."""
+    kept = [(norm, dict(norm._buffers)) for norm in norms if norm.training]
+    try:
+        for norm, buffers in kept:
+            norm._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in kept:
+            norm._buffers.update(buffers)
+
+
+def check_version(x: Tensor, version: int) -> None:
+    if type(x) is Deferred:
+        return  # Scope.before_writing sees to it
+    if not x.is_inference() and x._version != version:
+        raise RuntimeError(
+            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was added to, has been "
+            "changed in place before the sum was computed; write `x = x + ...` for `x += ...` there, or call "
+            "rnas.restore(model)"
+        )

@@ -1,0 +1,223 @@
+"""Modules that hand their work on to the fused operation, and back to their own forward where it does not take it.
+
+An accelerated module is of a class made from its own: a subclass of the same name with another `__call__` or `forward`.
+So everything that looks at the module finds what it found before: its attributes, parameters, hooks, `isinstance`.
+Copies and pickles are accelerated too.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from . import scope as scopes
+from .deferred import value_of
+from .recognise import Guess, Layers
+from .reads import Reads
+
+PLAN, COUNTS = "_rnas_plan", "_rnas_counts"
+"""Where an accelerated module keeps what it needs: a `Plan`, or the counts of a report."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Plan:
+    """What a recognised module computes, and what must not have changed since it was recognised."""
+
+    def __init__(self, module: nn.Module, guess: Guess, layers: Layers, reads: Reads) -> None:
+        self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
+        self._modules = list(module.modules())
+        self._types = [original_class(each) for each in self._modules]
+        self._hooks = [getattr(each, name) for each in self._modules for name in _HOOKS]
+        self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
+
+    def holds(self) -> bool:
+        """Whether the module is as it was: the same layers without hooks, the same settings."""
+        if any(self._hooks):
+            return False
+        for module, name, value in self.reads.values:
+            if module.__dict__.get(name) != value:
+                return False
+        for module, children in self._children:
+            if tuple(module._modules.values()) != children:
+                return False
+        if any(["forward" in each.__dict__ for each in self._modules]):
+            return False
+        return list(map(original_class, self._modules)) == self._types
+
+    def takes(self, arguments: tuple, options: dict) -> bool:
+        """Whether a call with these arguments is one on the images alone."""
+        if len(arguments) == 1 and not options:
+            return True
+        return bool(arguments) and self.reads.ignores_extras
+
+    def original(self, x: Tensor) -> Tensor:
+        """The module's own forward."""
+        return nn.Module.__call__(self.module, x)
+
+    def weights(self) -> list[Tensor]:
+        """The convolution weights in the order of the kernels."""
+        try:
+            return [each._parameters["weight"] for each in self.layers.convolutions]
+        except KeyError:  # a plain attribute in its place
+            return [each.weight for each in self.layers.convolutions]
+
+
+class Candidate:
+    """Mixed into the class of a candidate operation: on a state, it hands back a result that is not computed yet."""
+
+    def __call__(self, *arguments, **options):
+        if not torch.compiler.is_compiling():
+            scope, plan = scopes.current(), self.__dict__.get(PLAN)
+            if scope is not None and plan is not None and plan.module is self:
+                if plan.takes(arguments, options) and plan.holds():
+                    made = scope.defer(plan, arguments[0])
+                    if made is not None:
+                        return made
+            if scope is not None:  # the module's own code sees values
+                arguments = tuple([value_of(each) for each in arguments])
+        return super().__call__(*arguments, **options)
+
+
+class InFront:
+    """Mixed into the class of a layer in front of a cell: (ReLU, 1x1 convolution, BN) or a FactorizedReduce."""
+
+    def __call__(self, *arguments, **options):
+        if not torch.compiler.is_compiling():
+            plan = self.__dict__.get(PLAN)
+            if plan is not None and plan.module is self and plan.takes(arguments, options) and plan.holds():
+                x = value_of(arguments[0])
+                if _is_image(x, plan.guess.channels):
+                    return in_front(plan, x)
+        return super().__call__(*arguments, **options)
+
+
+def _is_image(x, channels: int) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels or 0 in x.shape:
+        return False
+    return x.shape[0] * x.shape[2] * x.shape[3] > 4 and not torch.is_autocast_enabled(x.device.type)
+
+
+def in_front(plan: Plan, x: Tensor) -> Tensor:
+    """What such a layer computes, fused where the kernels take x."""
+    (norm,) = plan.layers.norms
+    if plan.guess.stride == 1:
+        return kernels.relu_conv_norm(x, *plan.weights(), norm)
+    return kernels.factorized_reduce(x, *plan.weights(), norm)
+
+
+class Holder:
+    """Mixed into the class of a module whose forward calls candidates, or calls modules that do."""
+
+    def __call__(self, *arguments, **options):
+        if "forward" not in self.__dict__ or _stands_back(self):
+            return super().__call__(*arguments, **options)
+        if _is_hooked(self):  # hooks run in here, behind a forward that is not the one below
+            with scopes.suspended():
+                return super().__call__(*arguments, **options)
+        with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
+            return scope.close(super().__call__(*arguments, **options), force=is_new)
+
+    def forward(self, *arguments, **options):
+        if _stands_back(self):
+            return super().forward(*arguments, **options)
+        with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
+            mark = scope.mark()
+            try:
+                return scope.close(super().forward(*arguments, **options), force=is_new or _is_hooked(self))
+            except (TypeError, AttributeError, AssertionError) as error:
+                if not scope.is_unused_since(mark):
+                    raise
+                reason = error
+        # Code that looks at the very class of a tensor, say. Nothing has been computed yet: its own candidates serve it.
+        with scopes.suspended():
+            results = super().forward(*arguments, **options)
+        _stand_back_for_good(self, reason)
+        return results
+
+
+def _stands_back(module: nn.Module) -> bool:
+    """Whether the module's own code is to run as if nothing had been accelerated."""
+    if torch.compiler.is_compiling():
+        return True
+    return COUNTS not in module.__dict__ or nn.modules.module._has_any_global_hook()
+
+
+def _stand_back_for_good(module: nn.Module, reason: Exception) -> None:
+    counts = module.__dict__.pop(COUNTS)
+    counts.given_back += 1
+    warnings.warn(
+        f"rnas.accelerate: the forward of a {type(module).__name__} does not take results that are not computed yet "
+        f"({type(reason).__name__}: {reason}); it runs as before from now on",
+        stacklevel=3,
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something looks at what the module returns."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def original_class(module: nn.Module) -> type:
+    """The class of a module before it was accelerated."""
+    return getattr(type(module), "_rnas_original", type(module))
+
+
+@functools.cache
+def accelerated_class(original: type, mixins: tuple[type, ...]) -> type:
+    """A subclass of `original` with the same name."""
+
+    def reduce(self, protocol):
+        function, arguments, *state = original.__reduce_ex__(self, protocol)
+        if function is copyreg.__newobj__:
+            return _new, (original, mixins, *arguments[1:]), *state
+        return function, arguments, *state
+
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": reduce,
+        "_rnas_original": original,
+    }
+    return type(original)(original.__name__, (*mixins, original), body)
+
+
+def _new(original: type, mixins: tuple[type, ...], *arguments):
+    """How copies and pickles begin."""
+    made = accelerated_class(original, mixins)
+    return made.__new__(made, *arguments)
+
+
+def accelerate_module(module: nn.Module, mixin: type, key: str, value: object) -> Callable[[], None]:
+    """Mixes `mixin` into the class of this one module, which keeps `value` under `key`. Returns what undoes it."""
+    before = type(module)
+    mixins = () if original_class(module) is before else before.__bases__[:-1]
+    module.__class__ = accelerated_class(original_class(module), (mixin, *mixins))
+    module.__dict__[key] = value
+
+    def undo() -> None:
+        module.__class__ = before
+        module.__dict__.pop(key, None)
+
+    return undo
+
+
+def restore_module(module: nn.Module) -> bool:
+    """Gives the module back its class; whether it had another."""
+    original = original_class(module)
+    module.__dict__.pop(PLAN, None)
+    module.__dict__.pop(COUNTS, None)
+    if original is type(module):
+        return False
+    module.__class__ = original
+    return True

@@ -1,0 +1,162 @@
+"""Partial channels: what goes around the candidates is concatenated to what went through, and the channels are shuffled.
+
+Both are linear, so that the edges into a node can be summed first and concatenated and shuffled once. A deferred tensor
+carries here what is to be done to its sum.
+
+Legend: N images, C channels, H W pixels, G groups of the shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .deferred import HANDLERS, Deferred, Scale, is_open, value_of, version_of
+
+# What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
+JOINED, SPLIT, SWAPPED, SHUFFLED = range(4)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Concatenates the sum to `sum(scale * tensor)` and shuffles the channels as far as `stage` says."""
+
+    tensors: tuple[tuple[tuple[Scale, ...], Tensor, int], ...]  # scales, what goes around, its version
+    first: bool
+    """Whether the sum comes before what goes around it."""
+    stage: int = JOINED
+    groups: int = 1
+
+    def times(self, scale: Scale) -> Around:
+        """Of the sum times `scale`."""
+        return replace(self, tensors=tuple([((*scales, scale), *rest) for scales, *rest in self.tensors]))
+
+    def plus(self, other: Around | Detached) -> Around | None:
+        """Of the sum of both; None where they do different things."""
+        if not isinstance(other, Around):
+            return None
+        if (self.first, self.stage, self.groups) != (other.first, other.stage, other.groups):
+            return None
+        return replace(self, tensors=self.tensors + other.tensors)
+
+    def finished(self, total: Tensor) -> Tensor:
+        """What the deferred tensor is, from its sum."""
+        from .lower import check_version
+
+        around = None
+        for scales, tensor, version in self.tensors:
+            check_version(tensor, version)
+            scale = scales[0] if scales else None
+            for each in scales[1:]:
+                scale = scale * each
+            if around is None:
+                around = tensor if scale is None else scale * tensor
+            elif isinstance(scale, Tensor):
+                around = torch.addcmul(around, tensor, scale)
+            else:
+                around = torch.add(around, tensor, alpha=1 if scale is None else scale)
+        total = torch.cat([total, around] if self.first else [around, total], dim=1)
+        n, channels, height, width = total.shape
+        if self.stage == JOINED:
+            return total
+        if self.stage == SHUFFLED:
+            return F.channel_shuffle(total, self.groups)
+        total = total.reshape(n, self.groups, channels // self.groups, height, width)
+        return total if self.stage == SPLIT else total.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Detached:
+    """What `.data` of a deferred tensor is."""
+
+    of: Deferred
+
+    def times(self, scale: Scale) -> None:
+        """It is computed first."""
+
+    def plus(self, other) -> None:
+        """It is computed first."""
+
+    def finished(self, total: None) -> Tensor:
+        """Its value, part of no graph."""
+        return value_of(self.of).data
+
+
+def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
+    """torch.cat of a sum of candidates and of a tensor that goes around them; None where it is something else."""
+    if len(tensors) != 2 or not scope.is_as_before():
+        return None
+    mixed, around = tensors if is_open(tensors[0]) else tensors[::-1]
+    if not is_open(mixed) or mixed._rnas_finish is not None or mixed._rnas_addends or type(around) is Deferred:
+        return None
+    n, channels, height, width = mixed._rnas_shape
+    if around.dim() != 4 or (around.shape[0], *around.shape[2:]) != (n, height, width):
+        return None
+    if around.dtype != mixed._rnas_like.dtype or around.device != mixed._rnas_like.device:
+        return None
+    finish = Around((((), around, version_of(around)),), first=mixed is tensors[0])
+    shape = torch.Size((n, channels + around.shape[1], height, width))
+    return Deferred.make(scope, shape, mixed._rnas_like, mixed._rnas_groups, (), finish)
+
+
+def _staged(x: Deferred, shape: tuple[int, ...], **changes) -> Deferred:
+    finish = replace(x._rnas_finish, **changes)
+    return Deferred.make(x._rnas_scope, torch.Size(shape), x._rnas_like, x._rnas_groups, (), finish)
+
+
+def _is_around(x, *stages: int) -> bool:
+    return is_open(x) and isinstance(x._rnas_finish, Around) and x._rnas_finish.stage in stages
+
+
+def _view(x, *shape):
+    if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+        shape = tuple(shape[0])
+    if not _is_around(x, JOINED, SWAPPED) or not all(isinstance(each, int) for each in shape):
+        return NotImplemented
+    sizes = x._rnas_shape
+    if x._rnas_finish.stage == JOINED and len(shape) == 5 and -1 not in shape:
+        n, groups, each, height, width = shape
+        if (n, groups * each, height, width) == tuple(sizes):
+            return _staged(x, shape, stage=SPLIT, groups=groups)
+    if x._rnas_finish.stage == SWAPPED and len(shape) == 4:
+        n, each, groups, height, width = sizes
+        wanted = (n, each * groups, height, width)
+        if all(a in (b, -1) for a, b in zip(shape, wanted)) and shape.count(-1) < 2:
+            return _staged(x, wanted, stage=SHUFFLED)
+    return NotImplemented
+
+
+def _transpose(x, first, second):
+    if not _is_around(x, SPLIT) or {first % 5, second % 5} != {1, 2}:
+        return NotImplemented
+    n, groups, each, height, width = x._rnas_shape
+    return _staged(x, (n, each, groups, height, width), stage=SWAPPED)
+
+
+def _contiguous(x, memory_format=torch.contiguous_format):
+    if _is_around(x, SWAPPED, SHUFFLED) and memory_format == torch.contiguous_format:
+        return x
+    return NotImplemented
+
+
+def _channel_shuffle(x, groups):
+    if not _is_around(x, JOINED) or x._rnas_shape[1] % groups:
+        return NotImplemented
+    return _staged(x, x._rnas_shape, stage=SHUFFLED, groups=groups)
+
+
+def _data(x):
+    if not is_open(x):
+        return NotImplemented
+    return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, (), (), Detached(x))
+
+
+HANDLERS.update(dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view))
+HANDLERS.update(dict.fromkeys((Tensor.transpose, torch.transpose), _transpose))
+HANDLERS[Tensor.contiguous] = _contiguous
+HANDLERS.update(dict.fromkeys((torch.channel_shuffle, F.channel_shuffle), _channel_shuffle))
+HANDLERS[Tensor.data.__get__] = _data

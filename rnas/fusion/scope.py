@@ -1,0 +1,164 @@
+"""While the forward of a mixed operation or of a cell runs: what its candidates were called on, and the computing of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..kernels import engine, fused
+from ..kernels.backend import OPS
+from . import lower
+from .deferred import Call, Deferred, Group, is_open, value_of
+from .partial import concatenated
+
+_current = threading.local()
+
+
+def current() -> Scope | None:
+    """The scope of this thread that is open."""
+    return getattr(_current, "scope", None)
+
+
+@contextmanager
+def suspended():
+    """Candidates that are called inside compute at once."""
+    before = current()
+    _current.scope = None
+    try:
+        yield
+    finally:
+        _current.scope = before
+
+
+class Scope:
+    """One run of the forward of a module that holds candidates."""
+
+    def __init__(self, counts) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.counts = counts
+        """Where is counted what was computed how: `report.Counts`."""
+        self._calls: list[Call] = []
+        self._covered: Tensor | None = None  # the last state that the kernels cover
+        self._serving: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+    # ---- calls of candidates -----------------------------------------------------------------------------------------
+
+    def defer(self, plan, x: Tensor) -> Deferred | None:
+        """The result of a candidate on x, to be computed later; None where the kernels do not cover the call."""
+        if x is not self._covered:
+            if type(x) is Deferred and x._rnas_value is not None:
+                x = x._rnas_value
+            if not self._covers(x):
+                return None
+            self._covered = x
+        shape = x._rnas_shape if type(x) is Deferred else x.shape
+        guess = plan.guess
+        if guess.channels not in (0, shape[1]) or not self.is_as_before():
+            return None
+        n, channels, height, width = shape
+        if guess.stride != 1:
+            height, width = -(-height // 2), -(-width // 2)
+        if n * height * width == 1:  # batch statistics of one value: PyTorch says what is wrong
+            return None
+        call = Call(plan, x)
+        self._calls.append(call)
+        like = x._rnas_like if type(x) is Deferred else x
+        return Deferred.make(self, torch.Size((n, channels, height, width)), like, (Group((), (call,), (None,)),))
+
+    def _covers(self, x) -> bool:
+        """Whether the fused operation takes such a state."""
+        if is_open(x):
+            return x._rnas_scope is self
+        if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape or fused.is_watched((x,)):
+            return False
+        if torch.is_autocast_enabled(x.device.type) or engine.of(x).obstacle(x.shape[1]) is not None:
+            return False
+        key = (x.device, x.dtype)
+        if key not in self._serving:
+            name, _ = OPS["mixed_op"].decide(*key)
+            self._serving[key] = name not in (None, "reference")
+        return self._serving[key]
+
+    def is_as_before(self) -> bool:
+        """Whether gradients are asked for as they were when the forward began."""
+        return torch.is_grad_enabled() == self.grad
+
+    def mark(self) -> int:
+        """For `is_unused_since`."""
+        return len(self._calls)
+
+    def is_unused_since(self, mark: int) -> bool:
+        """Whether no candidate called since has been computed; those are forgotten then."""
+        calls = self._calls[mark:]
+        if not calls or any(call.consumed for call in calls):
+            return False
+        del self._calls[mark:]
+        return True
+
+    # ---- computing ---------------------------------------------------------------------------------------------------
+
+    def compute(self, x: Deferred) -> None:
+        """Gives x its value."""
+        with torch.set_grad_enabled(self.grad), suspended():
+            nodes = lower.open_ancestors(x)
+            if len(nodes) > 1 and lower.whole_cell(nodes, self.counts) is not None:
+                return
+            for node in nodes:
+                lower.node(node, self.counts)
+
+    def concatenate(self, tensors: Sequence[Tensor]):
+        """torch.cat(tensors, dim=1): the nodes of a cell, or what went through the candidates and what went around."""
+        made = concatenated(self, tensors)
+        if made is not None:
+            return made
+        if len(tensors) > 1 and all(is_open(each) and each._rnas_scope is self for each in tensors):
+            with torch.set_grad_enabled(self.grad), suspended():
+                out = lower.whole_cell(list(tensors), self.counts)
+            if out is not None:
+                return out
+        return NotImplemented
+
+    def before_writing(self, x: Deferred) -> None:
+        """x is about to be changed in place: what was called on it, or on what it is an alias of, has to see it before."""
+        if x._rnas_source or lower.is_alias(x):
+            self._settle()
+
+    def _settle(self) -> None:
+        with torch.set_grad_enabled(self.grad), suspended():
+            for call in self._calls:
+                if not call.consumed:
+                    lower.alone(call)
+
+    def close(self, results, force: bool):
+        """What the forward returns; with `force`, or where it is no single edge, computed."""
+        if is_open(results) and not force and lower.is_edge(results):
+            return results
+        return tree_map_only(Deferred, value_of, results)
+
+    def end(self) -> None:
+        """Calls whose result nobody used still move the averages of their batch norms."""
+        with torch.set_grad_enabled(self.grad), suspended():
+            for call in self._calls:
+                if not call.consumed and any(norm.training for norm in call.plan.layers.norms):
+                    lower.alone(call)
+
+
+@contextmanager
+def opened(counts):
+    """The scope of this thread, a new one where none is open, and whether it is new."""
+    before = current()
+    if before is not None:
+        yield before, False
+        return
+    scope = _current.scope = Scope(counts)
+    try:
+        yield scope, True
+        _current.scope = None
+        scope.end()
+    finally:
+        _current.scope = None
