@@ -21,8 +21,12 @@ EXAMPLES = REPOSITORY / "examples"
 PYTHON = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 FUNCTIONS = [name for name in kernels.__all__ if not isinstance(getattr(kernels, name), type)]
 WITHOUT_NUMBERS = {"arrange", "empty_cache"}  # they move memory: there is no result of theirs to be wrong
-PLANTED = {"out": "out, largest difference", "gradient": "gradient, states", "attack": "outside the ball"}
-PLANTED["descent"] = "loss that was not gained"
+PLANTED = {  # an argument of the C++ program: the check that has to notice
+    "out": "out, largest difference",
+    "gradient": "gradient, states",
+    "attack": "outside the ball",
+    "descent": "loss that was not gained",
+}
 
 
 def source(name: str) -> str:
@@ -101,6 +105,32 @@ def test_an_example_runs_as_it_says():
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pgd_step agrees with plain PyTorch" in done.stdout
+
+
+# ---- docs/embedding.md -----------------------------------------------------------------------------------------------
+
+PAGE = (REPOSITORY / "docs" / "embedding.md").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_page_links_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+    assert len(links) > 30
+    for target in links:
+        assert (REPOSITORY / "docs" / target).exists(), target
+
+
+def test_the_page_names_every_header():
+    named = set(re.findall(r"^\| `(\w+\.h)` \|", PAGE, flags=re.MULTILINE))
+    assert named == {path.name for path in (REPOSITORY / "csrc" / "include" / "rnas").glob("*.h")}
+
+
+def test_the_call_on_the_page_compiles(tmp_path):
+    (code,) = re.findall(r"```cpp\n(.*?)```", PAGE, flags=re.DOTALL)
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None) or pytest.skip("needs a C++ compiler")
+    (tmp_path / "call.cpp").write_text(code)
+    include = f"-I{REPOSITORY / 'csrc' / 'include'}"
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", include, "call.cpp"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------
