@@ -21,7 +21,7 @@ fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 SOURCE=$WORK/source
 mkdir "$SOURCE"
 tar -c --exclude='*.so' --exclude=__pycache__ --exclude='*.egg-info' --exclude=assets/.cache \
-  csrc kernels rnas tests scripts setup.py pyproject.toml MANIFEST.in $(ls -d README* LICENSE* 2>/dev/null) | tar -x -C "$SOURCE"
+  csrc kernels rnas tests scripts examples setup.py pyproject.toml MANIFEST.in $(ls -d README* LICENSE* 2>/dev/null) | tar -x -C "$SOURCE"
 
 # environment NAME: a virtual environment that sees the packages of the running one, but not its installation of rnas.
 environment() {
@@ -95,6 +95,10 @@ fi
 step 'sdist, a wheel from it, the wheel installed'
 (cd "$WORK" && "$PYTHON" -m build --outdir "$WORK/dist" "$SOURCE" >"$WORK/build.log" 2>&1) ||
   { tail -n 40 "$WORK/build.log" >&2; fail 'building sdist and wheel'; }
+tar -tzf "$WORK"/dist/*.tar.gz >"$WORK/sdist.list"
+for name in examples/cpp/CMakeLists.txt examples/mixed_op.py; do
+  grep -q "/$name\$" "$WORK/sdist.list" || fail "no $name in the sdist"
+done
 install wheel "$WORK"/dist/*.whl
 use wheel "$MODULES"
 for name in wheel/bin/rnas; do [ -x "$WORK/$name" ] || fail "no command $name"; done
