@@ -23,10 +23,12 @@ Scale = Tensor | float
 class Call:
     """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
 
-    __slots__ = ("consumed", "plan", "value", "version", "x")
+    __slots__ = ("consumed", "extras", "plan", "value", "version", "x")
 
-    def __init__(self, plan, x: Tensor) -> None:
+    def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
         self.plan, self.x, self.version = plan, x, version_of(x)
+        self.extras = extras
+        """What it was called with behind x: arguments and options."""
         self.consumed = False
         """Whether its batch norms have seen it."""
         self.value: Tensor | None = None
@@ -222,13 +224,26 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def check_version(x: Tensor, version: int) -> None:
+    if type(x) is Deferred:
+        return  # Scope.before_writing sees to it
+    if not x.is_inference() and x._version != version:
+        raise RuntimeError(
+            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was added to, has been "
+            "changed in place before the sum was computed; write `x = x + ...` for `x += ...` there, or call "
+            "rnas.restore(model)"
+        )
+
+
 def times(x: Deferred, other) -> Tensor:
     """x * other."""
     if not _takes_part(x) or not _is_scale(x, other):
         return value_of(x) * value_of(other)
+    finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
+    if finish is None and x._rnas_finish is not None:
+        return value_of(x) * value_of(other)
     groups = tuple([_times_group(group, other) for group in x._rnas_groups])
     addends = tuple([((*scales, other), tensor, version) for scales, tensor, version in x._rnas_addends])
-    finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
 
 

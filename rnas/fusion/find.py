@@ -6,9 +6,21 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .modules import COUNTS, PLAN, Candidate, Holder, InFront, Plan, accelerate_module, original_class, restore_module
+from .modules import (
+    COUNTS,
+    PLAN,
+    POOL,
+    Candidate,
+    Holder,
+    InFront,
+    Plan,
+    Pool,
+    accelerate_module,
+    original_class,
+    restore_module,
+)
 from .reads import Reads
-from .recognise import Guess, Layers, recognise
+from .recognise import Guess, Layers, kind_of, recognise
 from .report import Left, Replaced, Report
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -66,6 +78,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         accelerate_module(module, InFront, PLAN, Plan(module, guess, layers, reads))
     for module in holders:
         accelerate_module(module, Holder, COUNTS, report.counts)
+        for pool in _pools(module):
+            accelerate_module(pool, Pool, POOL, True)
     return report
 
 
@@ -195,6 +209,13 @@ def _looks_like_one(module: nn.Module) -> bool:
     kinds = [type(each).__name__ for each in module.modules()]
     small = len(kinds) <= 16
     return small and any("Conv" in kind or "Pool" in kind for kind in kinds)
+
+
+def _pools(holder: nn.Module) -> list[nn.Module]:
+    """The pools that stand beside candidates and are none."""
+    kinds = (nn.MaxPool2d, nn.AvgPool2d)
+    found = [each for each in holder.children() if kind_of(each) in kinds and original_class(each) is type(each)]
+    return [each for each in found if not getattr(each, "return_indices", False)]
 
 
 def _has_groups(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Legend: J nodes of a cell, S states that enter it, E edges, K candidates of an e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.mixed_op import PRIMITIVES
-from .deferred import Call, Deferred, Group, Scale, is_open, value_of
+from .deferred import Call, Deferred, Group, Scale, check_version, is_open, value_of
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
 
@@ -61,7 +61,7 @@ def open_ancestors(x: Deferred) -> list[Deferred]:
     return found
 
 
-def whole_cell(nodes: list[Deferred], counts) -> Tensor | None:
+def whole_cell(nodes: list[Deferred], scope) -> Tensor | None:
     """All nodes by one call of mixed_cell, (N, J * C, H', W'), where they make a cell; else None, and nothing is done.
 
     A cell: each node is the sum of one edge from each of the S states and each node before it.
@@ -89,8 +89,8 @@ def whole_cell(nodes: list[Deferred], counts) -> Tensor | None:
             position += 1
     states = [value_of(each) for each in inputs]
     out = _fused(states, edges, len(nodes), stride)
-    counts.cells += 1
-    counts.edges += len(edges)
+    scope.counts.cells += 1
+    scope.counts.edges += len(edges)
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
         node._rnas_value = out.narrow(1, index * channels, channels)
@@ -109,26 +109,26 @@ def _in_order(edges: list[Edge], sources: list[Tensor]) -> list[Edge] | None:
 # ---- nodes -----------------------------------------------------------------------------------------------------------
 
 
-def node(x: Deferred, counts) -> None:
+def node(x: Deferred, scope) -> None:
     """Gives x its value; what it depends on has one."""
     groups = x._rnas_groups
     if len(groups) == 1 and not x._rnas_addends and x._rnas_finish is None and not groups[0].outer:
         if len(groups[0].calls) == 1 and groups[0].scales[0] is None:  # nothing was made of it: as it would have been
             x._rnas_value = alone(groups[0].calls[0])
-            counts.alone += 1
+            scope.counts.alone += 1
             return
-    total = _sum(groups, counts)
+    total = _sum(groups, scope)
     for scales, tensor, version in x._rnas_addends:
         check_version(tensor, version)
         for scale in scales:
             tensor = tensor * scale
         total = tensor if total is None else total + tensor
     if x._rnas_finish is not None:
-        total = x._rnas_finish.finished(total)
+        total = x._rnas_finish.finished(total, scope)
     x._rnas_value = total
 
 
-def _sum(groups: Sequence[Group], counts) -> Tensor | None:
+def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     """The sum of the groups: by one call for all edges of a kind and stride, and module by module where there is none."""
     batches: dict[tuple, list[Edge]] = {}
     total: Tensor | None = None
@@ -141,11 +141,11 @@ def _sum(groups: Sequence[Group], counts) -> Tensor | None:
             for each in (scale, *group.outer):
                 value = value if each is None else value * each
             total = value if total is None else total + value
-            counts.alone += 1
+            scope.counts.alone += 1
     for edges in batches.values():
-        made = _fused([value_of(edge.x) for edge in edges], edges, 1, edges[0].stride)
+        made = _fused([scope.arranged(value_of(edge.x)) for edge in edges], edges, 1, edges[0].stride)
         total = made if total is None else total + made
-        counts.edges += len(edges)
+        scope.counts.edges += len(edges)
     return total
 
 
@@ -270,13 +270,10 @@ def _stacked(scales: list[Scale], like: Tensor) -> Tensor:
 def alone(call: Call) -> Tensor:
     """The candidate's own forward on its state, once: its batch norms see each call once, however often it is used."""
     if call.value is None:
-        x = value_of(call.x)
+        x, (arguments, options) = value_of(call.x), call.extras
         check_version(call.x, call.version)
-        if call.consumed:
-            with _averages_kept(call.plan.layers.norms):
-                call.value = call.plan.original(x)
-        else:
-            call.value = call.plan.original(x)
+        with _averages_kept(call.plan.layers.norms) if call.consumed else nullcontext():
+            call.value = call.plan.original(x, *arguments, **options)
         call.consumed = True
     return call.value
 
@@ -292,14 +289,3 @@ def _averages_kept(norms):
     finally:
         for norm, buffers in kept:
             norm._buffers.update(buffers)
-
-
-def check_version(x: Tensor, version: int) -> None:
-    if type(x) is Deferred:
-        return  # Scope.before_writing sees to it
-    if not x.is_inference() and x._version != version:
-        raise RuntimeError(
-            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was added to, has been "
-            "changed in place before the sum was computed; write `x = x + ...` for `x += ...` there, or call "
-            "rnas.restore(model)"
-        )

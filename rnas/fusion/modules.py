@@ -21,8 +21,8 @@ from .deferred import value_of
 from .recognise import Guess, Layers
 from .reads import Reads
 
-PLAN, COUNTS = "_rnas_plan", "_rnas_counts"
-"""Where an accelerated module keeps what it needs: a `Plan`, or the counts of a report."""
+PLAN, COUNTS, POOL = "_rnas_plan", "_rnas_counts", "_rnas_pool"
+"""Where an accelerated module keeps what it needs: a `Plan`, the counts of a report, or nothing but the name."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -54,12 +54,17 @@ class Plan:
     def takes(self, arguments: tuple, options: dict) -> bool:
         """Whether a call with these arguments is one on the images alone."""
         if len(arguments) == 1 and not options:
-            return True
-        return bool(arguments) and self.reads.ignores_extras
+            return not self.reads.required
+        if not arguments or self.reads.ignores_extras:
+            return bool(arguments)
+        names = self.reads.may_be_none
+        given = {*names[: len(arguments) - 1], *options}
+        nothing = not any([each is not None for each in (*arguments[1:], *options.values())])
+        return nothing and len(arguments) <= 1 + len(names) and given <= {*names}
 
-    def original(self, x: Tensor) -> Tensor:
+    def original(self, x: Tensor, *arguments, **options) -> Tensor:
         """The module's own forward."""
-        return nn.Module.__call__(self.module, x)
+        return nn.Module.__call__(self.module, x, *arguments, **options)
 
     def weights(self) -> list[Tensor]:
         """The convolution weights in the order of the kernels."""
@@ -77,12 +82,30 @@ class Candidate:
             scope, plan = scopes.current(), self.__dict__.get(PLAN)
             if scope is not None and plan is not None and plan.module is self:
                 if plan.takes(arguments, options) and plan.holds():
-                    made = scope.defer(plan, arguments[0])
+                    made = scope.defer(plan, arguments, options)
                     if made is not None:
                         return made
             if scope is not None:  # the module's own code sees values
                 arguments = tuple([value_of(each) for each in arguments])
+                options = {name: value_of(each) for name, each in options.items()}
         return super().__call__(*arguments, **options)
+
+
+class Pool:
+    """Mixed into the class of a pool beside candidates: what it makes of the channels that go around them can wait."""
+
+    def __call__(self, *arguments, **options):
+        if torch.compiler.is_compiling():
+            return super().__call__(*arguments, **options)
+        scope, x = scopes.current(), arguments[0] if arguments else None
+        hooked = any([self.__dict__[name] for name in _HOOKS]) or "forward" in self.__dict__
+        if scope is not None and type(x) is Tensor and not options and not hooked:
+            with torch.no_grad(), scopes.suspended():
+                shape = super().__call__(torch.empty(x.shape, device="meta")).shape
+            made = scope.pool(self, x, shape)
+            if made is not None:
+                return made
+        return super().__call__(*[value_of(each) for each in arguments], **options)
 
 
 class InFront:
@@ -215,8 +238,8 @@ def accelerate_module(module: nn.Module, mixin: type, key: str, value: object) -
 def restore_module(module: nn.Module) -> bool:
     """Gives the module back its class; whether it had another."""
     original = original_class(module)
-    module.__dict__.pop(PLAN, None)
-    module.__dict__.pop(COUNTS, None)
+    for key in (PLAN, COUNTS, POOL):
+        module.__dict__.pop(key, None)
     if original is type(module):
         return False
     module.__class__ = original

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .deferred import HANDLERS, Deferred, Scale, is_open, value_of, version_of
+from .deferred import HANDLERS, Deferred, Scale, check_version, is_open, value_of, version_of
 
 # What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
 JOINED, SPLIT, SWAPPED, SHUFFLED = range(4)
@@ -43,13 +43,15 @@ class Around:
             return None
         return replace(self, tensors=self.tensors + other.tensors)
 
-    def finished(self, total: Tensor) -> Tensor:
+    def finished(self, total: Tensor, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
-        from .lower import check_version
-
         around = None
         for scales, tensor, version in self.tensors:
-            check_version(tensor, version)
+            if is_open(tensor):
+                tensor = scope.pooled(tensor._rnas_finish)
+            else:
+                tensor = value_of(tensor)
+                check_version(tensor, version)
             scale = scales[0] if scales else None
             for each in scales[1:]:
                 scale = scale * each
@@ -59,6 +61,7 @@ class Around:
                 around = torch.addcmul(around, tensor, scale)
             else:
                 around = torch.add(around, tensor, alpha=1 if scale is None else scale)
+        total = total.contiguous(memory_format=layout(around))  # most channels only go around
         total = torch.cat([total, around] if self.first else [around, total], dim=1)
         n, channels, height, width = total.shape
         if self.stage == JOINED:
@@ -81,9 +84,35 @@ class Detached:
     def plus(self, other) -> None:
         """It is computed first."""
 
-    def finished(self, total: None) -> Tensor:
+    def finished(self, total: None, scope) -> Tensor:
         """Its value, part of no graph."""
         return value_of(self.of).data
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What a pool makes of a tensor."""
+
+    module: nn.Module
+    x: Tensor
+    version: int
+
+    def times(self, scale: Scale) -> None:
+        """It is computed first."""
+
+    def plus(self, other) -> None:
+        """It is computed first."""
+
+    def finished(self, total: None, scope) -> Tensor:
+        """Its value."""
+        check_version(self.x, self.version)
+        return nn.Module.__call__(self.module, self.x)
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """channels_last where the images, or those of which they are a slice of channels, lie so; else contiguous."""
+    last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1 and x.stride(3) != 1
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
@@ -91,14 +120,18 @@ def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
     if len(tensors) != 2 or not scope.is_as_before():
         return None
     mixed, around = tensors if is_open(tensors[0]) else tensors[::-1]
-    if not is_open(mixed) or mixed._rnas_finish is not None or mixed._rnas_addends or type(around) is Deferred:
+    if not is_open(mixed) or mixed._rnas_finish is not None or mixed._rnas_addends or mixed._rnas_source:
+        return None
+    if is_open(around) and not isinstance(around._rnas_finish, Pooled):
         return None
     n, channels, height, width = mixed._rnas_shape
     if around.dim() != 4 or (around.shape[0], *around.shape[2:]) != (n, height, width):
         return None
+    around = around if is_open(around) else scope.interned(value_of(around))
     if around.dtype != mixed._rnas_like.dtype or around.device != mixed._rnas_like.device:
         return None
-    finish = Around((((), around, version_of(around)),), first=mixed is tensors[0])
+    version = around._rnas_finish.version if is_open(around) else version_of(around)
+    finish = Around((((), around, version),), first=mixed is tensors[0])
     shape = torch.Size((n, channels + around.shape[1], height, width))
     return Deferred.make(scope, shape, mixed._rnas_like, mixed._rnas_groups, (), finish)
 

@@ -31,7 +31,11 @@ class Reads:
     values: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     """(module, attribute, its value): numbers and words on which a forward depends."""
     ignores_extras: bool = False
-    """Whether arguments behind the first are never looked at."""
+    """Whether arguments behind the images are never looked at."""
+    may_be_none: tuple[str, ...] = ()
+    """The arguments behind the images, in order, for which None was tried."""
+    required: int = 0
+    """How many of them have to be given."""
 
 
 def reads(module: nn.Module) -> Reads:
@@ -40,7 +44,10 @@ def reads(module: nn.Module) -> Reads:
     for each in module.modules():
         if not is_of_torch(type(each)):
             _read_function(type(each).forward, each, values, DEPTH)
-    return Reads(values, not is_of_torch(type(module)) and _ignores_extras(type(module).forward))
+    if is_of_torch(type(module)):
+        return Reads(values)
+    forward = inspect.unwrap(type(module).forward)
+    return Reads(values, _ignores_extras(forward), *_may_be_none(forward))
 
 
 def is_of_torch(kind: type) -> bool:
@@ -74,6 +81,11 @@ def _read_function(function, module: nn.Module, values: list, depth: int) -> Non
 def _check_global(function, name: str, module: nn.Module, values: list, depth: int) -> None:
     value = function.__globals__.get(name, getattr(builtins, name, None))
     if isinstance(value, (types.ModuleType, type)):
+        return
+    if value is getattr:  # which attribute, bytecode does not say: all that can be compared are
+        for each, held in module.__dict__.items():
+            if each != "training" and not each.startswith("_"):
+                _check_attribute(each, module, values, depth)
         return
     if isinstance(value, types.BuiltinFunctionType) or getattr(value, "__module__", "").startswith("torch"):
         return
@@ -119,9 +131,22 @@ def _names(code: types.CodeType) -> Iterator[tuple[str, str]]:
             yield from _names(constant)
 
 
+def _may_be_none(forward) -> tuple[tuple[str, ...], int]:
+    """The names of the arguments behind x that have no default or None for one, up to the first other; those without."""
+    names, required = [], 0
+    for parameter in list(inspect.signature(forward).parameters.values())[2:]:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY):
+            break
+        if parameter.default is not None and parameter.default is not parameter.empty:
+            break
+        names.append(parameter.name)
+        required += parameter.default is parameter.empty
+    return tuple(names), required
+
+
 def _ignores_extras(forward) -> bool:
     """Whether a forward(self, x, ...) never reads what comes behind x."""
-    code = inspect.unwrap(forward).__code__
+    code = forward.__code__
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
     extras = set(code.co_varnames[2:count])

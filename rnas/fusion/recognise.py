@@ -54,7 +54,7 @@ def recognise(module: nn.Module, memory: dict) -> tuple[Guess, Layers, Reads] | 
         key = _key(module)
         if key not in memory:
             try:
-                memory[key] = _verified(module, layers)
+                memory[key] = _verified(module, layers, [None] * found.required)
             except Foreign as reason:
                 memory[key] = str(reason)
         guess = memory[key]
@@ -111,13 +111,14 @@ def _check_convolution(convolution: nn.Conv2d) -> None:
         raise Foreign("a convolution is not square")
 
 
-def _verified(module: nn.Module, layers: Layers) -> Guess:
-    guess = _guess(module, layers)
-    _check_values(module, layers, guess)
+def _verified(module: nn.Module, layers: Layers, extras: list[None]) -> Guess:
+    """extras: the arguments that its forward takes behind the images."""
+    guess = _guess(module, layers, extras)
+    _check_values(module, guess, extras)
     return guess
 
 
-def _guess(module: nn.Module, layers: Layers) -> Guess:
+def _guess(module: nn.Module, layers: Layers, extras: list[None]) -> Guess:
     convolutions, norms = layers.convolutions, layers.norms
     pools = [each for each in module.modules() if isinstance(each, (nn.MaxPool2d, nn.AvgPool2d))]
     if pools:
@@ -125,7 +126,7 @@ def _guess(module: nn.Module, layers: Layers) -> Guess:
     if not convolutions:
         if norms:
             raise Foreign("a batch norm without a convolution or a pool")
-        return _guess_empty(module)
+        return _guess_empty(module, extras)
     first, channels = convolutions[0], convolutions[0].in_channels
     if any(norm.num_features != each for norm, each in zip(norms, [convolutions[-1].out_channels] * len(norms))) and not (
         len(convolutions) == 2 and len(norms) == 1
@@ -191,11 +192,11 @@ def _guess_pool(pools: list[nn.Module], layers: Layers) -> Guess:
     return Guess(name, stride[0], channels, bool(layers.norms))
 
 
-def _guess_empty(module: nn.Module) -> Guess:
+def _guess_empty(module: nn.Module, extras: list[None]) -> Guess:
     """A module without layers: the identity or zeros, at any number of channels."""
     x = _images(4, 6, 6, seed=0)
     try:
-        out = copy.deepcopy(module)(x)
+        out = copy.deepcopy(module)(x, *extras)
     except Exception as error:  # whatever a foreign forward raises
         raise Foreign(_failed(error)) from None
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2]:
@@ -212,7 +213,7 @@ def _guess_empty(module: nn.Module) -> Guess:
 _SIZES = ((2, 6, 6), (3, 8, 4), (1, 7, 5))  # N, H, W; the last odd, which some cannot take
 
 
-def _check_values(module: nn.Module, layers: Layers, guess: Guess) -> None:
+def _check_values(module: nn.Module, guess: Guess, extras: list[None]) -> None:
     """Raises Foreign where a copy of the module with random weights does something else than the definition."""
     original = _randomised(module)
     defined = copy.deepcopy(original)
@@ -225,7 +226,7 @@ def _check_values(module: nn.Module, layers: Layers, guess: Guess) -> None:
             x = _images(n, h, w, seed=index, channels=guess.channels or 4)
             odd = bool(h % 2 or w % 2)
             try:
-                found = _everything(original, original, x)
+                found = _everything(lambda images: original(images, *extras), original, x)
             except Foreign:
                 raise
             except Exception as error:  # whatever a foreign forward raises

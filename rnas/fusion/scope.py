@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..kernels import engine, fused
 from ..kernels.backend import OPS
 from . import lower
-from .deferred import Call, Deferred, Group, is_open, value_of
-from .partial import concatenated
+from .deferred import Call, Deferred, Group, is_open, value_of, version_of
+from .partial import Pooled, concatenated
 
 _current = threading.local()
 
@@ -44,18 +44,26 @@ class Scope:
         """Where is counted what was computed how: `report.Counts`."""
         self._calls: list[Call] = []
         self._covered: Tensor | None = None  # the last state that the kernels cover
+        self._same: tuple[Tensor | None, Tensor | None] = (None, None)  # a state, and what stands for it
+        self._slices: dict[tuple, Tensor] = {}
+        self._arranged: dict[tuple, tuple[Tensor, Tensor]] = {}  # (what is kept alive for its id, the value)
+        self._pooled: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._serving: dict[tuple[torch.device, torch.dtype], bool] = {}
 
     # ---- calls of candidates -----------------------------------------------------------------------------------------
 
-    def defer(self, plan, x: Tensor) -> Deferred | None:
-        """The result of a candidate on x, to be computed later; None where the kernels do not cover the call."""
-        if x is not self._covered:
-            if type(x) is Deferred and x._rnas_value is not None:
-                x = x._rnas_value
+    def defer(self, plan, arguments: tuple, options: dict) -> Deferred | None:
+        """The result of a candidate, to be computed later; None where the kernels do not cover the call."""
+        x = arguments[0]
+        if type(x) is Deferred and x._rnas_value is not None:
+            x = x._rnas_value
+        if x is not self._covered and x is not self._same[0]:
             if not self._covers(x):
                 return None
-            self._covered = x
+            self._same = (x, self.interned(x))
+        if x is self._same[0]:
+            x = self._same[1]
+        self._covered = x
         shape = x._rnas_shape if type(x) is Deferred else x.shape
         guess = plan.guess
         if guess.channels not in (0, shape[1]) or not self.is_as_before():
@@ -65,7 +73,7 @@ class Scope:
             height, width = -(-height // 2), -(-width // 2)
         if n * height * width == 1:  # batch statistics of one value: PyTorch says what is wrong
             return None
-        call = Call(plan, x)
+        call = Call(plan, x, (arguments[1:], options))
         self._calls.append(call)
         like = x._rnas_like if type(x) is Deferred else x
         return Deferred.make(self, torch.Size((n, channels, height, width)), like, (Group((), (call,), (None,)),))
@@ -83,6 +91,44 @@ class Scope:
             name, _ = OPS["mixed_op"].decide(*key)
             self._serving[key] = name not in (None, "reference")
         return self._serving[key]
+
+    def interned(self, x: Tensor) -> Tensor:
+        """x, or the slice of the same tensor that the candidates of another edge were called on before.
+
+        Partial channels are cut out anew for every edge. As one tensor they are converted and differentiated once.
+        """
+        if type(x) is Deferred or not x._is_view() or x.is_inference():
+            return x
+        links = None
+        if x.grad_fn is not None:
+            if x.grad_fn.name() != "SliceBackward0":
+                return x
+            links = x.grad_fn.next_functions[0][0]
+        key = (id(x._base), x._version, x.storage_offset(), x.shape, x.stride(), x.requires_grad, links)
+        found = self._slices.setdefault(key, x)
+        return found if found._base is x._base and not found._backward_hooks and not x._backward_hooks else x
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """A state in the memory format of the kernels where it is a slice, converted once for all edges."""
+        if not x._is_view() or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            return x
+        key = (id(x), 0 if x.is_inference() else x._version)
+        if key not in self._arranged:
+            self._arranged[key] = (x, x.contiguous(memory_format=torch.channels_last))
+        return self._arranged[key][1]
+
+    def pool(self, module: nn.Module, x: Tensor, shape: torch.Size) -> Deferred | None:
+        """What a pool makes of what goes around the candidates."""
+        if not self.is_as_before() or not self._covers(x) or type(x) is Deferred:
+            return None
+        return Deferred.make(self, shape, x, (), (), Pooled(module, self.interned(x), version_of(x)))
+
+    def pooled(self, pool: Pooled) -> Tensor:
+        """Its value, computed once for all edges around which it goes: nobody writes to it."""
+        key = (id(pool.x), pool.version, repr(pool.module))
+        if key not in self._pooled:
+            self._pooled[key] = (pool.x, pool.finished(None, self))
+        return self._pooled[key][1]
 
     def is_as_before(self) -> bool:
         """Whether gradients are asked for as they were when the forward began."""
@@ -106,10 +152,10 @@ class Scope:
         """Gives x its value."""
         with torch.set_grad_enabled(self.grad), suspended():
             nodes = lower.open_ancestors(x)
-            if len(nodes) > 1 and lower.whole_cell(nodes, self.counts) is not None:
+            if len(nodes) > 1 and lower.whole_cell(nodes, self) is not None:
                 return
             for node in nodes:
-                lower.node(node, self.counts)
+                lower.node(node, self)
 
     def concatenate(self, tensors: Sequence[Tensor]):
         """torch.cat(tensors, dim=1): the nodes of a cell, or what went through the candidates and what went around."""
@@ -118,7 +164,7 @@ class Scope:
             return made
         if len(tensors) > 1 and all(is_open(each) and each._rnas_scope is self for each in tensors):
             with torch.set_grad_enabled(self.grad), suspended():
-                out = lower.whole_cell(list(tensors), self.counts)
+                out = lower.whole_cell(list(tensors), self)
             if out is not None:
                 return out
         return NotImplemented
