@@ -4,7 +4,7 @@
     recognise.py  what a candidate computes: a primitive, checked in numbers; reads.py: what its code depends on
     modules.py    the classes of accelerated modules
     scope.py      one run of a forward: candidates hand back deferred results
-    deferred.py   weighted sums of them; partial.py: with partial channels around
+    deferred.py   weighted sums of them; partial.py: with partial channels around; stacked.py: of a stack
     lower.py      from those sums to calls of the fused operation
 """
 

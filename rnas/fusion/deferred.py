@@ -1,6 +1,6 @@
 """Results of candidate operations that are not computed yet, and the sums that code makes of them.
 
-The code around the candidates runs as its author wrote it; each candidate hands back a `Deferred` tensor in place of its
+The code around the candidates runs as its author wrote it; each candidate hands it a `Deferred` tensor in place of its
 result. Multiplied by a number and added to others it stays deferred, as a sum of weighted candidates: what the fused
 operation computes. Whatever else is done to it, it is computed first, and the code goes on with the value. So nothing
 has to be guessed about that code: what it multiplies and adds is fused, and all else is what it was.
@@ -53,7 +53,8 @@ class Deferred(Tensor):
     @staticmethod
     def make(scope, shape: torch.Size, like: Tensor, groups, addends=(), finish=None) -> Deferred:
         """like: of its dtype and on its device. finish: what is done to the sum behind all, see `partial.py`."""
-        made = Tensor._make_wrapper_subclass(Deferred, shape, dtype=like.dtype, device=like.device, requires_grad=scope.grad)
+        options = {"dtype": like.dtype, "device": like.device, "requires_grad": scope.grad}
+        made = Tensor._make_wrapper_subclass(Deferred, shape, **options)
         made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
         made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
         made._rnas_value, made._rnas_source = None, False
@@ -240,7 +241,7 @@ def times(x: Deferred, other) -> Tensor:
     if not _takes_part(x) or not _is_scale(x, other):
         return value_of(x) * value_of(other)
     finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
-    if finish is None and x._rnas_finish is not None:
+    if finish is None and x._rnas_finish is not None:  # it cannot wait any longer
         return value_of(x) * value_of(other)
     groups = tuple([_times_group(group, other) for group in x._rnas_groups])
     addends = tuple([((*scales, other), tensor, version) for scales, tensor, version in x._rnas_addends])
@@ -257,9 +258,12 @@ def _is_scale(x: Deferred, other) -> bool:
     """Whether x * other is the same candidates with other weights."""
     if is_number(other):
         return True
-    if not isinstance(other, Tensor) or type(other) is Deferred or other.numel() != 1:
+    if not isinstance(other, Tensor) or type(other) is Deferred:
         return False
     like = x._rnas_like
+    if other.numel() != 1:
+        stacked = hasattr(x._rnas_finish, "parts")  # then each part may have a weight of its own
+        return stacked and other.dtype == like.dtype and other.device == like.device
     if other.device != like.device or not other.is_floating_point():
         return False
     # A tensor with dimensions takes part in the choice of the result's dtype, and in its shape.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -65,10 +65,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if strict:
-        left = [each for each in _plan(model)[2].left]
+        left = _plan(model)[2].left
         if left:
             raise ValueError(
-                "strict: these modules hold candidate operations that the kernels do not take:\n" + str(Report(left=left))
+                f"strict: these modules hold candidate operations that the kernels do not take:\n{Report(left=left)}"
             )
     restore(model)
     candidates, holders, report, fronts = _plan(model)
@@ -106,7 +106,7 @@ def _plan(model: nn.Module):
     names = {module: name for name, module in model.named_modules()}
     everything = list(_groups(model))
     # What stands in a cell beside its mixed operations are no candidates.
-    cells = set(_around({owner: "" for owner, groups in everything if any(map(_in_a_list, groups))}, parents))
+    cells = set(_above([owner for owner, groups in everything if any(map(_in_a_list, groups))], parents))
     inner: set[nn.Module] = set()  # what recognised candidates hold
     for owner, groups in everything:
         if owner in inner or owner in cells:
@@ -133,7 +133,7 @@ def _plan(model: nn.Module):
             report.replaced.append(Replaced(names[owner], original_class(owner).__name__, found))
         if reasons:
             report.left.append(Left(names[owner], original_class(owner).__name__, "; ".join(reasons)))
-    around = _around(holders, parents)
+    around = [each for each in _above(holders, parents) if each not in holders]
     fronts = _in_front(around, set(candidates), memory)
     report.in_front = {names[module]: each[0].primitive for module, each in fronts.items()}
     return list(candidates.items()), [*holders, *around], report, list(fronts.items())
@@ -223,14 +223,14 @@ def _has_groups(module: nn.Module) -> bool:
     return any(len(group) > 1 for each in module.modules() if not _is_list(each) for group in _held(each, ""))
 
 
-def _around(holders: dict[nn.Module, str], parents: dict[nn.Module, nn.Module]) -> list[nn.Module]:
-    """The nearest module with a forward above each holder: the cell of an edge."""
+def _above(modules: Iterable[nn.Module], parents: dict[nn.Module, nn.Module]) -> list[nn.Module]:
+    """The nearest module with a forward above each of them: the cell of an edge."""
     found: dict[nn.Module, None] = {}
-    for holder in holders:
-        above = parents.get(holder)
+    for module in modules:
+        above = parents.get(module)
         while above is not None and original_class(above).forward in _FORWARDS:
             above = parents.get(above)
-        if above is not None and above not in holders:
+        if above is not None:
             found[above] = None
     return list(found)
 

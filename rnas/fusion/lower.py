@@ -129,7 +129,7 @@ def node(x: Deferred, scope) -> None:
 
 
 def _sum(groups: Sequence[Group], scope) -> Tensor | None:
-    """The sum of the groups: by one call for all edges of a kind and stride, and module by module where there is none."""
+    """The sum of the groups: one call for all edges of a kind and stride, and what no edge can hold by itself."""
     batches: dict[tuple, list[Edge]] = {}
     total: Tensor | None = None
     for group in groups:

@@ -16,15 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels import fused
+from ..kernels.backend import OPS
 from . import scope as scopes
 from .deferred import value_of
-from .recognise import Guess, Layers
 from .reads import Reads
+from .recognise import Guess, Layers, kind_of
 
 PLAN, COUNTS, POOL = "_rnas_plan", "_rnas_counts", "_rnas_pool"
 """Where an accelerated module keeps what it needs: a `Plan`, the counts of a report, or nothing but the name."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_SETTINGS = {  # what decides on what a layer of PyTorch computes; eps and momentum of norms are read at every call
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.ReLU: ("inplace",),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    nn.ConstantPad2d: ("padding", "value"),
+    nn.ZeroPad2d: ("padding",),
+}
 
 
 class Plan:
@@ -33,23 +45,27 @@ class Plan:
     def __init__(self, module: nn.Module, guess: Guess, layers: Layers, reads: Reads) -> None:
         self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
         self._modules = list(module.modules())
-        self._types = [original_class(each) for each in self._modules]
+        self._types = list(map(type, self._modules[1:]))  # the first is to get another
         self._hooks = [getattr(each, name) for each in self._modules for name in _HOOKS]
         self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
+        self._settings = reads.values + [
+            (each, name, each.__dict__[name])
+            for each in self._modules
+            for name in _SETTINGS.get(kind_of(each), ())
+            if name in each.__dict__
+        ]
 
     def holds(self) -> bool:
         """Whether the module is as it was: the same layers without hooks, the same settings."""
         if any(self._hooks):
             return False
-        for module, name, value in self.reads.values:
-            if module.__dict__.get(name) != value:
-                return False
-        for module, children in self._children:
-            if tuple(module._modules.values()) != children:
-                return False
+        if any([module.__dict__.get(name) != value for module, name, value in self._settings]):
+            return False
+        if any([tuple(module._modules.values()) != children for module, children in self._children]):
+            return False
         if any(["forward" in each.__dict__ for each in self._modules]):
             return False
-        return list(map(original_class, self._modules)) == self._types
+        return list(map(type, self._modules[1:])) == self._types
 
     def takes(self, arguments: tuple, options: dict) -> bool:
         """Whether a call with these arguments is one on the images alone."""
@@ -122,9 +138,12 @@ class InFront:
 
 
 def _is_image(x, channels: int) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels or 0 in x.shape:
+    """Whether the kernels in front of a cell take x."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != channels or 0 in x.shape or fused.is_watched((x,)):
         return False
-    return x.shape[0] * x.shape[2] * x.shape[3] > 4 and not torch.is_autocast_enabled(x.device.type)
+    if x.shape[0] * x.shape[2] * x.shape[3] <= 4 or torch.is_autocast_enabled(x.device.type):
+        return False
+    return OPS["relu_conv_norm"].decide(x.device, x.dtype)[0] not in (None, "reference")
 
 
 def in_front(plan: Plan, x: Tensor) -> Tensor:
@@ -158,7 +177,7 @@ class Holder:
                 if not scope.is_unused_since(mark):
                     raise
                 reason = error
-        # Code that looks at the very class of a tensor, say. Nothing has been computed yet: its own candidates serve it.
+        # Code that looks at the very class of a tensor, say. Nothing has been computed yet: it can begin anew.
         with scopes.suspended():
             results = super().forward(*arguments, **options)
         _stand_back_for_good(self, reason)

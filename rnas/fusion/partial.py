@@ -1,4 +1,4 @@
-"""Partial channels: what goes around the candidates is concatenated to what went through, and the channels are shuffled.
+"""Partial channels: what goes around the candidates is concatenated to what went through, and they are shuffled.
 
 Both are linear, so that the edges into a node can be summed first and concatenated and shuffled once. A deferred tensor
 carries here what is to be done to its sum.

@@ -1,8 +1,8 @@
 """What the code of a module's forward reads besides its input and its layers.
 
 A candidate was compared with a primitive once. It stays that primitive as long as nothing changes on which its forward
-depends: so that must be known, and be something that can be compared at every call. Numbers and words held by the module
-are; a helper's code is read in turn; anything else is a reason to leave the module alone.
+depends: so that must be known, and be something that can be compared at every call. Numbers and words that the module
+holds are; a helper's code is read in turn; anything else is a reason to leave the module alone.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _check_global(function, name: str, module: nn.Module, values: list, depth: i
     if isinstance(value, (types.ModuleType, type)):
         return
     if value is getattr:  # which attribute, bytecode does not say: all that can be compared are
-        for each, held in module.__dict__.items():
+        for each in list(module.__dict__):
             if each != "training" and not each.startswith("_"):
                 _check_attribute(each, module, values, depth)
         return
@@ -132,7 +132,7 @@ def _names(code: types.CodeType) -> Iterator[tuple[str, str]]:
 
 
 def _may_be_none(forward) -> tuple[tuple[str, ...], int]:
-    """The names of the arguments behind x that have no default or None for one, up to the first other; those without."""
+    """The names of the arguments behind x that have no default or None for one, and how many have none."""
     names, required = [], 0
     for parameter in list(inspect.signature(forward).parameters.values())[2:]:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY):

@@ -1,8 +1,8 @@
 """What a candidate operation computes: a primitive of `rnas.kernels.mixed_op`, or why it is none.
 
 Names decide nothing. The layers that a module holds give a first guess; then a copy of the module with random weights
-runs against the definition of the guessed primitive, values, gradients and running averages, in float64, in training and
-in eval mode, on several sizes. What the code of its forward reads besides its layers is found in `reads.py`.
+runs against the definition of the guessed primitive: values, gradients and running averages, in float64, in training and
+eval mode, on several sizes. What the code of its forward reads besides its layers is found in `reads.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_PLAIN)
 
 
 def kind_of(module: nn.Module) -> type:
-    """The layer of PyTorch that the module is, of a subclass that adds nothing to what it computes too; else its class."""
+    """The layer of PyTorch that the module is, where a subclass computes nothing else too; else its class."""
     for kind in _KNOWN:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             if kind is not nn.Conv2d or type(module)._conv_forward is nn.Conv2d._conv_forward:
@@ -113,45 +113,75 @@ def _check_convolution(convolution: nn.Conv2d) -> None:
 
 def _verified(module: nn.Module, layers: Layers, extras: list[None]) -> Guess:
     """extras: the arguments that its forward takes behind the images."""
-    guess = _guess(module, layers, extras)
-    _check_values(module, guess, extras)
-    return guess
+    guesses = _guesses(module, layers, extras)
+    for index, guess in enumerate(guesses):
+        try:
+            _check_values(module, guess, extras)
+            return guess
+        except Foreign:
+            if len(guesses) == 1:
+                raise
+            if index + 1 == len(guesses):
+                raise Foreign("it computes none of the primitives") from None
+    raise AssertionError("there is always a guess")
 
 
-def _guess(module: nn.Module, layers: Layers, extras: list[None]) -> Guess:
+def _guesses(module: nn.Module, layers: Layers, extras: list[None]) -> list[Guess]:
+    """What it might be. A pool by a function leaves no layer behind."""
+    if not layers.convolutions and not any(isinstance(each, _POOLS) for each in module.modules()):
+        if len(layers.norms) > 1:
+            raise Foreign("batch norms without a convolution")
+        if layers.norms:
+            return _pools(layers.norms[0].num_features, True)
+        return _guess_empty(module, extras)
+    return [_guess(module, layers)]
+
+
+def _pools(channels: int, norm: bool) -> list[Guess]:
+    return [Guess(f"{kind}_pool_3x3", stride, channels, norm) for kind in ("max", "avg") for stride in (1, 2)]
+
+
+def _guess(module: nn.Module, layers: Layers) -> Guess:
     convolutions, norms = layers.convolutions, layers.norms
-    pools = [each for each in module.modules() if isinstance(each, (nn.MaxPool2d, nn.AvgPool2d))]
+    pools = [each for each in module.modules() if isinstance(each, _POOLS)]
     if pools:
         return _guess_pool(pools, layers)
-    if not convolutions:
-        if norms:
-            raise Foreign("a batch norm without a convolution or a pool")
-        return _guess_empty(module, extras)
     first, channels = convolutions[0], convolutions[0].in_channels
-    if any(norm.num_features != each for norm, each in zip(norms, [convolutions[-1].out_channels] * len(norms))) and not (
-        len(convolutions) == 2 and len(norms) == 1
-    ):
-        raise Foreign("a batch norm has another number of channels than the convolution before it")
-    stride = first.stride[0]
+    stride, sizes = first.stride[0], [each.kernel_size[0] for each in convolutions]
     if stride not in (1, 2):
         raise Foreign(f"stride {stride}")
-    sizes = [each.kernel_size[0] for each in convolutions]
-    if sizes == [1, 1] and len(norms) == 1 and [each.stride[0] for each in convolutions] == [2, 2]:
-        same = sum(each.out_channels for each in convolutions) == channels
-        return Guess("skip_connect" if same else "factorized_reduce", 2, channels)
-    if sizes == [1] and len(norms) == 1 and first.groups == 1 and first.padding[0] == 0:
-        if first.out_channels == channels:
-            return Guess("conv_1x1", stride, channels)
-        if stride == 1:
-            return Guess("relu_conv_norm", 1, channels)
-    if sizes == [3] and len(norms) == 1 and first.groups == 1 and first.out_channels == channels:
-        if (first.padding[0], first.dilation[0]) == (1, 1):
-            return Guess("conv_3x3", stride, channels)
+    if len(norms) == 1:
+        guess = _guess_halves(convolutions) if sizes == [1, 1] else None
+        guess = _guess_dense(first) if len(sizes) == 1 else guess
+        if guess is not None:
+            return guess
     for name, (size, dilation, depth) in definition.SEPARABLE.items():
         if sizes == [size, 1] * depth and len(norms) == depth and _is_separable(convolutions, dilation, stride):
             return Guess(name, stride, channels)
     shown = ", ".join(_shown(each) for each in convolutions)
     raise Foreign(f"no primitive has the convolutions {shown} with {len(norms)} batch norms")
+
+
+def _guess_halves(convolutions: Sequence[nn.Conv2d]) -> Guess | None:
+    """Two 1x1 convolutions of stride 2 on one input: a FactorizedReduce."""
+    even, odd = convolutions
+    total = even.out_channels + odd.out_channels
+    if even.stride[0] != 2 or odd.stride[0] != 2 or even.in_channels != odd.in_channels:
+        return None
+    if (even.out_channels, even.groups, odd.groups) != (total - total // 2, 1, 1):
+        return None
+    return Guess("skip_connect" if total == even.in_channels else "factorized_reduce", 2, even.in_channels)
+
+
+def _guess_dense(convolution: nn.Conv2d) -> Guess | None:
+    """One convolution on all channels."""
+    size, padding, dilation = (pair[0] for pair in (convolution.kernel_size, convolution.padding, convolution.dilation))
+    channels, same = convolution.in_channels, convolution.in_channels == convolution.out_channels
+    if convolution.groups != 1 or padding != size // 2 or size not in (1, 3) or (size == 3 and dilation != 1):
+        return None
+    if same:
+        return Guess(f"conv_{size}x{size}", convolution.stride[0], channels)
+    return Guess("relu_conv_norm", 1, channels) if size == 1 and convolution.stride[0] == 1 else None
 
 
 def _is_separable(convolutions: Sequence[nn.Conv2d], dilation: int, stride: int) -> bool:
@@ -192,20 +222,24 @@ def _guess_pool(pools: list[nn.Module], layers: Layers) -> Guess:
     return Guess(name, stride[0], channels, bool(layers.norms))
 
 
-def _guess_empty(module: nn.Module, extras: list[None]) -> Guess:
-    """A module without layers: the identity or zeros, at any number of channels."""
-    x = _images(4, 6, 6, seed=0)
+def _guess_empty(module: nn.Module, extras: list[None]) -> list[Guess]:
+    """A module without layers: the identity, zeros or a pool, at any number of channels."""
+    x = _images(2, 6, 6, seed=0)
     try:
         out = copy.deepcopy(module)(x, *extras)
     except Exception as error:  # whatever a foreign forward raises
         raise Foreign(_failed(error)) from None
-    if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2]:
-        raise Foreign("neither the identity nor zeros of the output's shape")
+    if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2] or out.shape[2:] not in _HALVED:
+        raise Foreign("it has no layers and returns something else than an image of the same channels")
     if out.shape == x.shape and torch.equal(out, x):
-        return Guess("skip_connect", 1, 0)
-    if bool((out == 0).all()) and out.shape[2:] in ((6, 6), (3, 3)):
-        return Guess("none", 6 // out.shape[2], 0)
-    raise Foreign("neither the identity nor zeros of the output's shape")
+        return [Guess("skip_connect", 1, 0)]
+    if bool((out == 0).all()):
+        return [Guess("none", 6 // out.shape[2], 0)]
+    return _pools(0, False)
+
+
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+_HALVED = ((6, 6), (3, 3))
 
 
 # ---- against the definition ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ class Counts:
     edges: int = 0
     """Mixed edges by the fused operation, those of whole cells included."""
     alone: int = 0
-    """Results of single candidates by their own forward, because something else than a weighted sum was made of them."""
+    """Results of single candidates by their own forward: something else than a weighted sum was made of them."""
     given_back: int = 0
     """Modules that run as before after all, because their code does not take results that are not computed yet."""
 

@@ -1,4 +1,4 @@
-"""While the forward of a mixed operation or of a cell runs: what its candidates were called on, and the computing of it."""
+"""One run of the forward of a mixed operation or a cell: what its candidates were called on, and computing it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_map_only
 
 from ..kernels import engine, fused
 from ..kernels.backend import OPS
-from . import lower
+from . import lower, stacked
 from .deferred import Call, Deferred, Group, is_open, value_of, version_of
 from .partial import Pooled, concatenated
+
+assert stacked.HANDLERS  # imported for what it adds to them
 
 _current = threading.local()
 
@@ -170,7 +172,7 @@ class Scope:
         return NotImplemented
 
     def before_writing(self, x: Deferred) -> None:
-        """x is about to be changed in place: what was called on it, or on what it is an alias of, has to see it before."""
+        """x is about to be changed in place: what was called on it, or on what it is an alias of, sees it before."""
         if x._rnas_source or lower.is_alias(x):
             self._settle()
 

@@ -1,0 +1,485 @@
+"""rnas.accelerate: what is recognised and what is left alone, and what happens when a module changes afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from supernets import darts, lookalikes, others
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+import rnas
+from rnas.fusion import modules
+from rnas.fusion.deferred import Deferred
+from rnas.fusion.recognise import recognise
+
+
+def images(channels: int = 8, n: int = 3, size: int = 7, seed: int = 0) -> Tensor:
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def values_and_gradients(module: nn.Module, *arguments) -> list[Tensor | None]:
+    """All that a call yields, of every tensor that it returns, and the buffers."""
+    arguments = [
+        each.clone().requires_grad_() if isinstance(each, Tensor) and each.is_floating_point() else each
+        for each in arguments
+    ]
+    torch.manual_seed(0)
+    out = module(*arguments)
+    outputs = [each for each in torch.utils._pytree.tree_leaves(out) if isinstance(each, Tensor)]
+    assert not any(isinstance(each, Deferred) for each in outputs)
+    leaves = [*(each for each in arguments if isinstance(each, Tensor)), *module.parameters()]
+    leaves = [each for each in leaves if each.requires_grad]
+    found = [each for each in outputs if each.requires_grad]
+    grads: list[Tensor | None] = [None] * len(leaves)
+    if found:
+        noise = [torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) for each in found]
+        grads = list(torch.autograd.grad(found, leaves, noise, allow_unused=True))
+    return [each.detach() for each in outputs] + grads + [buffer.clone() for buffer in module.buffers()]
+
+
+def assert_same(module: nn.Module, plain: nn.Module, *arguments) -> None:
+    found, expected = values_and_gradients(module, *arguments), values_and_gradients(plain, *arguments)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert (a is None) == (b is None)
+        if a is not None:
+            scale = float(b.abs().max()) if b.numel() else 0.0
+            assert torch.allclose(a, b, rtol=1e-3, atol=2e-5 * max(scale, 1e-3)), float((a - b).abs().max())
+
+
+class Mixed(nn.Module):
+    """A mixed operation over any candidates."""
+
+    def __init__(self, *ops: nn.Module) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(ops)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return sum(w * op(x) for w, op in zip(weights, self.ops))
+
+
+def separable(channels: int = 8, size: int = 3, dilation: int = 2) -> nn.Sequential:
+    padding = dilation * (size - 1) // 2
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, size, 1, padding, dilation, channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels),
+    )
+
+
+def mixed() -> Mixed:
+    torch.manual_seed(0)
+    return Mixed(nn.Identity(), separable(size=3), separable(size=5), nn.MaxPool2d(3, 1, 1))
+
+
+def both(make=mixed):
+    """An accelerated module, a plain one with the same parameters, and the report."""
+    plain = make()
+    module = copy.deepcopy(plain)
+    return module, plain, rnas.accelerate(module)
+
+
+WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+# What is left alone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", lookalikes.LOOKALIKES)
+def test_what_only_looks_like_a_mixed_operation_keeps_its_meaning(name):
+    case = lookalikes.LOOKALIKES[name]
+    torch.manual_seed(0)
+    plain = case(8)
+    module = copy.deepcopy(plain)
+    report = rnas.accelerate(module)
+    for training in (True, False):
+        assert_same(module.train(training), plain.train(training), images(size=8))
+    fused = {name for each in report.replaced for name in each.candidates}
+    for index in case.foreign or ():
+        assert f"ops.{index}" not in fused, report
+        assert any(f"ops.{index}" in each.reason for each in report.left) or not fused, report
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "transformer"])
+def test_networks_without_mixed_operations_pass_through(kind):
+    model = others.build(8, 3, 5, kind=kind)
+    classes = [type(module) for module in model.modules()]
+    report = rnas.accelerate(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert not report.replaced and not report.in_front
+    assert "found no mixed operations" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), "bias"),
+        (nn.Sequential(nn.LeakyReLU(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)), "LeakyReLU"),
+        (nn.Sequential(nn.ReLU(True), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)), "in place"),
+        (nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(8)), "values"),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, bias=False, padding_mode="reflect"), nn.BatchNorm2d(8)), "reflect"),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, (3, 1), bias=False), nn.BatchNorm2d(8)), "square"),
+        (nn.AvgPool2d(3, 1, 1), "border"),
+        (nn.MaxPool2d(5, 1, 2), "pool of size"),
+        (nn.Dropout(0.1), "Dropout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_reason_is_told(module, why):
+    assert why in recognise(module, {})
+
+
+def test_a_report_tells_what_was_done():
+    _, _, report = both()
+    text = str(report)
+    assert "fused 4 candidates of 1 mixed operations" in text
+    assert "skip_connect, dil_conv_3x3, dil_conv_5x5, max_pool_3x3" in text
+    module, _, report = both(lambda: Mixed(separable(), nn.Sequential(nn.GELU(), separable())))
+    assert "ops.1: a GELU" in str(report)
+    module(images(), WEIGHTS[:2])
+    assert "Since then: 1 edges fused" in str(report)
+
+
+def test_strict_changes_nothing_where_something_is_not_recognised():
+    module = Mixed(separable(), nn.Sequential(nn.GELU(), separable()))
+    classes = [type(each) for each in module.modules()]
+    with pytest.raises(ValueError, match="GELU"):
+        rnas.accelerate(module, strict=True)
+    assert [type(each) for each in module.modules()] == classes
+    assert rnas.accelerate(mixed(), strict=True).replaced
+
+
+@pytest.mark.parametrize("function", [rnas.accelerate, rnas.restore])
+def test_only_modules_are_taken(function):
+    with pytest.raises(TypeError, match=r"nn.Module, got str"):
+        function("model")
+
+
+# What the code around candidates may do --------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Candidates, and a function of (candidates, x, weights)."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.ops = mixed().ops
+        self.function = function
+
+    def forward(self, x: Tensor, weights: Tensor):
+        return self.function(self.ops, x, weights)
+
+
+def in_place(ops, x, w):
+    out = torch.zeros_like(x)
+    for weight, op in zip(w, ops):
+        out += weight * op(x)
+    return out
+
+
+def in_place_on_the_first(ops, x, w):
+    out = w[0] * ops[1](x)
+    out += w[1] * ops[2](x)
+    out *= 2
+    return out
+
+
+def aliases(ops, x, w):
+    a = w[0] * ops[1](x)
+    b = a
+    a += w[1] * ops[2](x)
+    return b, a - 0.5 * b
+
+
+def a_result_twice(ops, x, w):
+    y = ops[1](x)
+    return w[0] * y + w[1] * ops[2](x) + y.square(), w[2] * y
+
+
+def a_sum_twice(ops, x, w):
+    y = w[0] * ops[1](x) + w[1] * ops[2](x)
+    return y * 2.0, y + 1, y.mean()
+
+
+def nodes(ops, x, w):
+    a = w[0] * ops[1](x) + w[1] * ops[0](x)
+    b = w[2] * ops[2](a) + w[3] * ops[3](x) + a
+    return torch.cat([a, b], 1)
+
+
+def drop_path(ops, x, w):
+    out = []
+    for weight, op in zip(w, ops):
+        y = op(x)
+        if op is not ops[0]:
+            y = y.div(0.7)
+            y.mul_(torch.bernoulli(y.new_full((len(y), 1, 1, 1), 0.7)))
+        out.append(weight * y)
+    return sum(out)
+
+
+def written_before_use(ops, x, w):
+    y = ops[0](x.clone())
+    z = w[0] * ops[1](y)
+    y.mul_(2)
+    return z + y
+
+
+AROUND = {
+    "in place": in_place,
+    "in place on the first": in_place_on_the_first,
+    "aliases": aliases,
+    "a result twice": a_result_twice,
+    "a sum twice": a_sum_twice,
+    "nodes": nodes,
+    "drop path": drop_path,
+    "written before use": written_before_use,
+    "unused": lambda ops, x, w: (w[0] * ops[1](x), ops[2](x))[0],
+    "stack": lambda ops, x, w: (torch.stack([op(x) for op in ops]) * w.view(-1, 1, 1, 1, 1)).sum(0),
+    "stack, looked at": lambda ops, x, w: torch.stack([op(x) for op in ops])[1:].sum(0) * w[0],
+    "einsum": lambda ops, x, w: torch.einsum("k,knchw->nchw", w, torch.stack([op(x) for op in ops])),
+    "weights of images": lambda ops, x, w: sum(w[k] * x.mean((1, 2, 3), True) * op(x) for k, op in enumerate(ops)),
+    "weights of one number": lambda ops, x, w: sum(w[k : k + 1] * op(x) for k, op in enumerate(ops)),
+    "numbers": lambda ops, x, w: 0.5 * ops[1](x) - ops[2](x) / 3 + 1 * ops[3](x) - (-ops[0](x)),
+    "weights in float64": lambda ops, x, w: sum(weight * op(x) for weight, op in zip(w.double(), ops)),
+    "weights in float64, of one number": lambda ops, x, w: sum(
+        w.double()[k : k + 1] * op(x) for k, op in enumerate(ops)
+    ),
+    "a number besides": lambda ops, x, w: sum(w[k] * op(x) if k == 1 else w[k] for k, op in enumerate(ops)) + 2,
+    "a tensor besides": lambda ops, x, w: x + sum(w[k] * op(x) for k, op in enumerate(ops)) - 0.1 * x[:1],
+    "a larger tensor besides": lambda ops, x, w: w[1] * ops[1](x[:1]) + x,
+    "the same twice": lambda ops, x, w: w[0] * ops[1](x) + w[1] * ops[1](x),
+    "chained": lambda ops, x, w: w[0] * ops[2](w[1] * ops[1](x)),
+    "concatenated": lambda ops, x, w: torch.cat([op(x) for op in ops], 1),
+    "partial": lambda ops, x, w: F.channel_shuffle(torch.cat([sum(w[k] * op(x) for k, op in enumerate(ops)), x], 1), 2),
+    "partial, around first": lambda ops, x, w: torch.cat([x, w[0] * ops[1](x)], 1),
+    "partial, other view": lambda ops, x, w: torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 4, -1).sum(2),
+    "partial, 5-dimensional": lambda ops, x, w: 2 * torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 2, 8, 7, 7),
+    "partial, transposed": lambda ops, x, w: torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 2, 8, 7, 7).transpose(1, 2),
+    "data": lambda ops, x, w: w[0] * ops[1](x) * ops[2](x).data.abs().mean(),
+    "no gradient inside": lambda ops, x, w: w[0] * ops[1](x) * torch.no_grad()(lambda: ops[2](x).norm())(),
+    "shapes": lambda ops, x, w: ops[1](x).size(1) * ops[2](x).shape[2] * w[0] * ops[3](x),
+    "a dictionary": lambda ops, x, w: {"out": w[0] * ops[1](x), "raw": [ops[2](x), 3]},
+    "relu behind": lambda ops, x, w: F.relu(sum(w[k] * op(x) for k, op in enumerate(ops)), inplace=True),
+    "indexed": lambda ops, x, w: (w[0] * ops[1](x))[:, ::2],
+    "padded": lambda ops, x, w: F.pad(w[0] * ops[1](x), (0, 1)),
+    "compared": lambda ops, x, w: torch.where(ops[1](x) > ops[2](x), w[0], w[1]) * x,
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", AROUND)
+def test_code_around_candidates_means_what_it_did(name, training):
+    module, plain, report = both(lambda: Around(AROUND[name]))
+    assert report.replaced and report.counts.given_back == 0
+    assert_same(module.train(training), plain.train(training), images(), WEIGHTS)
+
+
+def test_a_stack_that_is_weighted_and_summed_is_one_edge():
+    module, _, report = both(lambda: Around(AROUND["stack"]))
+    module(images(), WEIGHTS)
+    assert (report.counts.edges, report.counts.alone) == (1, 0)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+def test_an_autograd_function_on_a_result_raises_and_does_not_lose_the_gradient():
+    module, plain, _ = both(lambda: Around(lambda ops, x, w: Scaled.apply(w[0] * ops[1](x)) + 0 * x))
+    x = images().requires_grad_()
+    plain(x, WEIGHTS).sum().backward()
+    with pytest.raises(RuntimeError, match=r"autograd.Function"):
+        module(x, WEIGHTS).sum().backward()
+
+
+def test_a_state_that_is_overwritten_raises():
+    def overwrite(ops, x, w):
+        state = x + 0
+        out = w[0] * ops[1](state)
+        state.mul_(2)
+        return out + w[1] * ops[2](state)
+
+    module, _, _ = both(lambda: Around(overwrite))
+    with pytest.raises(RuntimeError, match="changed in place"):
+        module(images(), WEIGHTS)
+
+
+def test_code_that_looks_at_classes_runs_as_before_and_says_so():
+    def look(ops, x, w):
+        results = [op(x) for op in ops]
+        if any(type(each) is not Tensor for each in results):
+            raise TypeError("not a tensor")
+        return sum(a * b for a, b in zip(w, results))
+
+    module, plain, report = both(lambda: Around(look))
+    with pytest.warns(UserWarning, match="does not take results that are not computed yet"):
+        module(images(), WEIGHTS)
+    plain(images(), WEIGHTS)
+    assert report.counts.given_back == 1
+    assert_same(module, plain, images(), WEIGHTS)
+
+
+def test_an_error_of_the_module_is_the_same_error():
+    module, plain, _ = both()
+    for each in (module, plain):
+        with pytest.raises(RuntimeError, match="channels"):
+            each(images(channels=4), WEIGHTS)
+        with pytest.raises(TypeError):
+            each(images())
+
+
+# What changes afterwards -----------------------------------------------------------------------------------------------
+
+
+CHANGES = {
+    "a hook on a candidate": lambda m: m.ops[1].register_forward_hook(lambda module, x, out: out * 2),
+    "a hook on a layer": lambda m: m.ops[1][1].register_forward_hook(lambda module, x, out: out * 2),
+    "a hook before a layer": lambda m: m.ops[1][1].register_forward_pre_hook(lambda module, x: (x[0] * 2,)),
+    "a hook on the mixed operation": lambda m: m.register_forward_hook(lambda module, x, out: out * 2),
+    "a backward hook": lambda m: m.ops[1].register_full_backward_hook(lambda module, a, b: (a[0] * 2,)),
+    "a pruned convolution": lambda m: prune.l1_unstructured(m.ops[1][1], "weight", 0.5),
+    "a parametrized convolution": lambda m: parametrizations.orthogonal(m.ops[1][2]),
+    "a spectral norm": lambda m: parametrizations.spectral_norm(m.ops[1][2]).eval(),
+    "another padding and dilation": lambda m: vars(m.ops[1][1]).update(padding=(1, 1), dilation=(1, 1)),
+    "another layer": lambda m: m.ops[1].__setitem__(0, nn.LeakyReLU()),
+    "one layer more": lambda m: m.ops[1].append(nn.ReLU()),
+    "another candidate": lambda m: m.ops.__setitem__(1, nn.Conv2d(8, 8, 1)),
+    "a forward of its own": lambda m: setattr(m.ops[1], "forward", lambda x: x * 2),
+    "a forward of a layer": lambda m: setattr(m.ops[1][0], "forward", F.leaky_relu),
+    "another weight": lambda m: setattr(m.ops[1][1], "weight", nn.Parameter(torch.ones(8, 1, 3, 3))),
+    "a weight set to zero": lambda m: m.ops[1][1].weight.data.zero_(),
+    "a frozen weight": lambda m: m.ops[1][1].weight.requires_grad_(False),
+    "one norm in eval mode": lambda m: m.ops[1][3].eval(),
+    "another eps": lambda m: setattr(m.ops[1][3], "eps", 0.1),
+    "another momentum": lambda m: setattr(m.ops[1][3], "momentum", None),
+    "a norm without averages": lambda m: setattr(m.ops[1][3], "track_running_stats", False),
+    "another forward of the whole": lambda m: setattr(m, "forward", lambda x, w: 2 * m.ops[1](x)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_afterwards_counts(name):
+    module, plain, _ = both()
+    module(images(), WEIGHTS), plain(images(), WEIGHTS)
+    for each in (module, plain):
+        torch.manual_seed(0)
+        CHANGES[name](each)
+    assert_same(module, plain, images(seed=1), WEIGHTS)
+
+
+class Gated(nn.Module):
+    """A candidate with a switch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.rate = separable(), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return F.dropout(y, self.rate) if self.rate > 0 else y
+
+
+def test_a_switch_of_a_candidate_is_watched():
+    module, plain, report = both(lambda: Mixed(Gated(), separable()))
+    module(images(), WEIGHTS[:2]), plain(images(), WEIGHTS[:2])
+    assert report.counts.alone == 0 and len(report.replaced[0].candidates) == 2
+    for each in (module, plain):
+        each.ops[0].rate = 0.5
+    assert_same(module, plain, images(seed=1), WEIGHTS[:2])
+    for each in (module, plain):
+        each.ops[0].rate = 0.0
+    assert_same(module, plain, images(seed=1), WEIGHTS[:2])
+
+
+RATE = 0.0
+
+
+class Global(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.body(x), RATE)
+
+
+class Owned(Gated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"rate": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.body(x), self.settings["rate"])
+
+
+@pytest.mark.parametrize("candidate", [Global, Owned])
+def test_a_candidate_that_reads_what_cannot_be_watched_is_left_alone(candidate):
+    _, _, report = both(lambda: Mixed(candidate(), separable()))
+    assert "reads" in report.left[0].reason and list(report.replaced[0].candidates) == ["ops.1"]
+
+
+@pytest.mark.parametrize("extra", [None, "none by name", 0.5], ids=str)
+def test_further_arguments_of_a_candidate(extra):
+    class Keep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = separable()
+
+        def forward(self, x, keep):
+            return self.body(x) if keep is None else self.body(x) * keep
+
+    def call(ops, x, w):
+        if extra == "none by name":
+            return w[0] * ops[4](x, keep=None) + w[1] * ops[1](x)
+        return w[0] * ops[4](x, extra) + w[1] * ops[1](x)
+
+    def make():
+        made = Around(call)
+        made.ops.append(Keep())
+        return made
+
+    module, plain, report = both(make)
+    assert "ops.4" in report.replaced[0].candidates
+    assert_same(module, plain, images(), WEIGHTS)
+    assert report.counts.alone == 0
+
+
+def test_a_candidate_that_stands_twice_moves_its_averages_twice():
+    def make():
+        made = mixed()
+        made.ops[2] = made.ops[1]
+        return made
+
+    module, plain, _ = both(make)
+    assert_same(module, plain, images(), WEIGHTS)
+    assert int(module.ops[1][3].num_batches_tracked) == 2
+
+
+def test_undo_of_one_module():
+    module = mixed()
+    undo = modules.accelerate_module(module, modules.Holder, modules.COUNTS, None)
+    undo()
+    assert type(module) is Mixed and modules.COUNTS not in module.__dict__
+
+
+def test_importing_rnas_does_not_import_the_fusion():
+    import subprocess
+    import sys
+
+    code = "import rnas, sys; assert 'rnas.fusion' not in sys.modules and 'torch' not in sys.modules; rnas.accelerate"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_supernet_of_the_style_keeps_its_speed_where_alphas_are_parameters():
+    model = darts.build(8, 3, 5, steps=2)
+    report = rnas.accelerate(model)
+    model(torch.rand(2, 3, 8, 8))
+    assert report.counts.cells == 3 and report.counts.alone == 0
