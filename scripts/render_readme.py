@@ -32,6 +32,8 @@ PROVIDERS = {
     "eager_graph": "NCHW in a CUDA graph",
     "channels_last_graph": "channels_last in a CUDA graph",
     "compile_graph": "torch.compile in a CUDA graph",
+    "accelerate": "accelerated",
+    "accelerate_last": "accelerated, channels_last",
     "rnas": "rnas",
     "rnas_graph": "rnas in a CUDA graph",
 }
@@ -45,6 +47,7 @@ place (images of 32 pixels stay in a CPU's cache). *Eager* makes new tensors, wh
 work in place."""
 EDGES = "mixed_edge_"
 METHODS = "architecture_step"
+ACCELERATE = "accelerate, "
 KINDS = {  # of work, in a profile
     "tiles": "ReLU, into tiles",
     "depthwise": "depthwise",
@@ -147,12 +150,14 @@ def device_section(result: dict) -> str:
     rows = result["rows"]
     edges = [row for row in rows if row["job"].startswith(EDGES)]
     methods = [row for row in rows if row["job"] == METHODS]
-    networks = [row for row in rows if row["bytes_moved"] is None and row not in [*edges, *methods]]
+    styles = [row for row in rows if row["job"].startswith(ACCELERATE)]
+    networks = [row for row in rows if row["bytes_moved"] is None and row not in [*edges, *methods, *styles]]
     kernels = [row for row in rows if row["bytes_moved"] is not None]
     tables = [supernet_table(networks, flops)] if networks else []
     tables += profile_table(networks, flops, result["threads"])
     tables += [edge_table(edges, flops)] if edges else []
     tables += [method_table(methods)] if methods else []
+    tables += [style_table(styles, flops)] if styles else []
     tables += [kernel_table(kernels, stream)] if kernels else []
     return "\n\n".join([head, *tables, *remarks(rows)])
 
@@ -262,6 +267,27 @@ def method_table(rows: list[dict]) -> str:
         f"One step of the architecture by every method, on the same supernet and a batch of {rows[0]['batch']}: making "
         "the examples of D_V, where the method has any, and the gradient. DSARA searches its own space; PC-DARTS mixes "
         "a quarter of the channels."
+    )
+    return f"{note}\n\n{markdown(table)}"
+
+
+def style_table(rows: list[dict], peak: float) -> str:
+    """One line per style of supernet: a training step before and after rnas.accelerate, in both memory formats."""
+    names = ("eager", "channels_last", "accelerate", "accelerate_last")
+    table = [["supernet", *(PROVIDERS[name] for name in names), "of peak"]]
+    for group in groups(rows):
+        first = next(iter(group.values()))
+        seconds = [group[name]["seconds_best"] for name in names if name in group]
+        cells = [time_and_ratio(group.get(name), group.get("eager", {})) for name in names]
+        usual, ours = (group.get(name, {}).get("seconds_best") for name in ("channels_last", "accelerate_last"))
+        if usual and ours:
+            cells[-1] += f", {usual / ours:.1f}x channels_last"
+        fastest = min((each for each in seconds if each), default=None)
+        share = f"{first['flops'] / fastest / peak:.0%}" if fastest and first["flops"] else "-"
+        table.append([first["job"].removeprefix(ACCELERATE), *cells, share])
+    note = (
+        f"One training step, all gradients, batch {rows[0]['batch']}, of supernets in the styles of other code "
+        "(`tests/supernets`, C=16, 8 cells), as they are and after `rnas.accelerate`."
     )
     return f"{note}\n\n{markdown(table)}"
 
