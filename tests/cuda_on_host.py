@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 
 from rnas.kernels import backend, engine, fused
+from rnas.kernels.mixed_op import OP
 
 VARIABLE = "RNAS_CUDA_ON_HOST_MODULE"
 """An environment variable: the path of the module, where it is built already."""
@@ -67,7 +68,7 @@ class OnHost(engine.Cuda):
     def module(self) -> ModuleType:
         return self._module
 
-    def place(self) -> tuple[int, ...]:
+    def stream(self) -> tuple[int, int]:
         return 0, 0
 
 
@@ -76,5 +77,6 @@ def serve(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     of_device = functools.cache(functools.partial(OnHost, module))
     patch.setattr(engine, "of", lambda x: of_device(x.device))
     patch.setattr(backend, "_unavailable", lambda name, device: None)
+    patch.setitem(OP.implementations, "cpu", OP.implementations["cuda"])  # and its dtypes
     patch.setattr(fused, "_reader", lambda: None)  # compiled code reads parameters and norms of the CPU alone
     patch.setenv(backend.VARIABLE, "cpu")
