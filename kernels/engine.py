@@ -154,10 +154,7 @@ _CPU = Cpu()
 
 def of(x: Tensor) -> Cpu | Cuda:
     """The engine for tensors on the device of `x`."""
-    return _cuda(x.device) if x.is_cuda else _CPU
-
-
-_cuda = functools.cache(Cuda)
+    return Cuda(x.device) if x.is_cuda else _CPU
 
 
 @functools.lru_cache(maxsize=256)

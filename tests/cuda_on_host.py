@@ -5,7 +5,6 @@ A block's threads run one after another there, so that a test sees everything bu
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import shutil
@@ -74,8 +73,7 @@ class OnHost(engine.Cuda):
 
 def serve(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Forces the module on every tensor of this process, and all that Python does otherwise for GPUs only."""
-    of_device = functools.cache(functools.partial(OnHost, module))
-    patch.setattr(engine, "of", lambda x: of_device(x.device))
+    patch.setattr(engine, "of", lambda x: OnHost(module, x.device))
     patch.setattr(backend, "_unavailable", lambda name, device: None)
     patch.setitem(OP.implementations, "cpu", OP.implementations["cuda"])  # and its dtypes
     patch.setattr(fused, "_reader", lambda: None)  # compiled code reads parameters and norms of the CPU alone

@@ -13,6 +13,7 @@ from op_checks import BUFFERS, Recorder, distance, evaluate, noise
 from test_mixed_op import KINDS, Problem, draw
 from test_mixed_op_cuda import leaves_of, same, values_and_gradients
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -317,12 +318,19 @@ def test_the_compiled_functions_refuse_what_they_do_not_take(dtype, cuda_device,
             forward(*arguments)
 
 
-@pytest.mark.gpu
-def test_torch_compile(dtype):
-    """Without a break in the graph, and without compiling again for the second call."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    problem = draw(cell=(1, 2, 1), shape=(2, 4, 5, 4), mode="eval").copy(device="cuda")
-    compiled = torch.compile(lambda x: mixed_cell((x,), *problem.arguments()[1:], **problem.options()), fullgraph=True)
-    with torch.autocast("cuda", dtype):
-        assert torch.equal(compiled(problem.states[0]), problem.run())
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torch_compile(autocast, dtype, cuda_device):
+    """Without a break in the graph, and without compiling again for other numbers."""
+    torch._dynamo.reset()
+    problem = draw(cell=(1, 2, 1), shape=(2, 4, 5, 4), mode="eval")
+    problem = problem.copy(torch.float32 if autocast else dtype, device=cuda_device)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def cell(x: Tensor) -> Tensor:
+        return mixed_cell((x,), *problem.arguments()[1:], **problem.options())
+
+    compiled = torch.compile(cell, fullgraph=True, backend=counter)
+    with torch.autocast(cuda_device, dtype, enabled=autocast):
+        for x in (problem.states[0], -problem.states[0]):
+            assert torch.equal(compiled(x), cell(x)) and compiled(x).dtype == dtype
+    assert counter.frame_count == 1
