@@ -28,9 +28,6 @@ class Sizes(NamedTuple):
     workspace: int
 
 
-HALVES = (torch.bfloat16, torch.float16)
-
-
 class Cpu:
     """`rnas._cpu` on PyTorch's threads, in memory that is handed on from call to call."""
 
@@ -106,7 +103,7 @@ class Cuda:
         if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
             return None
         dtype = torch.get_autocast_dtype(x.device.type)
-        return dtype if dtype in HALVES else None
+        return dtype if dtype in fused.HALVES else None
 
     def image_dtype(self, x: Tensor) -> torch.dtype:
         """As `Cpu.image_dtype`: that of `x`, but float32 where the kernels for 16 bits do not take so many channels."""

@@ -17,6 +17,8 @@ from rnas.kernels import backend
 NOTHING, MASKS, ACTIVATIONS, OUTPUTS = 0, 1, 2, 3
 """What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
 
+HALVES = (torch.bfloat16, torch.float16)
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 _memory = threading.local()
@@ -197,8 +199,7 @@ class Norms:
         if [m is None for m in self.means] != [v is None for v in self.variances]:
             return "a norm has one running average without the other"
         lengths = [(norm.num_features,) for norm in self.modules]
-        halves = images in (torch.bfloat16, torch.float16)
-        taken = {images, torch.float32} if halves else {images}  # norms are often left in float32
+        taken = {images, torch.float32} if images in HALVES else {images}  # norms are often left in float32
         for tensors in (self.weights, self.biases, self.means, self.variances):
             there = [tensor for tensor in tensors if tensor is not None]
             if not there:
@@ -360,6 +361,16 @@ def obstacle(x: Tensor, norms: Norms | CompiledNorms, autocast: torch.dtype | No
     if 0 in x.shape:
         return "the batch is empty"
     return norms.obstacle(x, autocast or x.dtype)
+
+
+def dtypes_beside(x: Tensor, mixing: bool = False) -> tuple[torch.dtype, ...]:
+    """The dtypes that parameters may have beside images like `x`: its own, under autocast all that it brings together.
+
+    mixing: of numbers by which images are multiplied. float32 ones go with images of 16 bits too, as in PyTorch.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALVES):
+        return torch.float32, *HALVES
+    return (x.dtype, torch.float32) if mixing and x.dtype in HALVES else (x.dtype,)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

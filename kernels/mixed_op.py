@@ -712,7 +712,7 @@ OP = backend.Op(
     {
         "reference": backend.Implementation(_reference),
         "cpu": backend.Implementation(_fused, (torch.float32,)),
-        "cuda": backend.Implementation(_fused, (torch.float32, *engine.HALVES)),
+        "cuda": backend.Implementation(_fused, (torch.float32, *fused.HALVES)),
     },
 )
 
@@ -739,22 +739,12 @@ def _check_states(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _check_state(f"states[{index}]", state)
         if state.shape != first.shape:
             raise ValueError(f"states must have one shape, {tuple(first.shape)}; states[{index}]: {tuple(state.shape)}")
-        taken = taken or _taken(first)
+        taken = taken or fused.dtypes_beside(first)
         if state.dtype not in taken:
             raise TypeError(f"states must have one dtype, {first.dtype}; states[{index}] has {state.dtype}")
         if state.device != first.device:
             raise ValueError(f"states must be on one device, {first.device}; states[{index}] is on {state.device}")
     return tuple(states)
-
-
-def _taken(x: Tensor, mixing: bool = False) -> tuple[torch.dtype, ...]:
-    """The dtypes that go with states like `x`: its own, and under autocast all that autocast brings together.
-
-    mixing: of numbers by which images are multiplied. Those of 16 bits go with float32 ones, as in PyTorch.
-    """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *engine.HALVES):
-        return torch.float32, *engine.HALVES
-    return (x.dtype, torch.float32) if mixing and x.dtype in engine.HALVES else (x.dtype,)
 
 
 def _names(primitives: Sequence[str]) -> tuple[str, ...]:
@@ -791,7 +781,7 @@ def _check_edge_weights(x: Tensor, edge_weights: Tensor, edges: int) -> None:
         raise ValueError(
             f"edge_weights must have shape ({edges},), one number per edge; got {tuple(edge_weights.shape)}"
         )
-    if edge_weights.dtype not in _taken(x, mixing=True):
+    if edge_weights.dtype not in fused.dtypes_beside(x, mixing=True):
         raise TypeError(f"edge_weights must have the dtype of the states, {x.dtype}; got {edge_weights.dtype}")
     if edge_weights.device != x.device:
         raise ValueError(f"edge_weights must be on the device of the states, {x.device}; got {edge_weights.device}")
@@ -825,7 +815,7 @@ def _check_weights(x: Tensor, weights: Tensor, names: tuple[str, ...], edges: in
         cut = 1 if edges == 1 and weights.dim() == 2 else 0
         found, wanted = tuple(weights.shape)[cut:], (edges, len(names))[cut:]
         raise ValueError(f"weights must have shape {wanted}, one number per edge and primitive; got {found}")
-    if weights.dtype not in _taken(x, mixing=True):
+    if weights.dtype not in fused.dtypes_beside(x, mixing=True):
         raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")
     if weights.device != x.device:
         raise ValueError(f"weights must be on the device of the states, {x.device}; got {weights.device}")
@@ -867,7 +857,7 @@ def _of_edge(edge: int, edges: int) -> str:
 def _check_parameters(x: Tensor, parameters: Sequence[Tensor], shapes: list[tuple[int, ...]], where: str) -> None:
     if len(parameters) != len(shapes):
         raise ValueError(f"parameters{where} must be {len(shapes)} tensors, got {len(parameters)}")
-    taken = _taken(x)
+    taken = fused.dtypes_beside(x)
     for index, (tensor, shape) in enumerate(zip(parameters, shapes)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"parameters[{index}]{where} must be a tensor, got {type(tensor).__name__}")
