@@ -6,6 +6,8 @@ kernels compiled for the host, see tests/cuda_on_host.py.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from half_checks import HALVES, PLUS, TIMES, MixedPrecision, check_half, draw_half
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from rnas import kernels
 from rnas.kernels import backend, engine, mixed_cell, mixed_op
 from rnas.kernels.reference import mixed_op as reference
+from rnas.spaces import DARTS
+from rnas.supernet import Supernet
 
 ALL = (reference.PRIMITIVES, True)
 FEW = (("sep_conv_3x3", "skip_connect", "max_pool_3x3"), True)
@@ -109,8 +113,8 @@ def test_every_number_is_read_and_rounded_as_pytorch_does(weight, dtype, cuda_de
 
 
 def test_a_node_is_rounded_once(dtype, cuda_device):
-    """However many launches its edges take: here two."""
-    problem = draw(space=ALL, cell=(3, 1, 1), shape=(2, 4, 5, 5), mode="eval").copy(dtype, device=cuda_device)
+    """However many launches its edges take: here two, and the last edge is in the second."""
+    problem = draw(space=ALL, cell=(4, 1, 1), shape=(2, 4, 5, 5), mode="eval").copy(dtype, device=cuda_device)
     problem.weights.zero_()[:, reference.PRIMITIVES.index("skip_connect")] = 1
     exact = sum(state.double() for state in problem.states).to(dtype)
     assert torch.equal(problem.run(), exact)
@@ -232,6 +236,26 @@ def test_what_autocast_leaves_to_plain_pytorch(dtype, cuda_device):
     wide = draw(shape=(1, 4, 5, 4), mode="eval").copy(torch.float64, device=cuda_device)
     with torch.autocast(cuda_device, dtype), pytest.raises(backend.BackendError, match="autocast is on"):
         wide.run()
+
+
+@pytest.mark.parametrize("way", ["converted", "autocast"])
+def test_a_supernet(way, dtype, cuda_device, monkeypatch):
+    """Its cells run fused, the rest as plain PyTorch; logits near those of float32, gradients as wide as what they are of."""
+    monkeypatch.setenv(backend.VARIABLE, "auto")
+    torch.manual_seed(0)
+    supernet = Supernet(dataclasses.replace(DARTS, nodes=2), channels=4, layers=3, num_classes=4).to(cuda_device)
+    shape = (len(supernet.space.edges), len(DARTS.primitives))
+    mixing = {name: torch.randn(shape, device=cuda_device).softmax(1).requires_grad_() for name in DARTS.cell_types}
+    x = torch.rand(4, 3, 16, 16, device=cuda_device)
+    expected = supernet(x, mixing)
+    supernet = supernet.to(dtype) if way == "converted" else supernet
+    with torch.autocast(cuda_device, dtype, enabled=way == "autocast"), Recorder("mixed_cell_forward") as recorder:
+        logits = supernet(x.to(dtype) if way == "converted" else x, mixing)
+    assert len(recorder.calls) == 3 and logits.dtype == dtype
+    assert distance([logits.float()], [expected]) <= 20 * torch.finfo(dtype).eps
+    logits.float().square().sum().backward()
+    for leaf in (*supernet.parameters(), *mixing.values()):
+        assert leaf.grad.dtype == leaf.dtype and leaf.grad.isfinite().all()
 
 
 # As citizens of PyTorch ----------------------------------------------------------------------------------------------
