@@ -22,7 +22,7 @@ Run = Callable[[], list[Tensor]]
 class Provider:
     """layout: of images and weights; compiled: mixed edges through torch.compile; graph: replayed from a CUDA graph.
 
-    fused: the supernet as `rnas` runs it; else every candidate is a module.
+    fused: the supernet as `rnas` runs it; else every candidate is a module. autocast: to that dtype; None: float32.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Provider:
     compiled: bool = False
     graph: bool = False
     fused: bool = False
+    autocast: torch.dtype | None = None
 
 
 @dataclass
@@ -37,12 +38,14 @@ class Prepared:
     """A provider made ready for one job: what to time, its sample, and what a reader must know about it.
 
     eager: the work as separate launches, on which what autograd saves can be observed also for a CUDA graph.
+    autocast: that of the provider.
     """
 
     run: Run
     sample: Run
     eager: Run
     note: str = ""
+    autocast: torch.dtype | None = None
 
 
 CPU = (
@@ -57,6 +60,9 @@ CUDA = (
     Provider("channels_last_graph", torch.channels_last, graph=True),
     Provider("compile_graph", torch.channels_last, compiled=True, graph=True),
     Provider("rnas_graph", torch.channels_last, fused=True, graph=True),
+    Provider("channels_last_bf16", torch.channels_last, autocast=torch.bfloat16),
+    Provider("rnas_bf16", torch.channels_last, fused=True, autocast=torch.bfloat16),
+    Provider("rnas_bf16_graph", torch.channels_last, fused=True, graph=True, autocast=torch.bfloat16),
 )
 
 
@@ -80,12 +86,23 @@ def prepare(provider: Provider, job: Job, problem: Problem, backend: str) -> Pre
     elif not provider.fused:
         module_per_operation.use(problem.supernet)
     sample = job.sample or job.run
+    cast = partial(_under_autocast, provider.autocast, problem)
     if not provider.graph:
-        return Prepared(partial(job.run, problem), partial(sample, problem), partial(sample, problem), note)
+        return Prepared(cast(job.run), cast(sample), cast(sample), note, provider.autocast)
     run, sample = job.captured or job.run, job.captured_sample or sample
-    captured = CapturedGraph(partial(run, problem))
-    shorter = captured if job.sample is None else CapturedGraph(partial(sample, problem))
-    return Prepared(captured, shorter, partial(sample, problem), note)
+    captured = CapturedGraph(cast(run))
+    shorter = captured if job.sample is None else CapturedGraph(cast(sample))
+    return Prepared(captured, shorter, cast(sample), note, provider.autocast)
+
+
+def _under_autocast(dtype: torch.dtype | None, problem: Problem, run: Callable[[Problem], list[Tensor]]) -> Run:
+    """`run` on the problem. Autocast keeps no casts of weights between calls: a CUDA graph has to contain them."""
+
+    def cast() -> list[Tensor]:
+        with torch.autocast(problem.x.device.type, dtype, cache_enabled=False):
+            return run(problem)
+
+    return partial(run, problem) if dtype is None else cast
 
 
 def compile_edges(supernet: nn.Module, device: str, backend: str) -> str:

@@ -9,6 +9,7 @@ import module_per_operation
 import pytest
 import torch
 from comparison import MEASURED, Gate, Row, compare
+from conftest import device_of
 from jobs import GRADIENT_TOLERANCE, relative_error
 from providers import Prepared
 from report import CLOCK, Session, broken, replay
@@ -22,24 +23,33 @@ WIDTHS = (16, 24, 36, 48, 64)
 SIZES = ((28, 28), (8, 8), (33, 17))
 BATCH = 64
 PROVIDERS = ("eager", "channels_last", "rnas")
+CUDA_PROVIDERS = (*PROVIDERS, "channels_last_bf16", "rnas_bf16")
+CUDA_WIDTHS, CUDA_SIZES = (16, 36), SIZES[:1]  # of a search, and of the networks that are trained
 MODES = ("training", "attack")  # all gradients on batch statistics; the gradient to the images on fixed ones
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("channels", WIDTHS)
-@pytest.mark.parametrize("mode", MODES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = device_of(metafunc.config)
+    widths, sizes = (CUDA_WIDTHS, CUDA_SIZES) if device == "cuda" else (WIDTHS, SIZES)
+    metafunc.parametrize("provider", _providers(device))
+    metafunc.parametrize("size", sizes, ids=lambda size: f"{size[0]}x{size[1]}")
+    metafunc.parametrize("channels", widths)
+    metafunc.parametrize("mode", MODES)
+
+
 @pytest.mark.benchmark(timer=CLOCK.read)
 def test_mixed_op_speed(session: Session, benchmark, mode: str, channels: int, size: tuple[int, int], provider: str):
     """One row: this width, size and provider."""
-    if session.device != "cpu":
-        pytest.skip("the mixed operation has no CUDA kernel yet")
     job = f"mixed_edge_{mode}_{channels}_{size[0]}x{size[1]}"
     batch = 2 if session.quick else BATCH
     row = session.row((job, batch), provider, lambda: measure_edge(session, job, mode, channels, size, batch))
     reason = replay(benchmark, row)
     if reason:
         (pytest.fail if broken(row) else pytest.skip)(reason)
+
+
+def _providers(device: str) -> tuple[str, ...]:
+    return CUDA_PROVIDERS if device == "cuda" else PROVIDERS
 
 
 def measure_edge(
@@ -52,12 +62,13 @@ def measure_edge(
         edge = MixedOperation(DARTS.primitives, channels, stride=1)
     x, grad_out = torch.randn(2, batch, channels, *size, generator=draw)
     weights = torch.randn(len(DARTS.primitives), generator=draw).softmax(0)
+    edge, x, grad_out, weights = (each.to(session.device) for each in (edge, x, grad_out, weights))
     edge(x, weights)  # so that the running statistics are those of some images
     edge.train(mode == "training")
     rows = compare(
         job,
         batch,
-        {name: partial(_prepare, name, mode, edge, x, weights, grad_out) for name in PROVIDERS},
+        {name: partial(_prepare, name, mode, edge, x, weights, grad_out) for name in _providers(session.device)},
         Gate(relative_error, GRADIENT_TOLERANCE),
         device=session.device,
         budget_seconds=session.budget_seconds / 10,
@@ -74,12 +85,15 @@ def _prepare(provider: str, mode: str, edge: MixedOperation, x: Tensor, weights:
     layout = torch.contiguous_format if provider == "eager" else torch.channels_last
     x, grad_out = (each.clone(memory_format=layout) for each in (x, grad_out))
     run = partial(_gradients, provider, mode, edge, x, weights, grad_out)
-    return Prepared(run, run, run)
+    return Prepared(run, run, run, autocast=torch.bfloat16 if provider.endswith("_bf16") else None)
 
 
 def _gradients(provider: str, mode: str, edge: MixedOperation, x: Tensor, weights: Tensor, grad_out: Tensor):
     x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_(mode == "training")
     parameters = list(edge.parameters()) if mode == "training" else []
     edge.requires_grad_(mode == "training")
-    out = edge(x, weights) if provider == "rnas" else module_per_operation.edge(edge, x, weights.unbind())
-    return list(torch.autograd.grad(out, [x, *parameters, *([weights] if mode == "training" else [])], grad_out))
+    fused = provider.startswith("rnas")
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=provider.endswith("_bf16")):
+        out = edge(x, weights) if fused else module_per_operation.edge(edge, x, weights.unbind())
+    wanted = [x, *parameters, *([weights] if mode == "training" else [])]
+    return list(torch.autograd.grad(out, wanted, grad_out.to(out.dtype)))

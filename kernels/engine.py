@@ -36,8 +36,16 @@ class Cpu:
         """The compiled module."""
         return backend.module("cpu")
 
-    def sizes(self, shape: tuple[int, ...], primitives: str) -> Sizes:
-        """Those of a shape as the module takes it; primitives: names with commas between."""
+    def autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype that images like `x` are cast to where autocast is on and the kernels follow it, else None."""
+        return None
+
+    def image_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the compiled functions take images like `x`."""
+        return x.dtype
+
+    def sizes(self, shape: tuple[int, ...], primitives: str, images: torch.dtype) -> Sizes:
+        """Those of a shape as the module takes it; primitives: names with commas between; images: their dtype."""
         return _cpu_sizes(shape, primitives, torch.get_num_threads(), self.module.simd_level())
 
     def what_to_keep(self, states: Sequence[Tensor], tables: Sequence[Tensor | None], on_batch: bool) -> int:
@@ -59,7 +67,15 @@ class Cpu:
         """Memory for one call."""
         return fused.workspace(size)
 
-    def place(self) -> tuple[int, ...]:
+    def images(self, tensors: Sequence[Tensor], images: torch.dtype) -> list[Tensor]:
+        """(N, C, H, W) each, as the compiled functions take them: dense (N, H, W, C) of that dtype."""
+        return [fused.pixels_first(tensor) for tensor in tensors]
+
+    def tables(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """Everything else that the compiled functions read, as they take it: dense."""
+        return fused.dense(*tensors)
+
+    def place(self, images: torch.dtype) -> tuple[int, ...]:
         """What the compiled functions take last: the number of threads."""
         return (torch.get_num_threads(),)
 
@@ -82,9 +98,20 @@ class Cuda:
         """The compiled module."""
         return backend.module("cuda")
 
-    def sizes(self, shape: tuple[int, ...], primitives: str) -> Sizes:
+    def autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        """As `Cpu.autocast_dtype`: that of autocast. float64 is left as it is, by PyTorch too."""
+        if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return dtype if dtype in fused.HALVES else None
+
+    def image_dtype(self, x: Tensor) -> torch.dtype:
+        """As `Cpu.image_dtype`: that of `x`, but float32 where the kernels for 16 bits do not take so many channels."""
+        return x.dtype if x.shape[1] % 4 == 0 else torch.float32
+
+    def sizes(self, shape: tuple[int, ...], primitives: str, images: torch.dtype) -> Sizes:
         """As `Cpu.sizes`. Needs no device."""
-        return _cuda_sizes(self.module, shape, primitives)
+        return _cuda_sizes(self.module, shape, primitives, str(images).removeprefix("torch."))
 
     def what_to_keep(self, states: Sequence[Tensor], tables: Sequence[Tensor | None], on_batch: bool) -> int:
         """As `Cpu.what_to_keep`: activations or nothing."""
@@ -101,8 +128,21 @@ class Cuda:
 
     workspace = memory
 
-    def place(self) -> tuple[int, ...]:
-        """What the compiled functions take last: the device's index and the handle of its current stream."""
+    def images(self, tensors: Sequence[Tensor], images: torch.dtype) -> list[Tensor]:
+        """As `Cpu.images`. Those of 16 bits begin where the kernels can load four elements at once."""
+        found = [fused.pixels_first(tensor.to(images)) for tensor in tensors]
+        return found if images == torch.float32 else [_aligned(image) for image in found]
+
+    def tables(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """As `Cpu.tables`, aligned."""
+        return [None if tensor is None else _aligned(tensor) for tensor in fused.dense(*tensors)]
+
+    def place(self, images: torch.dtype) -> tuple[str | int, ...]:
+        """What the compiled functions take last: the images' dtype, the device's index, its current stream's handle."""
+        return (str(images).removeprefix("torch."), *self.stream())
+
+    def stream(self) -> tuple[int, int]:
+        """The device's index and the handle of its current stream."""
         return self.device.index, torch.cuda.current_stream(self.device).cuda_stream
 
 
@@ -111,10 +151,7 @@ _CPU = Cpu()
 
 def of(x: Tensor) -> Cpu | Cuda:
     """The engine for tensors on the device of `x`."""
-    return _cuda(x.device) if x.is_cuda else _CPU
-
-
-_cuda = functools.cache(Cuda)
+    return Cuda(x.device) if x.is_cuda else _CPU
 
 
 @functools.lru_cache(maxsize=256)
@@ -124,5 +161,10 @@ def _cpu_sizes(shape: tuple[int, ...], primitives: str, threads: int, level: str
 
 
 @functools.lru_cache(maxsize=256)
-def _cuda_sizes(module: ModuleType, shape: tuple[int, ...], primitives: str) -> Sizes:
-    return Sizes(*module.mixed_sizes(shape, primitives.split(",")))
+def _cuda_sizes(module: ModuleType, shape: tuple[int, ...], primitives: str, images: str) -> Sizes:
+    return Sizes(*module.mixed_sizes(shape, primitives.split(","), images))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, where 16 bytes can be loaded at once."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

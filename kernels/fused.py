@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
@@ -15,6 +16,8 @@ from rnas.kernels import backend
 
 NOTHING, MASKS, ACTIVATIONS, OUTPUTS = 0, 1, 2, 3
 """What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
+
+HALVES = (torch.bfloat16, torch.float16)
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
@@ -184,8 +187,8 @@ class Norms:
         """In eps, or in where they take the statistics from."""
         self.eps = modules[0].eps if modules else 0.0
 
-    def obstacle(self, x: Tensor) -> str | None:
-        """Why no fused kernel covers them on these images, or None."""
+    def obstacle(self, x: Tensor, images: torch.dtype) -> str | None:
+        """Why no fused kernel covers them on images like `x` of this dtype, or None."""
         if self.differ:
             return "the norms differ in eps or in mode"
         if any([kind.forward is not nn.BatchNorm2d.forward for kind in set(map(type, self.modules))]):
@@ -196,20 +199,24 @@ class Norms:
         if [m is None for m in self.means] != [v is None for v in self.variances]:
             return "a norm has one running average without the other"
         lengths = [(norm.num_features,) for norm in self.modules]
+        taken = {images, torch.float32} if images in HALVES else {images}  # norms are often left in float32
         for tensors in (self.weights, self.biases, self.means, self.variances):
             there = [tensor for tensor in tensors if tensor is not None]
             if not there:
                 continue
-            if {tensor.dtype for tensor in there} - {x.dtype} or {tensor.device for tensor in there} - {x.device}:
-                return f"a norm's tensors are not {x.dtype} on {x.device}"
+            dtypes = {tensor.dtype for tensor in there}
+            if dtypes - taken or {tensor.device for tensor in there} - {x.device}:
+                return f"a norm's tensors are not {images} on {x.device}"
+            if len(dtypes) > 1:
+                return "the norms differ in dtype"
             expected = [length for length, tensor in zip(lengths, tensors) if tensor is not None]
             if [tensor.shape for tensor in there] != expected:
                 return "a norm's tensors have not one number per feature"  # plain PyTorch says which
         return None
 
     def affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Their scales and shifts (B, C) in the dtype and on the device of `x`; None where no norm has one."""
-        return _table(self.weights, x, 1.0), _table(self.biases, x, 0.0)
+        """Their scales and shifts (B, C), for images like `x`; None where no norm has one."""
+        return _table(self.weights, 1.0), _table(self.biases, 0.0)
 
     def statistics(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Their running means and variances (B, C); None where they take those of the batch."""
@@ -251,12 +258,22 @@ class Norms:
         for index, averages in enumerate((self.means, self.variances)):
             if fixed:
                 moving, towards = [averages[row] for row in fixed], [batch[row][index] for row in fixed]
-                torch._foreach_lerp_(moving, towards, [momenta[row] for row in fixed])
+                _move_towards(moving, towards, [momenta[row] for row in fixed])
             if cumulative:
                 moving, towards = [averages[row] for row in cumulative], [batch[row][index] for row in cumulative]
                 counts = torch.stack([counters[row] for row in cumulative]).to(towards[0].dtype)
                 shares = counts.reciprocal()[:, None].repeat(1, towards[0].shape[0])
-                torch._foreach_lerp_(moving, towards, list(shares.unbind()))
+                _move_towards(moving, towards, list(shares.unbind()))
+
+
+def _move_towards(averages: list[Tensor], values: list[Tensor], shares: list) -> None:
+    """averages += shares * (values - averages), in the dtype of the values and rounded once."""
+    if averages[0].dtype == values[0].dtype:
+        torch._foreach_lerp_(averages, values, shares)
+        return
+    moved = list(torch.stack(averages).to(values[0].dtype).unbind())
+    torch._foreach_lerp_(moved, values, shares)
+    torch._foreach_copy_(averages, moved)
 
 
 class CompiledNorms:
@@ -266,9 +283,9 @@ class CompiledNorms:
         self._found, self._shape = found, shape  # an rnas._cpu.Norms, and (B, C) of what it holds
         self.on_batch, self.eps = found.on_batch, found.eps
 
-    def obstacle(self, x: Tensor) -> str | None:
-        """Why no fused kernel covers them on these images, or None."""
-        return None if x.is_cpu and x.dtype == torch.float32 else f"a norm's tensors are not {x.dtype} on {x.device}"
+    def obstacle(self, x: Tensor, images: torch.dtype) -> str | None:
+        """Why no fused kernel covers them on images like `x` of this dtype, or None."""
+        return None if x.is_cpu and images == torch.float32 else f"a norm's tensors are not {images} on {x.device}"
 
     def affine(self, x: Tensor) -> tuple[None, None]:
         """They have none."""
@@ -334,27 +351,45 @@ def _held(norms: list[nn.BatchNorm2d], store: str, name: str) -> list[Tensor | N
         return [getattr(norm, name) for norm in norms]
 
 
-def obstacle(x: Tensor, norms: Norms | CompiledNorms) -> str | None:
-    """Why a fused kernel does not cover a call on these images and norms, or None."""
-    if torch.is_autocast_enabled(x.device.type):
+def obstacle(x: Tensor, norms: Norms | CompiledNorms, autocast: torch.dtype | None = None) -> str | None:
+    """Why a fused kernel does not cover a call on these images and norms, or None.
+
+    autocast: what the kernel casts the images to where autocast is on; None where it does not follow it.
+    """
+    if torch.is_autocast_enabled(x.device.type) and autocast is None:
         return "autocast is on"
     if 0 in x.shape:
         return "the batch is empty"
-    return norms.obstacle(x)
+    return norms.obstacle(x, autocast or x.dtype)
+
+
+def dtypes_beside(x: Tensor, mixing: bool = False) -> tuple[torch.dtype, ...]:
+    """The dtypes that parameters may have beside images like `x`: its own, under autocast all that it brings together.
+
+    mixing: of numbers by which images are multiplied. float32 ones go with images of 16 bits too, as in PyTorch.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALVES):
+        return torch.float32, *HALVES
+    return (x.dtype, torch.float32) if mixing and x.dtype in HALVES else (x.dtype,)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Inside, operations on the device of `x` run in the dtypes that they are given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _table(rows: list[Tensor | None], x: Tensor, default: float) -> Tensor | None:
+def _table(rows: list[Tensor | None], default: float) -> Tensor | None:
     """The rows (C,) as a table (B, C), `default` where there is none; None where there are none at all."""
     if all([row is None for row in rows]):
         return None
     if not any([row is None for row in rows]):  # `None in rows` would compare whole tensors
         return _stack(rows)
-    length = next(row for row in rows if row is not None).shape[0]
-    filler = x.new_full((length,), default)
+    filler = torch.full_like(next(row for row in rows if row is not None), default)
     return torch.stack([filler if row is None else row for row in rows])
 
 

@@ -36,8 +36,8 @@ def mixed_op(
     """One mixed edge: `sum_k weights[k] * primitive_k(x)`.
 
     Args:
-        x: (N, C, H, W) the source state, float32 or float64, contiguous or channels_last.
-        weights: (K,) mixing weights: a softmax, log-normal samples, one-hot, anything.
+        x: (N, C, H, W) the source state, floating-point, contiguous or channels_last.
+        weights: (K,) mixing weights: a softmax, log-normal samples, one-hot, anything. Of the dtype of x, or float32.
         parameters: the convolution weights as PyTorch stores them, in the order and shapes of
             `parameter_shapes(primitives, C, stride)`.
         norms: the BN modules in the order in which the primitives meet them, as many as
@@ -59,8 +59,13 @@ def mixed_op(
     convolution weights require no gradient, the results of all convolutions; on a GPU, one activation per separable
     convolution wherever anything requires a gradient. Bit for bit the same for the same inputs and, on a CPU, number of
     threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the call. The fused kernels serve
-    float32; calls that they do not cover (float64, autocast, norms that disagree on mode or eps) go to plain PyTorch,
-    and so does a second derivative on batch statistics.
+    float32, on a GPU also bfloat16 and float16; calls that they do not cover (float64, norms that disagree on mode, eps
+    or dtype, autocast on a CPU) go to plain PyTorch, and so does a second derivative on batch statistics.
+
+    In bfloat16 and float16 the kernels compute and add up in float32, and round each image once; parameters are those
+    of a converted model, of whose norms all or the running averages may be float32. Under autocast on a GPU `x` is cast
+    to its dtype, which the result has, while everything else stays as it is, gradients included. Where C is no multiple
+    of 4 they run as float32 between two conversions.
 
     Equivalent to::
 
@@ -149,13 +154,17 @@ def mixed_cell(
         _check_edge_weights(x, edge_weights, len(edges.shapes))
     options = (names, nodes, stride, bool(pool_norm), partial, edge_weights)
     call = _Call(states, weights, parameters, norms, *options, *read)
+    on = engine.of(x)
+    autocast = on.autocast_dtype(x)
     if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
         raise ValueError(
             f"batch statistics need more than 1 value per channel, got states of shape {tuple(x.shape)} at stride "
             f"{stride}; pass more images or call .eval() on the norms"
         )
-    obstacle = fused.obstacle(x, call.norms_read) or engine.of(x).obstacle(channels)
-    run = OP.choose(x.device, x.dtype, obstacle)
+    obstacle = fused.obstacle(x, call.norms_read, autocast) or on.obstacle(channels)
+    if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
+        obstacle = obstacle or "the parameters differ in dtype"
+    run = OP.choose(x.device, autocast or x.dtype, obstacle)
     return run(call).contiguous(memory_format=fused.layout(x))
 
 
@@ -200,6 +209,14 @@ class _Settings(NamedTuple):
 
 
 def _fused(call: _Call) -> Tensor:
+    autocast = engine.of(call.states[0]).autocast_dtype(call.states[0])
+    if autocast is None:
+        return _mix(call)
+    with fused.without_autocast(call.states[0]):
+        return _mix(call._replace(states=tuple([state.to(autocast) for state in call.states])))
+
+
+def _mix(call: _Call) -> Tensor:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
@@ -251,6 +268,9 @@ def _cell(states, weights, theta, norms, nodes: int, stride: int, call: _Call) -
     x = states[0]
     gamma, beta = norms.affine(x)
     mean, variance = norms.statistics(x)
+    if x.dtype != torch.float32:  # images alone have 16 bits
+        tables = (weights, theta, gamma, beta, mean, variance)
+        weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
     settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep)
     out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
@@ -315,9 +335,10 @@ class _Flat(torch.autograd.Function):
 
 def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...], engine.Sizes]:
     """The shape as the compiled functions take it, and the sizes that follow from it."""
+    on = engine.of(states[0])
     n, c, h, w = (int(size) for size in states[0].shape)
     shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm))
-    return shape, engine.of(states[0]).sizes(shape, settings.primitives)
+    return shape, on.sizes(shape, settings.primitives, on.image_dtype(states[0]))
 
 
 def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -331,7 +352,9 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
     activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
     kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
-    return out, x.new_empty(table), x.new_empty(table), take(kept)
+    if settings.keep and engine.of(x).image_dtype(x) != x.dtype:
+        kept += 4 * out.numel()  # see _nodes
+    return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept)
 
 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
@@ -342,8 +365,9 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
     out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, on.memory)
-    images = [fused.pixels_first(state) for state in states]
-    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
+    dtype = on.image_dtype(states[0])
+    images, raw = on.images(states, dtype), _nodes(out, kept, dtype, settings)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance)
     workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
     on.module.mixed_forward(
         shape,
@@ -352,10 +376,28 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         settings.eps,
         mean is None,
         settings.keep,
-        *fused.addresses([out, batch_mean, batch_variance, kept, workspace]),
-        *on.place(),
+        *fused.addresses([raw, batch_mean, batch_variance, kept, workspace]),
+        *on.place(dtype),
     )
+    _put_back(raw, out)
     return out, batch_mean, batch_variance, kept
+
+
+def _nodes(out: Tensor, kept: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
+    """The nodes in the dtype of the compiled functions: `out`, or float32 numbers behind everything else in `kept`.
+
+    A backward pass on batch statistics has to see what they are the statistics of, not what that is rounded to.
+    """
+    if out.dtype == dtype or not settings.keep:
+        return out.to(dtype)
+    n, c, h, w = out.shape
+    return kept[kept.numel() - 4 * out.numel() :].view(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _put_back(raw: Tensor, images: Tensor) -> None:
+    """What a compiled function has written, where it could not write the images themselves."""
+    if raw is not images:
+        images.copy_(raw)
 
 
 def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
@@ -384,11 +426,14 @@ def _backward(
 ):
     settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
-    gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    of_states, *gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    dtype = on.image_dtype(states[0])
+    raw = None if of_states is None else of_states.to(dtype)
     masks = settings.keep == fused.MASKS
-    *images, out = [None if masks else fused.pixels_first(image) for image in (*states, out)]
-    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
-    grad_out = fused.pixels_first(grad_out)
+    nodes = None if masks else _nodes(out, kept, dtype, settings)
+    *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    (grad_out,) = on.images([grad_out], dtype)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_backward(
         shape,
@@ -398,12 +443,14 @@ def _backward(
         batch_statistics,
         settings.keep,
         *fused.addresses([out, kept, grad_out]),
-        fused.addresses(gradients[1:]),
-        _addresses_of_states(gradients[0], wanted),
+        fused.addresses(gradients),
+        _addresses_of_states(raw, wanted),
         workspace.data_ptr(),
-        *on.place(),
+        *on.place(dtype),
     )
-    return [gradient for gradient in gradients if gradient is not None]
+    if of_states is not None:
+        _put_back(raw, of_states)
+    return [gradient for gradient in (of_states, *gradients) if gradient is not None]
 
 
 def _addresses_of_states(images: Tensor | None, wanted: Sequence[bool]) -> list[int]:
@@ -424,13 +471,14 @@ def _double_backward(
 ):
     settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
-    masks = settings.keep == fused.MASKS
+    masks, dtype = settings.keep == fused.MASKS, on.image_dtype(states[0])
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
-    *images, out = [None if masks else fused.pixels_first(image) for image in (*states, out)]
-    tables = fused.dense(weights, theta, gamma, beta, mean, variance)
-    grad_out = fused.pixels_first(grad_out)
-    grad_grad_out = fused.empty_image(grad_out, grad_out.shape[3], sizes.height_out, sizes.width_out)
-    along = [fused.pixels_first(each) for each in direction.unbind()]
+    nodes = None if masks else _nodes(out, kept, dtype, settings)
+    *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    grad_grad_out = fused.empty_image(grad_out, grad_out.shape[1], sizes.height_out, sizes.width_out)
+    grad_out, *along = on.images([grad_out, *direction.unbind()], dtype)
+    raw = grad_grad_out.to(dtype)
     along_kept = None if masks else on.memory(sizes.kept_linear)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_double_backward(
@@ -441,11 +489,12 @@ def _double_backward(
         settings.keep,
         *fused.addresses([out, kept, grad_out]),
         fused.addresses(along),
-        *fused.addresses([grad_grad_out, along_kept]),
+        *fused.addresses([raw, along_kept]),
         fused.addresses(gradients),
         workspace.data_ptr(),
-        *on.place(),
+        *on.place(dtype),
     )
+    _put_back(raw, grad_grad_out)
     return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
 
@@ -564,14 +613,15 @@ def _second_composed(ctx, directions):
     def cell(*inputs):
         return _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, ctx.settings)
 
-    found = fused.differentiate_twice(
-        cell,
-        [tensors[position] for position in positions],
-        tensors[_GRAD_OUT],
-        ctx.wanted,
-        directions,
-        [needs[position] for position in (_GRAD_OUT, *positions)],
-    )
+    with fused.without_autocast(tensors[_STATES]):
+        found = fused.differentiate_twice(
+            cell,
+            [tensors[position] for position in positions],
+            tensors[_GRAD_OUT],
+            ctx.wanted,
+            directions,
+            [needs[position] for position in (_GRAD_OUT, *positions)],
+        )
     gradients = [None] * len(needs)
     for position, gradient in zip((_GRAD_OUT, *positions), found):
         gradients[position] = gradient
@@ -579,7 +629,11 @@ def _second_composed(ctx, directions):
 
 
 def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Settings) -> Tensor:
-    """The cell by the plain-PyTorch definition, from the packed parameters. mean None: batch statistics."""
+    """The cell by the plain-PyTorch definition, from the packed parameters. mean None: batch statistics.
+
+    In the dtype of the parameters; rounded once to that of the states.
+    """
+    images, states = states[0].dtype, [state.to(theta.dtype) for state in states]
     primitives, channels = tuple(settings.primitives.split(",")), int(states[0].shape[1])
     parameters, norms, at, row = [], [], 0, 0
     for node in range(settings.nodes):
@@ -600,7 +654,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
                 ]
             )
             row += count
-    return reference.mixed_cell(
+    out = reference.mixed_cell(
         states,
         weights,
         parameters,
@@ -610,6 +664,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
         stride=settings.stride,
         pool_norm=settings.pool_norm,
     )
+    return out.to(images)
 
 
 def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
@@ -657,7 +712,7 @@ OP = backend.Op(
     {
         "reference": backend.Implementation(_reference),
         "cpu": backend.Implementation(_fused, (torch.float32,)),
-        "cuda": backend.Implementation(_fused, (torch.float32,)),
+        "cuda": backend.Implementation(_fused, (torch.float32, *fused.HALVES)),
     },
 )
 
@@ -679,12 +734,13 @@ def _check_states(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         raise TypeError(f"states must be a sequence of tensors of shape (N, C, H, W), got {type(states).__name__}")
     if not states:
         raise ValueError("states must hold at least one tensor of shape (N, C, H, W), got none")
-    first = states[0]
+    first, taken = states[0], None
     for index, state in enumerate(states):
         _check_state(f"states[{index}]", state)
         if state.shape != first.shape:
             raise ValueError(f"states must have one shape, {tuple(first.shape)}; states[{index}]: {tuple(state.shape)}")
-        if state.dtype != first.dtype:
+        taken = taken or fused.dtypes_beside(first)
+        if state.dtype not in taken:
             raise TypeError(f"states must have one dtype, {first.dtype}; states[{index}] has {state.dtype}")
         if state.device != first.device:
             raise ValueError(f"states must be on one device, {first.device}; states[{index}] is on {state.device}")
@@ -725,7 +781,7 @@ def _check_edge_weights(x: Tensor, edge_weights: Tensor, edges: int) -> None:
         raise ValueError(
             f"edge_weights must have shape ({edges},), one number per edge; got {tuple(edge_weights.shape)}"
         )
-    if edge_weights.dtype != x.dtype:
+    if edge_weights.dtype not in fused.dtypes_beside(x, mixing=True):
         raise TypeError(f"edge_weights must have the dtype of the states, {x.dtype}; got {edge_weights.dtype}")
     if edge_weights.device != x.device:
         raise ValueError(f"edge_weights must be on the device of the states, {x.device}; got {edge_weights.device}")
@@ -759,7 +815,7 @@ def _check_weights(x: Tensor, weights: Tensor, names: tuple[str, ...], edges: in
         cut = 1 if edges == 1 and weights.dim() == 2 else 0
         found, wanted = tuple(weights.shape)[cut:], (edges, len(names))[cut:]
         raise ValueError(f"weights must have shape {wanted}, one number per edge and primitive; got {found}")
-    if weights.dtype != x.dtype:
+    if weights.dtype not in fused.dtypes_beside(x, mixing=True):
         raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")
     if weights.device != x.device:
         raise ValueError(f"weights must be on the device of the states, {x.device}; got {weights.device}")
@@ -801,12 +857,13 @@ def _of_edge(edge: int, edges: int) -> str:
 def _check_parameters(x: Tensor, parameters: Sequence[Tensor], shapes: list[tuple[int, ...]], where: str) -> None:
     if len(parameters) != len(shapes):
         raise ValueError(f"parameters{where} must be {len(shapes)} tensors, got {len(parameters)}")
+    taken = fused.dtypes_beside(x)
     for index, (tensor, shape) in enumerate(zip(parameters, shapes)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"parameters[{index}]{where} must be a tensor, got {type(tensor).__name__}")
         if tensor.shape != shape:
             raise ValueError(f"parameters[{index}]{where} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
+        if tensor.dtype not in taken:
             raise TypeError(
                 f"parameters[{index}]{where} must have the dtype of the states, {x.dtype}; got {tensor.dtype}"
             )

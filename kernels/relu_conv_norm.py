@@ -408,7 +408,7 @@ def _check_images(x: Tensor, name: str, weight: Tensor, kernel: str = "h, w") ->
             raise ValueError(f"{argument} must have shape {shape} without zeros, got {tuple(tensor.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}; convert with .float()")
-    if weight.dtype != x.dtype:
+    if weight.dtype not in fused.dtypes_beside(x):
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}; got {weight.device}")

@@ -10,15 +10,32 @@ NANS = "mixed_op_cuda nan_propagates"
 TIES = "mixed_op_cuda ties_go"
 TWICE = "mixed_op_cuda test_second_derivatives"
 ORDER = "mixed_op_cuda_contract in_every_order"
+NUMBERS = "mixed_op_cuda_halves every_number_is_read_and_rounded"
+ONCE = "mixed_op_cuda_halves rounded_once"
 
 
 def on_host(file: str, *table: tuple[str, ...]) -> list[Planted]:
-    """The rows of one file of csrc/cuda/mixed/."""
-    return rows(f"cuda/mixed/{file}", *((f"cuda {name}", *rest, "host") for name, *rest in table))
+    """The rows of one file of csrc/cuda/."""
+    return rows(f"cuda/{file}", *((f"cuda {name}", *rest, "host") for name, *rest in table))
 
+
+ELEMENT = on_host(
+    "element.h",
+    ("element: bfloat16 cut off", NUMBERS, "", "host::rounded_shift(bits, 16)", "bits >> 16"),
+    ("element: a tie goes up", NUMBERS, "uint32_t rounded_shift(", "rest == half && whole % 2 == 1", "rest == half"),
+    ("element: no half below the normal ones", NUMBERS, "Half from_float(", "exponent >= 102", "exponent >= 113"),
+    ("element: small halves read at half their size", NUMBERS, "float to_float(Half value)", "-24", "-25"),
+    ("element: a large half is no infinity", NUMBERS, "Half from_float(", "exponent >= 143", "exponent >= 160"),
+)  # fmt: skip
+
+PASSES = on_host(
+    "mixed/passes.h",
+    ("passes: any alignment of halves", "mixed_op_cuda_halves refuse_what", "bool takes_vectors(",
+     "reinterpret_cast<uintptr_t>(address) % bytes == 0;", "bytes > 0;"),
+)  # fmt: skip
 
 STAGE = on_host(
-    "stage.h",
+    "mixed/stage.h",
     ("stage: odd pixels of the wrong column", ALONE, "Part part_of(", "channels, 1, 1, 1}", "channels, 1, 1, 0}"),
     ("stage: the padding gets the norm's shift", VALUES, "", "(inside ? shift_.v[k] : 0.0f)", "shift_.v[k]"),
     ("stage: relu loses NaN", NANS, "void load_all(", "found[j].v[k] < 0.0f ? 0.0f : found[j].v[k]",
@@ -35,24 +52,26 @@ STAGE = on_host(
      "if (pixel % tiling.tile_width < tile.width) sum", "sum"),
     ("stage: one part for another", ALONE, "void make_outputs(", "first ? store<V>(to, value) : add_to<V>(to, value)",
      "store<V>(to, value)"),
-    ("stage: a direction through a closed ReLU", TWICE, "Vec<V> at(const float* row, int x)",
+    ("stage: a direction through a closed ReLU", TWICE, "Vec<V> at(const T* row, int x)",
      "value.v[k] > 0.0f ? (normed_", "true ? (normed_"),
     ("stage: the direction of another winner", TWICE, "", "+ winner[k] / 3", "+ 1"),
 )  # fmt: skip
 
 FORWARD = on_host(
-    "forward.h",
+    "mixed/forward.h",
     ("moments: of the values", VALUES, "struct Moments",
      "value(pixel, channel) - mean[channel]", "value(pixel, channel)"),
     ("moments: between tiles", VALUES, "struct FinishMoments",
      " + distance * distance * count * other_count / all", ""),
     ("node: a shift for every part", ALONE, "struct Node", "task.shift && first_part ?", "task.shift ?"),
+    ("node: rounded between two launches", ONCE, "struct Node", ": store<V>(known, value)",
+     ": store<V>(known, rounded<T>(value))"),
     ("moments: a thread ahead of the others", ORDER, "struct Moments", "means[channel] = mean[channel];",
      "means[channel] = mean[channel] + 0 * (mean[(channel + 1) % channels] *= 1.25f);"),
 )  # fmt: skip
 
 BACKWARD = on_host(
-    "backward.h",
+    "mixed/backward.h",
     ("slope: the mean of g", VALUES, "struct SlopeAt", "g.v[k] - b0.v[k] - (y", "g.v[k] - (y"),
     ("slope: one scale too few", VALUES, "struct FinishProducts", "product * inverse * inverse / count",
      "product * inverse / count"),
@@ -68,23 +87,25 @@ BACKWARD = on_host(
 )  # fmt: skip
 
 GATHER = on_host(
-    "gather.h",
+    "mixed/gather.h",
     ("gather: kernels not turned", VALUES, "struct Gather", "tiling, tile, channels, true,",
      "tiling, tile, channels, false,"),
+    ("gather: rounded between two nodes", ONCE, "struct Gather", ": store<V>(known, sum)",
+     ": store<V>(known, rounded<T>(sum))"),
     ("gather: all are winners", ALONE, "void add_pool(", "item.winners[from + k - item.d] == row * 3 + column", "true"),
     ("gather: what was there", VALUES, "struct Gather", "edge.base.data ? load", "false ? load"),
     ("gather: an identity's weight", VALUES, "struct Gather", "*edge.weight * g.v[k]", "g.v[k]"),
 )  # fmt: skip
 
 FORWARD_PASS = on_host(
-    "forward_pass.h",
+    "mixed/forward_pass.h",
     ("cell: pools of another state", VALUES, "void measure(",
      "if (source == edge.source) slot = known;", "slot = known;"),
 )  # fmt: skip
 
 BACKWARD_PASS = on_host(
-    "backward_pass.h",
+    "mixed/backward_pass.h",
     ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),
 )  # fmt: skip
 
-PLANTED_CUDA = [*STAGE, *FORWARD, *BACKWARD, *GATHER, *FORWARD_PASS, *BACKWARD_PASS]
+PLANTED_CUDA = [*ELEMENT, *PASSES, *STAGE, *FORWARD, *BACKWARD, *GATHER, *FORWARD_PASS, *BACKWARD_PASS]

@@ -36,6 +36,9 @@ PROVIDERS = {
     "accelerate_last": "accelerated, channels_last",
     "rnas": "rnas",
     "rnas_graph": "rnas in a CUDA graph",
+    "channels_last_bf16": "channels_last, bf16",
+    "rnas_bf16": "rnas, bf16",
+    "rnas_bf16_graph": "rnas, bf16, in a CUDA graph",
 }
 LEGEND = """\
 Best of the rounds, all implementations of a row timed in turns in one process, and how many times as fast as eager

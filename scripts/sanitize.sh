@@ -37,3 +37,5 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # The CUDA kernels as plain C++: what they read and write, thread by thread.
 "$python" -m pytest -q tests/test_mixed_op_cuda.py \
   -k "test_values_and_all_gradients or test_every_primitive_alone or test_second_derivatives or test_any_alignment"
+"$python" -m pytest -q tests/test_mixed_op_cuda_halves.py \
+  -k "(test_values_and_all_gradients and converted) or test_second_derivatives_of_a_cell or test_any_alignment"

@@ -5,7 +5,6 @@ A block's threads run one after another there, so that a test sees everything bu
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import shutil
@@ -17,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from rnas.kernels import backend, engine, fused
+from rnas.kernels.mixed_op import OP
 
 VARIABLE = "RNAS_CUDA_ON_HOST_MODULE"
 """An environment variable: the path of the module, where it is built already."""
@@ -67,14 +67,14 @@ class OnHost(engine.Cuda):
     def module(self) -> ModuleType:
         return self._module
 
-    def place(self) -> tuple[int, ...]:
+    def stream(self) -> tuple[int, int]:
         return 0, 0
 
 
 def serve(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
     """Forces the module on every tensor of this process, and all that Python does otherwise for GPUs only."""
-    of_device = functools.cache(functools.partial(OnHost, module))
-    patch.setattr(engine, "of", lambda x: of_device(x.device))
+    patch.setattr(engine, "of", lambda x: OnHost(module, x.device))
     patch.setattr(backend, "_unavailable", lambda name, device: None)
+    patch.setitem(OP.implementations, "cpu", OP.implementations["cuda"])  # and its dtypes
     patch.setattr(fused, "_reader", lambda: None)  # compiled code reads parameters and norms of the CPU alone
     patch.setenv(backend.VARIABLE, "cpu")

@@ -97,11 +97,11 @@ def noise(like: Tensor, seed: int) -> Tensor:
     return values.to(like.device, like.dtype)
 
 
-def evaluate(implementation, problem: Call, wanted=(), first=()) -> dict[str, list[Tensor]]:
+def evaluate(implementation, problem: Call, wanted=(), first=(), noise=noise) -> dict[str, list[Tensor]]:
     """Everything that a call yields: output, BN buffers, and the gradients of the kinds in `wanted`.
 
     With `first`, those are the gradients of (gradients of the kinds in `first`) . noise instead, with the gradient of
-    the incoming gradient ("cotangent") among them: second derivatives.
+    the incoming gradient ("cotangent") among them: second derivatives. noise: gives the incoming gradients.
     """
     problem.require({*wanted, *first})
     output = problem.run(implementation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -299,6 +300,32 @@ class TestProviders:
             problem.supernet.cells[1].mixed[0].convolution_weights[1].zero_()
         found = self.prepare(benchmarks, "rnas", name, problem).sample()
         assert job.distance(found, expected) > job.tolerance
+
+    @pytest.mark.parametrize("name", JOBS)
+    def test_plain_autocast_is_the_measure_of_rnas_under_it(self, benchmarks, problem, name):
+        job, comparison = benchmarks["jobs"].JOBS[name], benchmarks["comparison"]
+        names = ("eager", "channels_last_bf16", "rnas_bf16")
+        candidates = {each: functools.partial(self.prepare, benchmarks, each, name, problem) for each in names}
+        gate = comparison.Gate(job.distance, job.tolerance)
+        rows = comparison.compare(name, 2, candidates, gate, device="cpu", budget_seconds=0)
+        assert [row.status for row in rows] == ["measured"] * 3
+        assert rows[1].error > rows[0].error == 0
+
+    def test_a_wrong_provider_under_autocast_is_refused(self, benchmarks):
+        comparison, prepared = benchmarks["comparison"], benchmarks["providers"].Prepared
+
+        def candidate(value, autocast=None):
+            def run():
+                return [torch.tensor([value])]
+
+            return lambda: prepared(run, run, run, autocast=autocast)
+
+        bf16 = torch.bfloat16
+        candidates = {"eager": candidate(1.0), "plain": candidate(1.1, bf16), "as good": candidate(0.9, bf16)}
+        candidates |= {"worse": candidate(1.2, bf16), "fp32": candidate(1.1)}
+        gate = comparison.Gate(benchmarks["jobs"].relative_error, 1e-4)
+        rows = comparison.compare("job", 1, candidates, gate, device="cpu", budget_seconds=0)
+        assert [row.status for row in rows] == ["measured", "measured", "measured", "refused", "refused"]
 
     def test_a_search_iteration_is_its_parts(self, benchmarks, problem):
         """On a GPU alone it is a row of its own."""

@@ -63,7 +63,7 @@ class Problem(Call):
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cpu") -> Problem:
         arrange = LAYOUTS[layout]
-        return Problem(
+        return type(self)(
             [arrange(state.detach().to(device, dtype, copy=True)) for state in self.states],
             self.weights.detach().to(device, dtype, copy=True),
             [[arrange(tensor.detach().to(device, dtype, copy=True)) for tensor in edge] for edge in self.parameters],

@@ -205,14 +205,16 @@ def test_a_call_on_fake_tensors_of_a_gpu(case, cuda_device, monkeypatch):
 
 
 @only_on_host
-def test_cuda_serves_float32_of_a_gpu(cuda_device, monkeypatch):
+def test_which_dtypes_of_a_gpu_cuda_serves(cuda_device, monkeypatch):
     monkeypatch.delenv(backend.VARIABLE)
     with FakeTensorMode():
         x = torch.empty(2, 4, 6, 6, device="cuda")
         assert arrange(x).is_contiguous(memory_format=torch.channels_last)
-        assert arrange(x.half()).is_contiguous()
-        for dtype, serving in ((torch.float32, "cuda"), (torch.float64, "reference"), (torch.bfloat16, "reference")):
-            assert OP.decide(x.device, dtype)[0] == serving
+        assert arrange(x.half()).is_contiguous(memory_format=torch.channels_last)
+        assert arrange(x.double()).is_contiguous()
+        assert OP.decide(x.device, torch.float64)[0] == "reference"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert OP.decide(x.device, dtype)[0] == "cuda"
         assert backend.OPS["relu_conv_norm"].decide(x.device, torch.float32)[0] == "reference"
 
 
@@ -220,7 +222,7 @@ def test_the_table_of_backends_names_what_serves(monkeypatch):
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     row = next(row for row in backend.describe() if (row.op, row.backend) == ("mixed_op", "cuda"))
     if torch.cuda.is_available() and not isinstance(backend.load("cuda"), str):
-        assert row.serves == "cuda float32"
+        assert row.serves == "cuda float32, bfloat16, float16"
     else:
         assert not row.serves and row.reason
 

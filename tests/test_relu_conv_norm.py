@@ -610,6 +610,9 @@ def test_the_kernel_says_what_it_does_not_cover(compiled, monkeypatch):
             assert torch.equal(layer.copy().run(), layer.copy().run(reference))
     with torch.autocast("cpu", torch.bfloat16):
         assert draw().run().dtype == draw().run(reference).dtype
+        behind = draw()  # another layer: its images have been cast, its weight has not
+        behind.x = behind.x.bfloat16()
+        assert torch.equal(behind.run(), behind.copy().run(reference).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("batch", [0, 2])

@@ -147,8 +147,8 @@ PYBIND11_MODULE(_cpu, m) {
         const OwnedShape owned(shape, primitives);
         const OwnedInputs in(inputs, owned.shape.inputs, eps, false);
         const OwnedGradients grad(gradients, {});
-        std::vector<const float*> along;
-        for (uintptr_t each : direction) along.push_back(pointer<const float>(each));
+        std::vector<const void*> along;
+        for (uintptr_t each : direction) along.push_back(pointer(each));
         py::gil_scoped_release release;
         cpu::mixed_double_backward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer(kept),
                                    pointer<float>(grad_out), along.data(), pointer<float>(grad_grad_out),

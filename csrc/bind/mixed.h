@@ -47,12 +47,12 @@ inline Keep keep(int value) {
 struct OwnedInputs {
   OwnedInputs(const Addresses& a, int64_t states_count, double eps, bool batch_statistics) {
     if (static_cast<int64_t>(a.size()) != states_count + 6) throw std::invalid_argument("6 addresses behind the states");
-    for (int64_t state = 0; state < states_count; ++state) states.push_back(pointer<const float>(a[state]));
+    for (int64_t state = 0; state < states_count; ++state) states.push_back(pointer(a[state]));
     const auto at = [&](int each) { return pointer<const float>(a[states_count + each]); };
     inputs = {states.data(), at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
   }
   OwnedInputs(const OwnedInputs&) = delete;
-  std::vector<const float*> states;
+  std::vector<const void*> states;
   MixedInputs inputs;
 };
 
@@ -60,12 +60,12 @@ struct OwnedInputs {
 struct OwnedGradients {
   OwnedGradients(const Addresses& a, const Addresses& to_states) {
     if (a.size() != 4) throw std::invalid_argument("4 addresses of gradients");
-    for (uintptr_t each : to_states) states.push_back(pointer<float>(each));
+    for (uintptr_t each : to_states) states.push_back(pointer(each));
     gradients = {states.empty() ? nullptr : states.data(), pointer<float>(a[0]), pointer<float>(a[1]),
                  pointer<float>(a[2]), pointer<float>(a[3])};
   }
   OwnedGradients(const OwnedGradients&) = delete;
-  std::vector<float*> states;
+  std::vector<void*> states;
   MixedGradients gradients;
 };
 

@@ -53,7 +53,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 }
 
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const float* const* direction,
+                           const void* kept, const float* grad_out, const void* const* direction,
                            float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
                            int threads) {
   const Plan plan = make_plan(shape);
@@ -86,7 +86,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 }
 
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const float* const* direction,
+                           const void* kept, const float* grad_out, const void* const* direction,
                            float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
                            int threads) {
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma)))

@@ -1,26 +1,27 @@
 #include "rnas/mixed_op.h"
 
-#include <initializer_list>
-
-#include "mixed/backward_pass.h"
-#include "mixed/forward_pass.h"
+#include "mixed/passes.h"
 
 namespace rnas::cuda {
-namespace {
 
 using namespace mixed;
 
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+namespace mixed {
+template struct Passes<float>;
+extern template struct Passes<BFloat16>;
+extern template struct Passes<Half>;
+}  // namespace mixed
 
-// Whether four channels can be loaded at once. Parameters of C channels keep the alignment of the array they lie in.
-bool takes_vectors(const MixedShape& shape, const MixedInputs& in, const MixedGradients* grad,
-                   std::initializer_list<const void*> others) {
-  bool all = shape.channels % 4 == 0 && aligned(in.theta) && aligned(in.gamma) && aligned(in.beta) &&
-             aligned(in.mean) && aligned(in.variance);
-  for (const void* address : others) all = all && aligned(address);
-  for (int64_t state = 0; state < shape.inputs; ++state)
-    all = all && aligned(in.states[state]) && (!grad || !grad->states || aligned(grad->states[state]));
-  return all;
+namespace {
+
+// run(passes), a Passes of the elements' type.
+template <typename Run> auto with_elements(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::float32: return run(Passes<float>());
+    case Dtype::bfloat16: return run(Passes<BFloat16>());
+    case Dtype::float16: return run(Passes<Half>());
+    default: throw std::invalid_argument("mixed_op on CUDA takes images of float32, bfloat16 or float16");
+  }
 }
 
 void clear(void* memory, int64_t bytes, CUstream_st* stream) {
@@ -33,94 +34,52 @@ void clear(void* memory, int64_t bytes, CUstream_st* stream) {
 #endif
 }
 
-template <int V>
-void forward(const Plan& plan, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance, void* kept,
-             void* workspace, CUstream_st* stream) {
-  Arena arena(workspace);
-  const bool keeps = keep == Keep::activations;
-  Forward<V>(plan, in, keeps, arena, stream)
-      .run(out, mean, variance, keeps ? static_cast<float*>(kept) : nullptr);
-}
-
-template <int V>
-void backward(const Plan& plan, const MixedInputs& in, const float* out, const void* kept, const float* grad_out,
-              const MixedGradients& grad, void* workspace, CUstream_st* stream) {
-  Arena arena(workspace);
-  Backward<V>(plan, in, arena, stream).run(out, static_cast<const float*>(kept), grad_out, grad);
-}
-
-template <int V>
-void double_backward(const Plan& plan, const MixedInputs& in, const float* out, const void* kept,
-                     const float* grad_out, const float* const* direction, float* grad_grad_out, void* direction_kept,
-                     const MixedGradients& grad, void* workspace, CUstream_st* stream) {
-  const float* activations = static_cast<const float*>(kept);
-  float* along = static_cast<float*>(direction_kept);
-  Arena forward(workspace), backward(workspace);
-  Forward<V, TangentStage>(plan, in, true, forward, stream)
-      .run_tangent(out, activations, direction, grad_grad_out, along);
-  if (grad.weights || grad.theta || grad.gamma)
-    Backward<V, TangentStage>(plan, in, backward, stream)
-        .run_tangent(out, activations, grad_out, direction, grad_grad_out, along, grad);
+void clear_weights(const Plan& plan, const MixedGradients& grad, CUstream_st* stream) {
+  const int64_t bytes = static_cast<int64_t>(plan.edges.size()) * plan.shape.candidates * sizeof(float);
+  if (grad.weights) clear(grad.weights, bytes, stream);
 }
 
 }  // namespace
 
-MixedSizes mixed_sizes(const MixedShape& shape) {
-  const Plan plan = make_plan(shape);
-  const MixedInputs none{};
-  Arena forward(nullptr), backward(nullptr);
-  if (shape.batch > 0) {
-    Forward<1>(plan, none, false, forward, nullptr);
-    Backward<1>(plan, none, backward, nullptr);
-  }
-  MixedSizes sizes{};
-  sizes.edges = static_cast<int64_t>(plan.edges.size());
-  sizes.norms = plan.norms;
-  sizes.theta = plan.theta;
-  sizes.height_out = plan.height_out;
-  sizes.width_out = plan.width_out;
-  sizes.kept_activations = sizes.kept_linear = plan.kept * plan.activation() * static_cast<int64_t>(sizeof(float));
-  sizes.workspace = std::max(forward.used(), backward.used());
-  return sizes;
+MixedSizes mixed_sizes(const MixedShape& shape, Dtype dtype) {
+  return with_elements(dtype, [&](auto passes) { return passes.sizes(make_plan(shape)); });
 }
 
-void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
-                   void* kept, void* workspace, CUstream_st* stream) {
+void mixed_forward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, void* out, float* mean,
+                   float* variance, void* kept, void* workspace, CUstream_st* stream) {
   if (keep != Keep::nothing && keep != Keep::activations)
     throw std::invalid_argument("mixed_forward on CUDA keeps activations or nothing");
   if (shape.batch == 0) return;
   const Plan plan = make_plan(shape);
-  const auto run = takes_vectors(shape, in, nullptr, {out, kept}) ? forward<4> : forward<1>;
-  run(plan, in, keep, out, mean, variance, kept, workspace, stream);
+  with_elements(dtype, [&](auto passes) {
+    passes.forward(plan, in, keep, out, mean, variance, kept, workspace, stream);
+  });
 }
 
-void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
-                    const float* grad_out, const MixedGradients& grad, void* workspace, CUstream_st* stream) {
+void mixed_backward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, const void* out,
+                    const void* kept, const void* grad_out, const MixedGradients& grad, void* workspace,
+                    CUstream_st* stream) {
   if (keep != Keep::activations) throw std::invalid_argument("mixed_backward on CUDA needs the kept activations");
   const Plan plan = make_plan(shape);
-  if (grad.weights)
-    clear(grad.weights, static_cast<int64_t>(plan.edges.size()) * shape.candidates * sizeof(float), stream);
+  clear_weights(plan, grad, stream);
   if (shape.batch == 0) return;
-  const auto run = takes_vectors(shape, in, &grad, {out, grad_out, kept}) ? backward<4> : backward<1>;
-  run(plan, in, out, kept, grad_out, grad, workspace, stream);
+  with_elements(dtype, [&](auto passes) { passes.backward(plan, in, out, kept, grad_out, grad, workspace, stream); });
 }
 
-void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const float* const* direction,
-                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
-                           CUstream_st* stream) {
+void mixed_double_backward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, const void* out,
+                           const void* kept, const void* grad_out, const void* const* direction, void* grad_grad_out,
+                           void* direction_kept, const MixedGradients& grad, void* workspace, CUstream_st* stream) {
   if (keep != Keep::activations)
     throw std::invalid_argument("mixed_double_backward on CUDA needs the kept activations");
   if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
     throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
   const Plan plan = make_plan(shape);
-  if (grad.weights)
-    clear(grad.weights, static_cast<int64_t>(plan.edges.size()) * shape.candidates * sizeof(float), stream);
+  clear_weights(plan, grad, stream);
   if (shape.batch == 0) return;
-  bool vectors = takes_vectors(shape, in, nullptr, {out, grad_out, kept, grad_grad_out, direction_kept});
-  for (int64_t state = 0; state < shape.inputs; ++state) vectors = vectors && aligned(direction[state]);
-  const auto run = vectors ? double_backward<4> : double_backward<1>;
-  run(plan, in, out, kept, grad_out, direction, grad_grad_out, direction_kept, grad, workspace, stream);
+  with_elements(dtype, [&](auto passes) {
+    passes.double_backward(plan, in, out, kept, grad_out, direction, grad_grad_out, direction_kept, grad, workspace,
+                           stream);
+  });
 }
 
 #if defined(RNAS_ON_HOST)  // for tests

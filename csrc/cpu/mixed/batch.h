@@ -105,7 +105,7 @@ class Batch {
 
   State state_of(int64_t state) const {
     const int64_t h = plan_.height(state), w = plan_.width(state), c = plan_.shape.channels;
-    if (state < plan_.shape.inputs) return {in_.states[state], h * w * c, c, h, w};
+    if (state < plan_.shape.inputs) return {static_cast<const float*>(in_.states[state]), h * w * c, c, h, w};
     return dense_state(node(state), plan_, h, w);
   }
 
@@ -802,7 +802,7 @@ class Batch {
       parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
         const Section section(scratch_[thread].clock, Work::nodes);
         for (int64_t n = begin; n < end; ++n)
-          store_state<false>(plan_, gradient(state, n), grad_.states[state] + n * pixels * c, c, pixels);
+          store_state<false>(plan_, gradient(state, n), static_cast<float*>(grad_.states[state]) + n * pixels * c, c, pixels);
       });
     }
   }

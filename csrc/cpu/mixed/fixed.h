@@ -83,7 +83,7 @@ class Fixed {
     run_backward(false);
   }
 
-  void double_backward(Keep keep, const float* out, const void* kept, const float* grad_out, const float* const* direction,
+  void double_backward(Keep keep, const float* out, const void* kept, const float* grad_out, const void* const* direction,
                        float* grad_grad_out, void* direction_kept, const MixedGradients& grad) {
     prepare();
     out_ = const_cast<float*>(out);
@@ -117,9 +117,9 @@ class Fixed {
   float* kept(float* all, int64_t index, int64_t n) const { return all + (index * images() + n) * plan_.image_out(); }
   Bits* masks(int64_t n, const Local& local) const { return masks_ ? masks_ + n * layout_.size : local.masks; }
 
-  State state_of(int64_t state, const float* const* inputs, const float* nodes) const {
+  State state_of(int64_t state, const void* const* inputs, const float* nodes) const {
     const int64_t h = plan_.height(state), w = plan_.width(state), c = plan_.shape.channels;
-    if (state < plan_.shape.inputs) return {inputs[state], h * w * c, c, h, w};
+    if (state < plan_.shape.inputs) return {static_cast<const float*>(inputs[state]), h * w * c, c, h, w};
     const int64_t pixel = plan_.shape.nodes * c;
     return {nodes + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
   }
@@ -366,7 +366,7 @@ class Fixed {
     for (int64_t state = 0; state < inputs; ++state) {
       if (!grad_.states[state]) continue;
       const int64_t pixels = plan_.height(state) * plan_.width(state);
-      store_state<false>(plan_, local.states[state], grad_.states[state] + n * pixels * c, c, pixels);
+      store_state<false>(plan_, local.states[state], static_cast<float*>(grad_.states[state]) + n * pixels * c, c, pixels);
     }
   }
 
@@ -599,7 +599,7 @@ class Fixed {
   float *out_ = nullptr, *kept_ = nullptr;
   Bits* masks_ = nullptr;
   const float* grad_out_ = nullptr;
-  const float* const* direction_ = nullptr;
+  const void* const* direction_ = nullptr;
   float *direction_out_ = nullptr, *direction_kept_ = nullptr;
   MixedGradients grad_{};
 };

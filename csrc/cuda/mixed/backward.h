@@ -43,7 +43,7 @@ template <int V> RNAS_DEVICE SlopeAt<V> slope_at(const Slope& slope, int channel
 // ---- sums that the norms need ----------------------------------------------------------------------------------------
 
 // Of each tile, for each channel: sum(g) and sum(g * (y - mean)). Grid (tiles, tasks).
-template <int V, typename AStage = Stage> struct Products {
+template <int V, typename AStage> struct Products {
   struct Task {
     AStage stage;
     const float* mean;  // (C), null: 0
@@ -51,7 +51,7 @@ template <int V, typename AStage = Stage> struct Products {
   };
   Tiling tiling;
   int channels;
-  Image g;
+  Image<typename AStage::Element> g;
   Task tasks[kTasks];
 
   RNAS_DEVICE void operator()(const Block& block) const {
@@ -174,15 +174,17 @@ struct FixedSlopes {
 // Behind the pointwise convolution of a stage: dy, and from it `d` (a dense stage: dy itself) and the gradients of the
 // matrices. Each block goes through every slabs-th tile and adds the latter up in a slab of its own.
 // Grid (slabs, tasks).
-template <int V, typename AStage = Stage> struct Pointwise {
+template <int V, typename AStage> struct Pointwise {
   static constexpr int kBlocks = kBlocksOf<AStage>;
+  using T = typename AStage::Element;
   struct Task {
     AStage stage;
-    Image g;
+    Image<T> g;
     Slope slope;
-    float* d;      // (N, H, W, C)
+    T* d;          // (N, H, W, C)
     float* slabs;  // (slabs, entries) as the matrices lie in theta, or null
     int entries;
+    bool kept;     // the forward pass has kept the stage's output
   };
   Tiling tiling;
   int channels, slabs;
@@ -193,19 +195,18 @@ template <int V, typename AStage = Stage> struct Pointwise {
     const Task& task = tasks[block.y];
     const Shared shared = shared_of(block, tiling, channels);
     const bool separable = task.stage.kind == Kind::separable;
-    float* slab = task.slabs ? task.slabs + block.x * task.entries : nullptr;
     for (int64_t index = block.x; index < tiling.count(); index += slabs) {
       const Tile tile = tile_of(tiling, index);
       if (batch_statistics)
         make_outputs<V>(block, shared, task.stage, tiling, tile, channels);
-      else if (separable && slab)
+      else if (separable && task.slabs)
         make_inputs<V>(block, shared, task.stage, part_of(task.stage, 0, channels), tiling, tile, channels);
       make_gradients(block, shared, task, tile);
       if (separable) hand_on(block, shared, task, tile);
-      for (int each = 0; slab && each < task.stage.parts(); ++each) {
+      for (int each = 0; task.slabs && each < task.stage.parts(); ++each) {
         const Part part = part_of(task.stage, each, channels);
         if (!separable) make_inputs<V>(block, shared, task.stage, part, tiling, tile, channels);
-        add_outer_products(block, shared, task.stage, part, index == block.x, slab);
+        add_outer_products(block, shared, task, part, index == block.x);
       }
     }
   }
@@ -213,7 +214,7 @@ template <int V, typename AStage = Stage> struct Pointwise {
   // dy into shared.outputs, zero outside of the image; for a dense stage also to task.d.
   RNAS_DEVICE void make_gradients(const Block& block, const Shared& shared, const Task& task, const Tile& tile) const {
     const int vectors = channels / V;
-    const Image d{task.d, tiling.height, tiling.width, channels};
+    const Image<T> d{task.d, tiling.height, tiling.width, channels};
     block.each([&](int thread) {
       for (int item = thread; item < tiling.pixels() * vectors; item += kThreads) {
         const int channel = item % vectors * V, pixel = item / vectors;
@@ -225,7 +226,9 @@ template <int V, typename AStage = Stage> struct Pointwise {
         }
         const Vec<V> g = load<V>(task.g.at(tile.n, tile.y + row, tile.x + column) + channel);
         const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
-        const Vec<V> dy = slope(g, batch_statistics ? load<V>(y) : slope.mean);
+        Vec<V> made = batch_statistics ? load<V>(y) : slope.mean;
+        if (batch_statistics && task.kept) made = rounded<T>(made);
+        const Vec<V> dy = slope(g, made);
         store<V>(y, dy);
         if (task.stage.kind != Kind::separable)
           store<V>(d.at(tile.n, tile.y + row, tile.x + column) + channel, dy);
@@ -236,7 +239,7 @@ template <int V, typename AStage = Stage> struct Pointwise {
   // d = matrix^T dy to task.d.
   RNAS_DEVICE void hand_on(const Block& block, const Shared& shared, const Task& task, const Tile& tile) const {
     const int vectors = channels / V, width = tiling.tile_width;
-    const Image d{task.d, tiling.height, tiling.width, channels};
+    const Image<T> d{task.d, tiling.height, tiling.width, channels};
     const Part part = part_of(task.stage, 0, channels);
     block.each([&](int thread) {
       for (int item = thread; item < tiling.pixels() / kPixels * vectors; item += kThreads) {
@@ -269,8 +272,8 @@ template <int V, typename AStage = Stage> struct Pointwise {
 
   // slab (+)= sum over the tile's pixels of dy (x) inputs, in blocks of V x V entries. Where there are fewer blocks than
   // threads, several threads share a block's pixels and shared.extra holds their sums.
-  RNAS_DEVICE void add_outer_products(const Block& block, const Shared& shared, const Stage& stage, const Part& part,
-                                      bool first, float* slab) const {
+  RNAS_DEVICE void add_outer_products(const Block& block, const Shared& shared, const Task& task, const Part& part,
+                                      bool first) const {
     const int vectors = channels / V, blocks = vectors * vectors;
     const int groups = blocks >= kThreads ? 1 : smaller(kThreads / blocks, tiling.pixels());
     const auto sum_of = [&](int pair, int group, float(&sums)[V][V]) {
@@ -291,7 +294,7 @@ template <int V, typename AStage = Stage> struct Pointwise {
     };
     const auto keep = [&](int output, int input, float value) {
       if (output < part.first || output >= part.last) return;
-      float& to = slab[part.index(stage, output, input)];
+      float& to = task.slabs[block.x * task.entries + part.index(task.stage, output, input)];
       to = first ? value : to + value;
     };
     if (groups == 1) {
@@ -331,11 +334,11 @@ template <int V, typename AStage = Stage> struct Pointwise {
 
 // Gradients of depthwise weights, sum over pixels of d * what entered. Each block takes every slabs-th row of pixels.
 // Grid (slabs, tasks).
-template <int V, typename AStage = Stage> struct DepthwiseWeights {
+template <int V, typename AStage> struct DepthwiseWeights {
   struct Task {
     AStage stage;
-    const float* d;  // (N, H, W, C)
-    float* slabs;    // (slabs, C, T)
+    const typename AStage::Element* d;  // (N, H, W, C)
+    float* slabs;                       // (slabs, C, taps)
   };
   int batch, height, width, channels, slabs;
   Task tasks[kTasks];
@@ -395,7 +398,7 @@ template <int V, typename AStage = Stage> struct DepthwiseWeights {
       const int from_y = y * stage.stride - reach + tap * stage.dilation;
       if (from_y < 0 || from_y >= stage.source.height) continue;
       const auto rows = entering<V>(stage, n, channel);
-      const float* line = rows.row(from_y);
+      const auto* line = rows.row(from_y);
       for (int x = group; x < width; x += groups) {
         const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
         Vec<V> from[kKernel];
@@ -410,21 +413,24 @@ template <int V, typename AStage = Stage> struct DepthwiseWeights {
 };
 
 // A value of y in front of the norm and the ReLU of a stage; or its direction.
-template <int V> RNAS_DEVICE Vec<V> in_front(const Stage& stage, int n, int y, int x, int channel) {
+template <int V, typename T>
+RNAS_DEVICE Vec<V> in_front(const Stage<T>& stage, int n, int y, int x, int channel) {
   return load<V>(stage.source.at(n, y, x) + channel);
 }
-template <int V> RNAS_DEVICE Vec<V> in_front(const TangentStage& stage, int n, int y, int x, int channel) {
+template <int V, typename T>
+RNAS_DEVICE Vec<V> in_front(const TangentStage<T>& stage, int n, int y, int x, int channel) {
   return load<V>(stage.direction + (stage.source.at(n, y, x) - stage.source.data) + channel);
 }
 
 // Between the two halves of a separable convolution, at stride 1: from `d` of the second to the gradient behind the
 // first half's norm, and its sum(g) and sum(g * (y - mean)) of each tile. Grid (tiles, tasks).
-template <int V, typename AStage = Stage> struct Middle {
+template <int V, typename AStage> struct Middle {
+  using T = typename AStage::Element;
   struct Task {
-    AStage stage;        // the second half; its source is y of the first
-    const float* d;     // (N, H, W, C)
+    AStage stage;       // the second half; its source is y of the first
+    const T* d;         // (N, H, W, C)
     const float* mean;  // (C), null: 0
-    float* g;           // (N, H, W, C)
+    T* g;               // (N, H, W, C)
     float* partials;    // (tiles, 2, C) or null
   };
   Tiling tiling;
@@ -435,25 +441,25 @@ template <int V, typename AStage = Stage> struct Middle {
     const Task& task = tasks[block.y];
     const Tile tile = tile_of(tiling, block.x);
     const Shared shared = shared_of(block, tiling, channels);
-    const Image d{const_cast<float*>(task.d), tiling.height, tiling.width, channels};
-    const Image to{task.g, tiling.height, tiling.width, channels};
+    const Image<T> d{const_cast<T*>(task.d), tiling.height, tiling.width, channels};
+    const Image<T> to{task.g, tiling.height, tiling.width, channels};
     load_depthwise(block, shared, task.stage, channels);
     depthwise_phase<V>(
         block, shared, task.stage, tiling, tile, channels, true,
-        [&](int channel) { return Rows<V, Way::plain>(d, tile.n, channel); },
+        [&](int channel) { return Rows<V, Way::plain, T>(d, tile.n, channel); },
         [&](int row, int column, int channel, Vec<V> g) {
           if (!tile.holds(row, column)) return;
           const int y = tile.y + row, x = tile.x + column;
-          const Stage& stage = task.stage;
+          const Stage<T>& stage = task.stage;
           const Vec<V> entered = entering<V>(stage, tile.n, channel).at(y, x);
           const Vec<V> before = in_front<V>(task.stage, tile.n, y, x, channel);
           const Vec<V> mean = task.mean ? load<V>(task.mean + channel) : zeros<V>();
           Vec<V> product;
 #pragma unroll
-          for (int k = 0; k < V; ++k) {
-            g.v[k] = entered.v[k] > 0.0f ? g.v[k] : 0.0f;
-            product.v[k] = g.v[k] * (before.v[k] - mean.v[k]);
-          }
+          for (int k = 0; k < V; ++k) g.v[k] = entered.v[k] > 0.0f ? g.v[k] : 0.0f;
+          g = rounded<T>(g);
+#pragma unroll
+          for (int k = 0; k < V; ++k) product.v[k] = g.v[k] * (before.v[k] - mean.v[k]);
           store<V>(to.at(tile.n, y, x) + channel, g);
           const int at = (row * tiling.tile_width + column) * shared.stride + channel;
           store<V>(shared.inputs + at, g);

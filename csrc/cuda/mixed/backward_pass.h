@@ -12,14 +12,21 @@ constexpr int64_t kSlabs = 32;
 
 // AStage: TangentStage for the gradients to parameters of sum(grad_out * out_direction), instead of those of
 // sum(grad_out * out).
-template <int V, typename AStage = Stage> class Backward {
+template <int V, typename AStage> class Backward {
  public:
+  using T = typename AStage::Element;
+
   Backward(const Plan& plan, const MixedInputs& in, Arena& arena, CUstream_st* stream)
       : cell_(plan, in, arena, stream), plan_(plan), in_(in), arena_(arena),
         slabs_(static_cast<int>(std::min(kSlabs, cell_.tiles))),
         row_slabs_(static_cast<int>(std::min(kSlabs, plan.shape.batch * plan.height_out))) {
     slopes_ = arena.take<float>(plan.norms * 4 * cell_.c);
-    gradients_ = arena.take<float>((plan.shape.nodes - 1) * plan.activation());
+    gradients_ = arena.take<T>((plan.shape.nodes - 1) * plan.activation());
+    for (int64_t state = 0; state < plan.shape.inputs + plan.shape.nodes - 1; ++state) {
+      const bool many = !std::is_same_v<T, float> && contributions(state) > 1;
+      sums_.push_back(many ? arena.take<float>(plan.shape.batch * cell_.height(state) * cell_.width(state) * cell_.c)
+                           : nullptr);
+    }
     common_ = arena;
     for (int64_t node = 0; node < plan.shape.nodes; ++node) {
       arena_ = common_;
@@ -29,17 +36,17 @@ template <int V, typename AStage = Stage> class Backward {
     arena = most_;
   }
 
-  void run(const float* out, const float* kept, const float* grad_out, const MixedGradients& grad) {
-    cell_.out = const_cast<float*>(out);
-    cell_.kept = const_cast<float*>(kept);
-    grad_out_ = const_cast<float*>(grad_out);
+  void run(const T* out, const T* kept, const T* grad_out, const MixedGradients& grad) {
+    cell_.out = const_cast<T*>(out);
+    cell_.kept = const_cast<T*>(kept);
+    grad_out_ = const_cast<T*>(grad_out);
     grad_ = grad;
     cell_.fixed_norms(in_.mean, in_.variance);  // in a backward pass those of the batch are given too
     go();
   }
 
-  void run_tangent(const float* out, const float* kept, const float* grad_out, const float* const* directions,
-                   float* out_direction, float* kept_direction, const MixedGradients& grad) {
+  void run_tangent(const T* out, const T* kept, const T* grad_out, const void* const* directions, T* out_direction,
+                   T* kept_direction, const MixedGradients& grad) {
     cell_.directions = directions;
     cell_.out_direction = out_direction;
     cell_.kept_direction = kept_direction;
@@ -47,7 +54,7 @@ template <int V, typename AStage = Stage> class Backward {
   }
 
  private:
-  static constexpr bool kTangent = std::is_same_v<AStage, TangentStage>;
+  static constexpr bool kTangent = kIsTangent<AStage>;
 
   void go() {
     if (!in_.batch_statistics) fixed_slopes();
@@ -61,12 +68,13 @@ template <int V, typename AStage = Stage> class Backward {
 
   // One stage of a branch of an edge into the node at hand.
   struct StageMemory {
-    float *d, *slabs, *depthwise_slabs, *partials;
+    T* d;
+    float *slabs, *depthwise_slabs, *partials;
   };
   struct EdgeMemory {
     std::vector<std::vector<StageMemory>> branches;
-    std::vector<float*> middles;  // per branch, null with one stage
-    float *max_d, *avg_d;
+    std::vector<T*> middles;  // per branch, null with one stage
+    T *max_d, *avg_d;
     unsigned char* winners;
     float* partials[3];  // of the max pool, the average pool, the identity
   };
@@ -79,17 +87,17 @@ template <int V, typename AStage = Stage> class Backward {
       EdgeMemory memory{};
       for (const Branch& branch : edge.branches) {
         std::vector<StageMemory> stages;
-        float* d = arena_.take<float>(size);  // that of the second stage has been used when the first one writes
+        T* d = arena_.take<T>(size);  // that of the second stage has been used when the first one writes
         for (const Convolution& conv : branch.stages)
           stages.push_back({d, arena_.take<float>(slabs_ * conv.entries),
                             arena_.take<float>(row_slabs_ * cell_.c * conv.kernel * conv.kernel),
                             arena_.take<float>(partial)});
         memory.branches.push_back(stages);
-        memory.middles.push_back(branch.twice() ? arena_.take<float>(size) : nullptr);
+        memory.middles.push_back(branch.twice() ? arena_.take<T>(size) : nullptr);
       }
-      memory.max_d = edge.max >= 0 ? arena_.take<float>(size) : nullptr;
+      memory.max_d = edge.max >= 0 ? arena_.take<T>(size) : nullptr;
       memory.winners = edge.max >= 0 ? arena_.take<unsigned char>(size) : nullptr;
-      memory.avg_d = edge.avg >= 0 ? arena_.take<float>(size) : nullptr;
+      memory.avg_d = edge.avg >= 0 ? arena_.take<T>(size) : nullptr;
       for (float*& partials : memory.partials) partials = arena_.take<float>(partial);
       made.push_back(memory);
     }
@@ -97,9 +105,14 @@ template <int V, typename AStage = Stage> class Backward {
   }
 
   // The gradient of a node once all later nodes have been gone through.
-  Image gradient(int64_t node) const {
+  Image<T> gradient(int64_t node) const {
     return node == plan_.shape.nodes - 1 ? cell_.node_of(grad_out_, node)
                                          : cell_.output(gradients_ + node * plan_.activation());
+  }
+  // How many nodes a state's gradient gets a part from.
+  int64_t contributions(int64_t state) const {
+    const int64_t inputs = plan_.shape.inputs, nodes = plan_.shape.nodes;
+    return state < inputs ? nodes : nodes - 1 - (state - inputs);
   }
   float* slope(int64_t norm) const { return slopes_ + norm * 4 * cell_.c; }
   bool of_parameters() const { return grad_.theta || grad_.gamma || grad_.beta; }
@@ -169,12 +182,12 @@ template <int V, typename AStage = Stage> class Backward {
           float* grad_weight = grad_.weights ? grad_.weights + each * plan_.shape.candidates + mix : nullptr;
           tasks.push_back(finish(partials, norm, cell_.weight(each, mix), grad_weight));
         };
-        add(cell_.simple<AStage>(edge, Kind::max_pool), edge.max, edge.max_norm, memory.partials[0]);
-        add(cell_.simple<AStage>(edge, Kind::avg_pool), edge.avg, edge.avg_norm, memory.partials[1]);
-        add(cell_.simple<AStage>(edge, Kind::identity), edge.skip, -1, memory.partials[2]);
+        add(cell_.simple(edge, Kind::max_pool), edge.max, edge.max_norm, memory.partials[0]);
+        add(cell_.simple(edge, Kind::avg_pool), edge.avg, edge.avg_norm, memory.partials[1]);
+        add(cell_.simple(edge, Kind::identity), edge.skip, -1, memory.partials[2]);
         for (size_t b = 0; b < edge.branches.size(); ++b) {
           const Branch& branch = edge.branches[b];
-          add(cell_.stage<AStage>(edge, branch, branch.stages.size() - 1), branch.mix, branch.stages.back().norm,
+          add(cell_.stage(edge, branch, branch.stages.size() - 1), branch.mix, branch.stages.back().norm,
               memory.branches[b].back().partials);
         }
       }
@@ -198,11 +211,12 @@ template <int V, typename AStage = Stage> class Backward {
     Tasks<Pointwise<V, AStage>> tasks("mixed_op: pointwise",
                               {cell_.tiling, cell_.channels, slabs_, in_.batch_statistics, {}}, slabs_, cell_.shared,
                               cell_.stream);
-    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float* middle) {
+    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle) {
       const Convolution& conv = branch.stages[index];
-      const Image g = index == 0 && branch.twice() ? cell_.output(middle) : g_;
-      tasks.add(typename Pointwise<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), g, {slope(conv.norm), nullptr}, memory.d,
-                                            grad_.theta ? memory.slabs : nullptr, static_cast<int>(conv.entries)});
+      const Image<T> g = index == 0 && branch.twice() ? cell_.output(middle) : g_;
+      tasks.add(typename Pointwise<V, AStage>::Task{
+          cell_.stage(edge, branch, index), g, {slope(conv.norm), nullptr}, memory.d,
+          grad_.theta ? memory.slabs : nullptr, static_cast<int>(conv.entries), index == 0 && branch.twice()});
     });
   }
 
@@ -213,9 +227,9 @@ template <int V, typename AStage = Stage> class Backward {
         "mixed_op: depthwise weights",
         {tiling().batch, tiling().height, tiling().width, cell_.channels, row_slabs_, {}}, row_slabs_, bytes,
         cell_.stream);
-    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float*) {
+    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T*) {
       if (branch.stages[index].kind == Kind::separable)
-        tasks.add(typename DepthwiseWeights<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), memory.d,
+        tasks.add(typename DepthwiseWeights<V, AStage>::Task{cell_.stage(edge, branch, index), memory.d,
                                                      memory.depthwise_slabs});
     });
   }
@@ -226,9 +240,9 @@ template <int V, typename AStage = Stage> class Backward {
     {
       Tasks<Middle<V, AStage>> tasks("mixed_op: middle", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
                              cell_.stream);
-      each_stage(edges, 1, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, float* middle) {
+      each_stage(edges, 1, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle) {
         const int64_t norm = branch.stages[0].norm;
-        tasks.add(typename Middle<V, AStage>::Task{cell_.stage<AStage>(edge, branch, 1), memory.d, kTangent ? nullptr : cell_.row(in_.mean, norm), middle,
+        tasks.add(typename Middle<V, AStage>::Task{cell_.stage(edge, branch, 1), memory.d, kTangent ? nullptr : cell_.row(in_.mean, norm), middle,
                                            sums ? memory.partials : nullptr});
         if (sums) finished.push_back(finish(memory.partials, norm, nullptr, nullptr));
       });
@@ -242,7 +256,7 @@ template <int V, typename AStage = Stage> class Backward {
     int64_t most = 0;
     std::vector<SumSlabs::Task> matrices, kernels;
     for (size_t index = 0; index < 2; ++index)
-      each_stage(edges, index, [&](const Edge&, const Branch& branch, const StageMemory& memory, float*) {
+      each_stage(edges, index, [&](const Edge&, const Branch& branch, const StageMemory& memory, T*) {
         const Convolution& conv = branch.stages[index];
         const int taps = conv.kernel * conv.kernel;
         matrices.push_back({memory.slabs, grad_.theta + conv.pointwise, static_cast<int>(conv.entries)});
@@ -259,14 +273,14 @@ template <int V, typename AStage = Stage> class Backward {
   }
 
   void pools(const std::vector<int64_t>& edges) {
-    Tasks<Pools<V>> tasks("mixed_op: pools", {cell_.tiling, cell_.channels, {}}, cell_.tiles, 0, cell_.stream);
+    Tasks<Pools<V, T>> tasks("mixed_op: pools", {cell_.tiling, cell_.channels, {}}, cell_.tiles, 0, cell_.stream);
     for (size_t at = 0; at < edges.size(); ++at) {
       const int64_t each = edges[at];
       const Edge& edge = plan_.edges[each];
       if (!to_source(edge)) continue;
-      const auto add = [&](Kind kind, int64_t mix, int64_t norm, float* d, unsigned char* winners) {
+      const auto add = [&](Kind kind, int64_t mix, int64_t norm, T* d, unsigned char* winners) {
         const Slope slope_of{norm >= 0 ? slope(norm) : nullptr, mix >= 0 ? cell_.weight(each, mix) : nullptr};
-        if (mix >= 0) tasks.add(typename Pools<V>::Task{cell_.simple<Stage>(edge, kind), g_, slope_of, d, winners});
+        if (mix >= 0) tasks.add(typename Pools<V, T>::Task{cell_.simple(edge, kind), g_, slope_of, d, winners});
       };
       add(Kind::max_pool, edge.max, edge.max_norm, memory_[at].max_d, memory_[at].winners);
       add(Kind::avg_pool, edge.avg, edge.avg_norm, memory_[at].avg_d, nullptr);
@@ -278,7 +292,7 @@ template <int V, typename AStage = Stage> class Backward {
     for (const bool from_inputs : {true, false}) {
       const int64_t state = from_inputs ? 0 : plan_.shape.inputs;
       Tiling sources = make_tiling(plan_.shape.batch, cell_.height(state), cell_.width(state), cell_.c);
-      Gather<V> kernel{sources, cell_.channels, {}};
+      Gather<V, T> kernel{sources, cell_.channels, {}};
       int64_t count = 0;
       const auto run = [&] {
         if (count > 0) launch("mixed_op: gather", kernel, {sources.count(), count}, shared_bytes(sources, cell_.c), cell_.stream);
@@ -288,41 +302,47 @@ template <int V, typename AStage = Stage> class Backward {
         const Edge& edge = plan_.edges[edges[at]];
         if ((edge.source < plan_.shape.inputs) != from_inputs || !to_source(edge)) continue;
         kernel.edges[count++] = gathered(edges[at], memory_[at], node);
-        if (count == Gather<V>::kEdges) run();
+        if (count == Gather<V, T>::kEdges) run();
       }
       run();
     }
   }
 
-  typename Gather<V>::Edge gathered(int64_t each, const EdgeMemory& memory, int64_t node) const {
+  typename Gather<V, T>::Edge gathered(int64_t each, const EdgeMemory& memory, int64_t node) const {
     const Edge& edge = plan_.edges[each];
     const bool first = node == plan_.shape.nodes - 1;  // every state has an edge into the last node
     const bool is_input = edge.source < plan_.shape.inputs;
     const int64_t source_node = edge.source - plan_.shape.inputs;
-    const Image to = is_input ? cell_.input(grad_.states[edge.source]) : gradient(source_node);
-    Image base = to;
-    if (first) base = is_input ? Image{nullptr, 0, 0, 0} : cell_.node_of(grad_out_, source_node);
-    typename Gather<V>::Edge made{cell_.state(edge.source), base, to, g_,
-                                  edge.skip >= 0 ? cell_.weight(each, edge.skip) : nullptr, 0, tiling().height,
-                                  tiling().width, {}};
+    const bool last = node == (is_input ? 0 : source_node + 1);
+    const Image<T> none{nullptr, 0, 0, 0};
+    const Image<T> to = is_input ? cell_.input(grad_.states[edge.source]) : gradient(source_node);
+    const Image<T> base = is_input ? none : cell_.node_of(grad_out_, source_node);
+    // Parts are added up in float32: in the gradient itself where it is.
+    float* sums = sums_[edge.source];
+    if constexpr (std::is_same_v<T, float>) sums = to.data;
+    typename Gather<V, T>::Edge made{cell_.state(edge.source), base, last ? to : none, sums, first, g_,
+                                     edge.skip >= 0 ? cell_.weight(each, edge.skip) : nullptr, 0, tiling().height,
+                                     tiling().width, {}};
     for (size_t b = 0; b < edge.branches.size(); ++b)
-      made.items[made.count++] = {cell_.stage<Stage>(edge, edge.branches[b], 0), memory.branches[b][0].d, nullptr};
-    if (edge.max >= 0) made.items[made.count++] = {cell_.simple<Stage>(edge, Kind::max_pool), memory.max_d, memory.winners};
-    if (edge.avg >= 0) made.items[made.count++] = {cell_.simple<Stage>(edge, Kind::avg_pool), memory.avg_d, nullptr};
+      made.items[made.count++] = {cell_.stage(edge, edge.branches[b], 0), memory.branches[b][0].d, nullptr};
+    if (edge.max >= 0) made.items[made.count++] = {cell_.simple(edge, Kind::max_pool), memory.max_d, memory.winners};
+    if (edge.avg >= 0) made.items[made.count++] = {cell_.simple(edge, Kind::avg_pool), memory.avg_d, nullptr};
     return made;
   }
 
   const Tiling& tiling() const { return cell_.tiling; }
 
-  Cell cell_;
+  Cell<AStage> cell_;
   const Plan& plan_;
   const MixedInputs& in_;
   Arena arena_, common_{nullptr}, most_{nullptr};
   const int slabs_, row_slabs_;
-  float *slopes_, *gradients_, *grad_out_ = nullptr;
+  float* slopes_;
+  T *gradients_, *grad_out_ = nullptr;
+  std::vector<float*> sums_;  // of each state's gradient; null where it takes none
   MixedGradients grad_{};
   std::vector<EdgeMemory> memory_;
-  Image g_{};
+  Image<T> g_{};
 };
 
 }  // namespace rnas::cuda::mixed

@@ -33,9 +33,11 @@ template <typename Kernel> class Tasks {
   CUstream_st* stream_;
 };
 
-// The images, tables and tiles that all passes share.
-class Cell {
+// The images, tables and tiles that all passes share. AStage: Stage, or TangentStage for a derivative along a direction.
+template <typename AStage> class Cell {
  public:
+  using T = typename AStage::Element;
+
   Cell(const Plan& plan, const MixedInputs& in, Arena& arena, CUstream_st* stream)
       : plan(plan), in(in), stream(stream), c(plan.shape.channels), s(plan.shape.inputs), nodes(plan.shape.nodes),
         channels(static_cast<int>(c)), tiling(make_tiling(plan.shape.batch, plan.height_out, plan.width_out, c)),
@@ -52,55 +54,55 @@ class Cell {
   const Tiling tiling;
   const int64_t tiles, shared;
   float *scale, *shift;  // (B, C)
-  float* out = nullptr;  // (N, H', W', J * C)
-  float* kept = nullptr;
-  const float* const* directions = nullptr;  // of the states, and what follows for nodes and kept activations
-  float *out_direction = nullptr, *kept_direction = nullptr;
+  T* out = nullptr;      // (N, H', W', J * C)
+  T* kept = nullptr;
+  const void* const* directions = nullptr;  // of the states, and what follows for nodes and kept activations
+  T *out_direction = nullptr, *kept_direction = nullptr;
 
   int64_t height(int64_t state) const { return state < s ? plan.shape.height : plan.height_out; }
   int64_t width(int64_t state) const { return state < s ? plan.shape.width : plan.width_out; }
 
-  Image input(float* data) const {
-    return {data, static_cast<int>(plan.shape.height), static_cast<int>(plan.shape.width), channels};
+  Image<T> input(void* data) const {
+    return {static_cast<T*>(data), static_cast<int>(plan.shape.height), static_cast<int>(plan.shape.width), channels};
   }
-  Image output(float* data) const { return {data, tiling.height, tiling.width, channels}; }
+  Image<T> output(T* data) const { return {data, tiling.height, tiling.width, channels}; }
   // A node of an array (N, H', W', J * C).
-  Image node_of(float* data, int64_t node) const {
+  Image<T> node_of(T* data, int64_t node) const {
     return {data + node * c, tiling.height, tiling.width, static_cast<int>(nodes * c)};
   }
-  Image state(int64_t index) const {
-    return index < s ? input(const_cast<float*>(in.states[index])) : node_of(out, index - s);
+  Image<T> state(int64_t index) const {
+    return index < s ? input(const_cast<void*>(in.states[index])) : node_of(out, index - s);
   }
   // The direction of a state, laid out as the state is.
-  const float* direction(int64_t index) const {
-    return index < s ? directions[index] : out_direction + (index - s) * c;
+  const T* direction(int64_t index) const {
+    return index < s ? static_cast<const T*>(directions[index]) : out_direction + (index - s) * c;
   }
-  float* kept_activation(int64_t which) const { return kept + which * plan.activation(); }
+  T* kept_activation(int64_t which) const { return kept + which * plan.activation(); }
 
   const float* row(const float* table, int64_t norm) const { return table ? table + norm * c : nullptr; }
   float* row(float* table, int64_t norm) const { return table ? table + norm * c : nullptr; }
   const float* weight(int64_t edge, int64_t mix) const { return in.weights + edge * plan.shape.candidates + mix; }
 
   // Stage `index` of a branch: the second one of two begins at the kept activation and the norm in front of it.
-  template <typename AStage> AStage stage(const Edge& edge, const Branch& branch, size_t index) const {
+  AStage stage(const Edge& edge, const Branch& branch, size_t index) const {
     const Convolution& conv = branch.stages[index];
     AStage made{};
-    static_cast<Stage&>(made) = {conv.kind, conv.kernel, conv.dilation, conv.stride, state(edge.source), nullptr,
+    static_cast<Stage<T>&>(made) = {conv.kind, conv.kernel, conv.dilation, conv.stride, state(edge.source), nullptr,
                                  nullptr, in.theta + conv.depthwise, in.theta + conv.pointwise};
     if (index == 1) {
       made.source = output(kept_activation(branch.kept));
       made.scale = row(scale, branch.stages[0].norm);
       made.shift = row(shift, branch.stages[0].norm);
     }
-    if constexpr (std::is_same_v<AStage, TangentStage>)
+    if constexpr (kIsTangent<AStage>)
       made.direction = index == 1 ? kept_direction + branch.kept * plan.activation() : direction(edge.source);
     return made;
   }
-  template <typename AStage> AStage simple(const Edge& edge, Kind kind) const {
+  AStage simple(const Edge& edge, Kind kind) const {
     AStage made{};
-    static_cast<Stage&>(made) = {kind, 3, 1, static_cast<int>(edge.stride), state(edge.source), nullptr, nullptr,
+    static_cast<Stage<T>&>(made) = {kind, 3, 1, static_cast<int>(edge.stride), state(edge.source), nullptr, nullptr,
                                  nullptr, nullptr};
-    if constexpr (std::is_same_v<AStage, TangentStage>) made.direction = direction(edge.source);
+    if constexpr (kIsTangent<AStage>) made.direction = direction(edge.source);
     return made;
   }
 

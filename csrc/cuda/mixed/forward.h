@@ -12,10 +12,11 @@ constexpr int kTasks = 24;  // of one launch; as many as its arguments hold
 
 // Of each tile, for each channel of a stage's output y: the mean and the sum of squared deviations from it. y itself goes
 // to `kept` where that is not null. Grid (tiles, tasks).
-template <int V, typename AStage = Stage> struct Moments {
+template <int V, typename AStage> struct Moments {
+  using T = typename AStage::Element;
   struct Task {
     AStage stage;
-    float* kept;      // (N, H, W, C) or null
+    T* kept;          // (N, H, W, C) or null
     float* partials;  // (tiles, 2, C) or null
   };
   Tiling tiling;
@@ -28,10 +29,12 @@ template <int V, typename AStage = Stage> struct Moments {
     const Shared shared = shared_of(block, tiling, channels);
     make_outputs<V>(block, shared, task.stage, tiling, tile, channels);
     if (task.kept) {
-      const Image kept{task.kept, tiling.height, tiling.width, channels};
+      const Image<T> kept{task.kept, tiling.height, tiling.width, channels};
       each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
-        const float* from = shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
-        store<V>(kept.at(tile.n, tile.y + row, tile.x + column) + channel, load<V>(from));
+        float* from = shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
+        const Vec<V> value = rounded<T>(load<V>(from));
+        store<V>(kept.at(tile.n, tile.y + row, tile.x + column) + channel, value);
+        store<V>(from, value);
       });
     }
     if (!task.partials) return;
@@ -140,9 +143,11 @@ struct FixedNorms {
 
 // ---- a node ----------------------------------------------------------------------------------------------------------
 
-// out = (first ? 0 : out) + sum over tasks of weight * (scale * stage + shift). Grid (tiles, 1).
-template <int V, typename AStage = Stage> struct Node {
+// The sum over tasks of weight * (scale * stage + shift), on top of what an earlier launch has left in `sums`; to `out`,
+// or to `sums` where a later launch goes on. Grid (tiles, 1).
+template <int V, typename AStage> struct Node {
   static constexpr int kBlocks = kBlocksOf<AStage>;
+  using T = typename AStage::Element;
   struct Task {
     AStage stage;
     const float* weight;         // one number
@@ -150,8 +155,9 @@ template <int V, typename AStage = Stage> struct Node {
   };
   Tiling tiling;
   int channels, count;
-  bool first;
-  Image out;
+  bool first, last;
+  Image<T> out;
+  float* sums;  // (N, H, W, C)
   Task tasks[kTasks];
 
   RNAS_DEVICE void operator()(const Block& block) const {
@@ -163,7 +169,6 @@ template <int V, typename AStage = Stage> struct Node {
     });
     for (int each = 0; each < count; ++each) {
       const Task& task = tasks[each];
-      const float weight = *task.weight;
       emit_stage<V>(block, shared, task.stage, tiling, tile, channels,
                     [&](int pixel, int channel, Vec<V> value, bool first_part) {
                       if (task.scale) {
@@ -172,15 +177,22 @@ template <int V, typename AStage = Stage> struct Node {
 #pragma unroll
                         for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
                       }
+                      const float weight = *task.weight;  // here: held in a register all along, it costs a spill
 #pragma unroll
                       for (int k = 0; k < V; ++k) value.v[k] *= weight;
                       add_to<V>(shared.outputs + pixel * shared.stride + channel, value);
                     });
     }
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
-      float* to = out.at(tile.n, tile.y + row, tile.x + column) + channel;
-      const Vec<V> value = load<V>(shared.outputs + (row * width + column) * shared.stride + channel);
-      first ? store<V>(to, value) : add_to<V>(to, value);
+      const Image<float> partial{sums, tiling.height, tiling.width, channels};
+      float* known = partial.at(tile.n, tile.y + row, tile.x + column) + channel;
+      Vec<V> value = load<V>(shared.outputs + (row * width + column) * shared.stride + channel);
+      if (!first) {
+        const Vec<V> before = load<V>(known);
+#pragma unroll
+        for (int k = 0; k < V; ++k) value.v[k] += before.v[k];
+      }
+      last ? store<V>(out.at(tile.n, tile.y + row, tile.x + column) + channel, value) : store<V>(known, value);
     });
   }
 };

@@ -7,17 +7,20 @@
 namespace rnas::cuda::mixed {
 
 // AStage: Stage, or TangentStage for the derivative along a direction.
-template <int V, typename AStage = Stage> class Forward {
+template <int V, typename AStage> class Forward {
  public:
+  using T = typename AStage::Element;
+
   Forward(const Plan& plan, const MixedInputs& in, bool keeps, Arena& arena, CUstream_st* stream)
       : cell_(plan, in, arena, stream), plan_(plan), in_(in) {
-    if (!keeps) cell_.kept = arena.take<float>(plan.kept * plan.activation());
+    if (!keeps) cell_.kept = arena.take<T>(plan.kept * plan.activation());
     size_t most = 0;
     for (int64_t wave = 0; wave < plan.shape.nodes; ++wave) most = std::max(most, wave_edges(wave).size());
     partials_ = arena.take<float>(static_cast<int64_t>(most) * kMostNorms * partial());
+    sums_ = arena.take<float>(plan.activation());
   }
 
-  void run(float* out, float* mean, float* variance, float* kept) {
+  void run(T* out, float* mean, float* variance, T* kept) {
     cell_.out = out_ = out;
     cell_.kept = kept_ = kept ? kept : cell_.kept;
     mean_ = mean, variance_ = variance;
@@ -26,10 +29,9 @@ template <int V, typename AStage = Stage> class Forward {
   }
 
   // The derivative of the nodes along `directions` of the states, and of the kept activations.
-  void run_tangent(const float* out, const float* kept, const float* const* directions, float* out_direction,
-                   float* kept_direction) {
-    cell_.out = const_cast<float*>(out);
-    cell_.kept = const_cast<float*>(kept);
+  void run_tangent(const T* out, const T* kept, const void* const* directions, T* out_direction, T* kept_direction) {
+    cell_.out = const_cast<T*>(out);
+    cell_.kept = const_cast<T*>(kept);
     cell_.directions = directions;
     cell_.out_direction = out_ = out_direction;
     cell_.kept_direction = kept_ = kept_direction;
@@ -77,9 +79,9 @@ template <int V, typename AStage = Stage> class Forward {
         const Edge& edge = plan_.edges[each];
         for (const Branch& branch : edge.branches) {
           if (branch.stages.size() <= index || (!batch && !branch.twice())) continue;
-          float* kept = index == 0 && branch.twice() ? kept_ + branch.kept * plan_.activation() : nullptr;
+          T* kept = index == 0 && branch.twice() ? kept_ + branch.kept * plan_.activation() : nullptr;
           float* partials = batch ? partials_ + slots * partial() : nullptr;
-          moments.add(typename Moments<V, AStage>::Task{cell_.stage<AStage>(edge, branch, index), kept, partials});
+          moments.add(typename Moments<V, AStage>::Task{cell_.stage(edge, branch, index), kept, partials});
           if (batch) measured(slots++, branch.stages[index].norm);
         }
         if (index == 1 || !batch) continue;
@@ -93,7 +95,7 @@ template <int V, typename AStage = Stage> class Forward {
             slot = slots++;
             pools[kind].push_back({edge.source, slot});
             const Kind pool = kind == 0 ? Kind::max_pool : Kind::avg_pool;
-            moments.add(typename Moments<V, AStage>::Task{cell_.simple<AStage>(edge, pool), nullptr,
+            moments.add(typename Moments<V, AStage>::Task{cell_.simple(edge, pool), nullptr,
                                                           partials_ + slot * partial()});
           }
           measured(slot, norm_index);
@@ -107,35 +109,37 @@ template <int V, typename AStage = Stage> class Forward {
   }
 
   void sum(int64_t node) {
-    constexpr bool kTangent = std::is_same_v<AStage, TangentStage>;  // shifts are constants
-    Node<V, AStage> kernel{cell_.tiling, cell_.channels, 0, true, cell_.node_of(out_, node), {}};
-    const auto run = [&] {
+    constexpr bool kTangent = kIsTangent<AStage>;  // shifts are constants
+    Node<V, AStage> kernel{cell_.tiling, cell_.channels, 0, true, false, cell_.node_of(out_, node), sums_, {}};
+    const auto run = [&](bool last) {
+      kernel.last = last;
       launch("mixed_op: node", kernel, {cell_.tiles, 1}, cell_.shared, cell_.stream);
       kernel.first = false;
       kernel.count = 0;
     };
     const auto add = [&](const AStage& stage, const float* weight, int64_t norm_index) {
-      if (kernel.count == kTasks) run();
+      if (kernel.count == kTasks) run(false);
       const bool normed = norm_index >= 0;
       kernel.tasks[kernel.count++] = {stage, weight, normed ? cell_.row(cell_.scale, norm_index) : nullptr,
                                       normed && !kTangent ? cell_.row(cell_.shift, norm_index) : nullptr};
     };
     for (int64_t each : plan_.into(plan_.shape.inputs + node)) {
       const Edge& edge = plan_.edges[each];
-      if (edge.skip >= 0) add(cell_.simple<AStage>(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
-      if (edge.max >= 0) add(cell_.simple<AStage>(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);
-      if (edge.avg >= 0) add(cell_.simple<AStage>(edge, Kind::avg_pool), cell_.weight(each, edge.avg), edge.avg_norm);
+      if (edge.skip >= 0) add(cell_.simple(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
+      if (edge.max >= 0) add(cell_.simple(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);
+      if (edge.avg >= 0) add(cell_.simple(edge, Kind::avg_pool), cell_.weight(each, edge.avg), edge.avg_norm);
       for (const Branch& branch : edge.branches)
-        add(cell_.stage<AStage>(edge, branch, branch.stages.size() - 1), cell_.weight(each, branch.mix),
+        add(cell_.stage(edge, branch, branch.stages.size() - 1), cell_.weight(each, branch.mix),
             branch.stages.back().norm);
     }
-    if (kernel.count > 0 || kernel.first) run();
+    run(true);
   }
 
-  Cell cell_;
+  Cell<AStage> cell_;
   const Plan& plan_;
   const MixedInputs& in_;
-  float *mean_ = nullptr, *variance_ = nullptr, *partials_, *out_ = nullptr, *kept_ = nullptr;
+  float *mean_ = nullptr, *variance_ = nullptr, *partials_, *sums_;
+  T *out_ = nullptr, *kept_ = nullptr;
 };
 
 }  // namespace rnas::cuda::mixed

@@ -10,12 +10,12 @@ namespace rnas::cuda::mixed {
 
 // The gradients of the outputs of an edge's pools before their norms, and the winners of the max pool. That of the
 // average pool is divided by its count. Grid (tiles, tasks).
-template <int V> struct Pools {
+template <int V, typename T> struct Pools {
   struct Task {
-    Stage stage;  // of a pool; kind tells which
-    Image g;
+    Stage<T> stage;  // of a pool; kind tells which
+    Image<T> g;
     Slope slope;
-    float* d;                // (N, H, W, C)
+    T* d;                    // (N, H, W, C)
     unsigned char* winners;  // (N, H, W, C), of a max pool
   };
   Tiling tiling;
@@ -25,10 +25,10 @@ template <int V> struct Pools {
   RNAS_DEVICE void operator()(const Block& block) const {
     const Task& task = tasks[block.y];
     const Tile tile = tile_of(tiling, block.x);
-    const Image d{task.d, tiling.height, tiling.width, channels};
+    const Image<T> d{task.d, tiling.height, tiling.width, channels};
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
       const int y = tile.y + row, x = tile.x + column;
-      float* to = d.at(tile.n, y, x) + channel;
+      T* to = d.at(tile.n, y, x) + channel;
       const Vec<V> g = load<V>(task.g.at(tile.n, y, x) + channel);
       const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
       if (task.stage.kind == Kind::max_pool) {
@@ -49,20 +49,23 @@ template <int V> struct Pools {
 
 // ---- a state ---------------------------------------------------------------------------------------------------------
 
-// The gradient of an edge's source from all that its stages have handed on, added to `base` where there is one.
+// The gradient of an edge's source from all that its stages have handed on, added to `base` or to what earlier launches
+// have left in `sums`, where there is either. It goes to `to`, or to `sums` where later launches go on.
 // Grid (tiles of the source, edges).
-template <int V> struct Gather {
+template <int V, typename T> struct Gather {
   static constexpr int kEdges = 3, kStages = 9;  // as many as the arguments hold
   struct Item {
-    Stage stage;
-    const float* d;  // (N, H, W, C) at the output
+    Stage<T> stage;
+    const T* d;  // (N, H, W, C) at the output
     const unsigned char* winners;
   };
   struct Edge {
-    Image source, base, to;
-    Image g;              // of the node, for an identity
-    const float* weight;  // of the identity, null: none
-    int count, height, width;  // stages; size of the output
+    Image<T> source, base, to;  // base, to: data may be null
+    float* sums;                // (N, H, W, C) of the source
+    bool first;                 // nothing is in `sums` yet
+    Image<T> g;                 // of the node, for an identity
+    const float* weight;        // of the identity, null: none
+    int count, height, width;   // stages; size of the output
     Item items[kStages];
   };
   Tiling tiling;
@@ -73,6 +76,7 @@ template <int V> struct Gather {
     const Edge& edge = edges[block.y];
     const Tile tile = tile_of(tiling, block.x);
     const Shared shared = shared_of(block, tiling, channels);
+    const Image<float> sums{edge.sums, tiling.height, tiling.width, channels};
     const auto sum_at = [&](int row, int column, int channel) {
       return shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
     };
@@ -82,12 +86,12 @@ template <int V> struct Gather {
     for (int each = 0; each < edge.count; ++each) {
       const Item& item = edge.items[each];
       if (item.stage.kind < Kind::separable) continue;
-      const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+      const Image<T> d{const_cast<T*>(item.d), edge.height, edge.width, channels};
       if (item.stage.kind == Kind::separable && item.stage.stride == 1) {
         load_depthwise(block, shared, item.stage, channels);
         depthwise_phase<V>(
             block, shared, item.stage, tiling, tile, channels, true,
-            [&](int channel) { return Rows<V, Way::plain>(d, tile.n, channel); },
+            [&](int channel) { return Rows<V, Way::plain, T>(d, tile.n, channel); },
             [&](int row, int column, int channel, const Vec<V>& value) { add_to<V>(sum_at(row, column, channel), value); });
       } else {
         each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
@@ -101,7 +105,10 @@ template <int V> struct Gather {
       const int n = tile.n, y = tile.y + row, x = tile.x + column;
       const Vec<V> convolved = load<V>(sum_at(row, column, channel));
       const Vec<V> state = load<V>(edge.source.at(n, y, x) + channel);
-      Vec<V> sum = edge.base.data ? load<V>(edge.base.at(n, y, x) + channel) : zeros<V>();
+      float* known = sums.at(n, y, x) + channel;
+      Vec<V> sum = !edge.first      ? load<V>(known)
+                   : edge.base.data ? load<V>(edge.base.at(n, y, x) + channel)
+                                    : zeros<V>();
 #pragma unroll
       for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? convolved.v[k] : 0.0f;
       for (int each = 0; each < edge.count; ++each)
@@ -111,12 +118,12 @@ template <int V> struct Gather {
 #pragma unroll
         for (int k = 0; k < V; ++k) sum.v[k] += *edge.weight * g.v[k];
       }
-      store<V>(edge.to.at(n, y, x) + channel, sum);
+      edge.to.data ? store<V>(edge.to.at(n, y, x) + channel, sum) : store<V>(known, sum);
     });
   }
 
   // The convolutions that the phase above does not take: at stride 2, and dense ones.
-  RNAS_DEVICE void add_convolution(const Stage& stage, const Image& d, int n, int y, int x, int channel,
+  RNAS_DEVICE void add_convolution(const Stage<T>& stage, const Image<T>& d, int n, int y, int x, int channel,
                                    Vec<V>& sum) const {
     // Which output pixel sees (y, x) through a tap that reads (dy, dx) further; false: none.
     const auto seen_by = [&](int dy, int dx, int& at_y, int& at_x) {
@@ -144,7 +151,7 @@ template <int V> struct Gather {
       const Part part = part_of(stage, each, channels);
       if (!seen_by(part.dy, part.dx, at_y, at_x)) continue;
       for (int output = part.first; output < part.last; ++output) {
-        const float value = d.at(n, at_y, at_x)[output];
+        const float value = to_float(d.at(n, at_y, at_x)[output]);
         const Vec<V> weights = part.row<V>(output, channel);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum.v[k] += value * weights.v[k];
@@ -154,7 +161,7 @@ template <int V> struct Gather {
 
   RNAS_DEVICE void add_pool(const Edge& edge, const Item& item, int n, int y, int x, int channel, Vec<V>& sum) const {
     const int stride = item.stage.stride;
-    const Image d{const_cast<float*>(item.d), edge.height, edge.width, channels};
+    const Image<T> d{const_cast<T*>(item.d), edge.height, edge.width, channels};
     for (int row = 0; row < 3; ++row)
       for (int column = 0; column < 3; ++column) {  // the place in a window at which (y, x) may lie
         int at_y = y - (row - 1), at_x = x - (column - 1);
@@ -163,7 +170,7 @@ template <int V> struct Gather {
           at_y /= 2, at_x /= 2;
         }
         if (!d.holds(at_y, at_x)) continue;
-        const float* from = d.at(n, at_y, at_x) + channel;
+        const T* from = d.at(n, at_y, at_x) + channel;
         const Vec<V> value = load<V>(from);
 #pragma unroll
         for (int k = 0; k < V; ++k)

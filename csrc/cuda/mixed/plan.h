@@ -43,7 +43,7 @@ struct Plan {
   int64_t height_out, width_out;
   int64_t norms = 0, theta = 0, kept = 0;
 
-  int64_t activation() const { return shape.batch * height_out * width_out * shape.channels; }  // floats of a node
+  int64_t activation() const { return shape.batch * height_out * width_out * shape.channels; }  // elements of a node
   std::vector<int64_t> into(int64_t state) const {
     std::vector<int64_t> found;
     for (size_t edge = 0; edge < edges.size(); ++edge)

@@ -6,9 +6,14 @@
 // pool; or nothing. Its output before the norm is computed anew wherever it is needed and lives in shared memory.
 //
 // Legend: N images, H W pixels of the output, C channels, V channels of one load (4, or 1 where 4 do not fit), P pixels
-// of a tile, T taps. Images are float32, channels last.
+// of a tile, T taps; in code, T is the type of an image's elements. Images lie channels last. Everything else, and every
+// sum, is float32.
+//
+// V is 4 for 16-bit elements too. Eight, a load of 16 bytes, would leave half of a block's threads without work at 16
+// channels, exclude 36 channels, and need twice the registers for sums.
 
 #include "block.h"
+#include "element.h"
 
 namespace rnas::cuda::mixed {
 
@@ -26,28 +31,47 @@ template <int V> RNAS_DEVICE Vec<V> zeros() {
   return made;
 }
 
+// V elements of an image or a table as floats, in one load; and floats as elements, rounded to the nearest.
 #if defined(RNAS_ON_HOST)
-template <int V> RNAS_DEVICE Vec<V> load(const float* from) {
+template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
   Vec<V> made;
-  for (int k = 0; k < V; ++k) made.v[k] = from[k];
+  for (int k = 0; k < V; ++k) made.v[k] = to_float(from[k]);
   return made;
 }
-template <int V> RNAS_DEVICE void store(float* to, const Vec<V>& value) {
-  for (int k = 0; k < V; ++k) to[k] = value.v[k];
+template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) {
+  for (int k = 0; k < V; ++k) to[k] = from_float<T>(value.v[k]);
 }
 #else
-template <int V> RNAS_DEVICE Vec<V> load(const float* from);
-template <> RNAS_DEVICE Vec<1> load<1>(const float* from) { return {{*from}}; }
-template <> RNAS_DEVICE Vec<4> load<4>(const float* from) {
-  const float4 all = *reinterpret_cast<const float4*>(from);
-  return {{all.x, all.y, all.z, all.w}};
+template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
+  static_assert(V == 1 || V == 4, "one element or four");
+  if constexpr (V == 1) {
+    return {{to_float(*from)}};
+  } else if constexpr (std::is_same_v<T, float>) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    return {{all.x, all.y, all.z, all.w}};
+  } else {
+    const uint2 all = *reinterpret_cast<const uint2*>(from);
+    const float2 low = unpack<T>(all.x), high = unpack<T>(all.y);
+    return {{low.x, low.y, high.x, high.y}};
+  }
 }
-RNAS_DEVICE void put(float* to, const Vec<1>& value) { *to = value.v[0]; }
-RNAS_DEVICE void put(float* to, const Vec<4>& value) {
-  *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
+template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) {
+  if constexpr (V == 1)
+    *to = from_float<T>(value.v[0]);
+  else if constexpr (std::is_same_v<T, float>)
+    *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
+  else
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(value.v[0], value.v[1]), pack<T>(value.v[2], value.v[3]));
 }
-template <int V> RNAS_DEVICE void store(float* to, const Vec<V>& value) { put(to, value); }
 #endif
+
+// What is left of the values once they are stored. Statistics are taken of that, so that what a norm's backward pass
+// takes away is what its forward pass has normed: with few values in a channel the rest can be small.
+template <typename T, int V> RNAS_DEVICE Vec<V> rounded(Vec<V> value) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) value.v[k] = to_float(from_float<T>(value.v[k]));
+  return value;
+}
 
 template <int V> RNAS_DEVICE void add_to(float* to, const Vec<V>& value) {
   Vec<V> sum = load<V>(to);
@@ -56,12 +80,12 @@ template <int V> RNAS_DEVICE void add_to(float* to, const Vec<V>& value) {
   store<V>(to, sum);
 }
 
-// Images (N, height, width, channels), of which a pixel begins every `pixel` floats.
-struct Image {
-  float* data;
+// Images (N, height, width, channels), of which a pixel begins every `pixel` elements.
+template <typename T> struct Image {
+  T* data;
   int height, width, pixel;
 
-  RNAS_DEVICE float* at(int n, int y, int x) const {
+  RNAS_DEVICE T* at(int n, int y, int x) const {
     return data + ((static_cast<int64_t>(n) * height + y) * width + x) * pixel;
   }
   RNAS_DEVICE bool holds(int y, int x) const { return y >= 0 && x >= 0 && y < height && x < width; }
@@ -69,10 +93,11 @@ struct Image {
 
 enum class Kind : int { identity, max_pool, avg_pool, separable, dense, reduce };
 
-struct Stage {
+template <typename T> struct Stage {
+  using Element = T;  // of its images
   Kind kind;
   int kernel, dilation, stride;
-  Image source;
+  Image<T> source;
   const float *scale, *shift;          // (C) of the norm before its ReLU; null: none
   const float *depthwise, *pointwise;  // (C, kernel, kernel); the matrix or matrices behind it
 
@@ -82,12 +107,15 @@ struct Stage {
 
 // A stage of the derivative of a cell along a direction, for norms with statistics of their own: linear, and of the source
 // only the signs and winners count. direction: that of the source, laid out as the source is.
-struct TangentStage : Stage {
-  const float* direction;
+template <typename T> struct TangentStage : Stage<T> {
+  const T* direction;
 };
 
+template <typename AStage>
+constexpr bool kIsTangent = std::is_same_v<AStage, TangentStage<typename AStage::Element>>;
+
 // Kernels of tangents that need more registers than two blocks of a multiprocessor share.
-template <typename AStage> constexpr int kBlocksOf = std::is_same_v<AStage, TangentStage> ? 1 : 2;
+template <typename AStage> constexpr int kBlocksOf = kIsTangent<AStage> ? 1 : 2;
 
 // A matrix (outputs, inputs) that makes outputs [first, last) from the pixels shifted by (dy, dx).
 struct Part {
@@ -105,12 +133,12 @@ struct Part {
     return made;
   }
   // Where the entry lies in the array of all parts.
-  RNAS_DEVICE int64_t index(const Stage& stage, int output, int input) const {
+  template <typename T> RNAS_DEVICE int64_t index(const Stage<T>& stage, int output, int input) const {
     return weights - stage.pointwise + static_cast<int64_t>(output - first) * output_stride + input * input_stride;
   }
 };
 
-RNAS_DEVICE Part part_of(const Stage& stage, int part, int channels) {
+template <typename T> RNAS_DEVICE Part part_of(const Stage<T>& stage, int part, int channels) {
   const int taps = stage.kernel * stage.kernel;
   if (stage.kind == Kind::dense)
     return {stage.pointwise + part, 0, channels, channels * taps, taps, part / stage.kernel - stage.kernel / 2,
@@ -156,23 +184,23 @@ enum class Way { plain, rectified, tangent };
 
 // V channels of one image, row by row; zero outside of the image. What does not change from pixel to pixel lies in
 // registers.
-template <int V, Way kHow> class Rows {
+template <int V, Way kHow, typename T> class Rows {
  public:
   static constexpr Way kWay = kHow;
 
-  RNAS_DEVICE Rows(const Image& image, int n, int channel, const float* scale = nullptr, const float* shift = nullptr,
-                   const float* direction = nullptr)
+  RNAS_DEVICE Rows(const Image<T>& image, int n, int channel, const float* scale = nullptr,
+                   const float* shift = nullptr, const T* direction = nullptr)
       : first_(image.at(n, 0, 0) + channel), height_(image.height), width_(image.width), pixel_(image.pixel),
         normed_(kWay != Way::plain && scale != nullptr), scale_(normed_ ? load<V>(scale + channel) : zeros<V>()),
         shift_(normed_ ? load<V>(shift + channel) : zeros<V>()),
         direction_(kWay == Way::tangent ? direction + (first_ - image.data) : nullptr) {}
 
   // Row y, null outside of the image.
-  RNAS_DEVICE const float* row(int y) const {
+  RNAS_DEVICE const T* row(int y) const {
     return static_cast<unsigned>(y) < static_cast<unsigned>(height_) ? first_ + static_cast<int64_t>(y) * width_ * pixel_
                                                                     : nullptr;
   }
-  RNAS_DEVICE Vec<V> at(const float* row, int x) const {
+  RNAS_DEVICE Vec<V> at(const T* row, int x) const {
     if (!holds(row, x)) return zeros<V>();
     Vec<V> value = load<V>(row + x * pixel_);
     if (kWay != Way::plain && normed_)
@@ -192,7 +220,7 @@ template <int V, Way kHow> class Rows {
   RNAS_DEVICE Vec<V> at(int y, int x) const { return at(row(y), x); }
 
   // found[j] = at(row, x + j * step). All loads come before the first use: no thread waits for one after the other.
-  template <int kCount> RNAS_DEVICE void load_all(const float* row, int x, int step, Vec<V> (&found)[kCount]) const {
+  template <int kCount> RNAS_DEVICE void load_all(const T* row, int x, int step, Vec<V> (&found)[kCount]) const {
     if constexpr (kWay == Way::tangent) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) found[j] = at(row, x + j * step);
@@ -218,22 +246,24 @@ template <int V, Way kHow> class Rows {
   }
 
  private:
-  RNAS_DEVICE bool holds(const float* row, int x) const {
+  RNAS_DEVICE bool holds(const T* row, int x) const {
     return row && static_cast<unsigned>(x) < static_cast<unsigned>(width_);
   }
 
-  const float* first_;
+  const T* first_;
   int height_, width_, pixel_;
   bool normed_;
   Vec<V> scale_, shift_;
-  const float* direction_;
+  const T* direction_;
 };
 
 // What enters the convolution of a stage.
-template <int V> RNAS_DEVICE Rows<V, Way::rectified> entering(const Stage& stage, int n, int channel) {
+template <int V, typename T>
+RNAS_DEVICE Rows<V, Way::rectified, T> entering(const Stage<T>& stage, int n, int channel) {
   return {stage.source, n, channel, stage.scale, stage.shift};
 }
-template <int V> RNAS_DEVICE Rows<V, Way::tangent> entering(const TangentStage& stage, int n, int channel) {
+template <int V, typename T>
+RNAS_DEVICE Rows<V, Way::tangent, T> entering(const TangentStage<T>& stage, int n, int channel) {
   return {stage.source, n, channel, stage.scale, stage.shift, stage.direction};
 }
 
@@ -251,7 +281,7 @@ RNAS_DEVICE void convolve(const From& from, const float* weights, int channels, 
   for (int begin = 0; begin < kPixels; begin += kCount) {
 #pragma unroll 1
     for (int row = 0; row < kKernel; ++row) {
-      const float* line = from.row(y + row * dilation);
+      const auto* line = from.row(y + row * dilation);
       Vec<V> window[kWindow];
       from.load_all(line, x + kStep * begin * dilation, dilation, window);
 #pragma unroll
@@ -288,7 +318,8 @@ RNAS_DEVICE Shared shared_of(const Block& block, const Tiling& tiling, int chann
 }
 
 // Depthwise weights (C, T) as [T][C] into shared.extra.
-RNAS_DEVICE void load_depthwise(const Block& block, const Shared& shared, const Stage& stage, int channels) {
+template <typename T>
+RNAS_DEVICE void load_depthwise(const Block& block, const Shared& shared, const Stage<T>& stage, int channels) {
   const int taps = stage.kernel * stage.kernel;
   block.each([&](int thread) {
     for (int at = thread; at < channels * taps; at += kThreads)
@@ -298,8 +329,8 @@ RNAS_DEVICE void load_depthwise(const Block& block, const Shared& shared, const 
 
 // put(row, column, channel, value) for all pixels of the tile of a depthwise convolution of from(channel), which gives the
 // Rows of channels [channel, channel + V). Needs load_depthwise. One phase.
-template <int V, typename From, typename Put>
-RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const Stage& stage, const Tiling& tiling,
+template <int V, typename T, typename From, typename Put>
+RNAS_DEVICE void depthwise_phase(const Block& block, const Shared& shared, const Stage<T>& stage, const Tiling& tiling,
                                  const Tile& tile, int channels, bool flipped, const From& from, const Put& put) {
   const int vectors = channels / V, groups = tiling.tile_width / kPixels;
   const int reach = stage.dilation * (stage.kernel / 2), spacing = stage.stride == 1 ? stage.dilation : 1;
@@ -386,14 +417,14 @@ struct PoolWindow {
 };
 
 // The pixels of the source that pixel (y, x) of a 3x3 pool sees.
-RNAS_DEVICE PoolWindow pool_window(const Image& source, int stride, int y, int x) {
+template <typename T> RNAS_DEVICE PoolWindow pool_window(const Image<T>& source, int stride, int y, int x) {
   return {larger(0, y * stride - 1), larger(0, x * stride - 1), smaller(source.height, y * stride + 2),
           smaller(source.width, x * stride + 2)};
 }
 
 // Max pool of one pixel: the values, and which of the nine places holds each (the first of equals, or a NaN).
-template <int V>
-RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel, int (&winner)[V]) {
+template <int V, typename T>
+RNAS_DEVICE Vec<V> max_pool(const Stage<T>& stage, int n, int y, int x, int channel, int (&winner)[V]) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
   const int first = (window.top - (y * stage.stride - 1)) * 3 + window.left - (x * stage.stride - 1);
   Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
@@ -413,7 +444,7 @@ RNAS_DEVICE Vec<V> max_pool(const Stage& stage, int n, int y, int x, int channel
   return best;
 }
 
-template <int V> RNAS_DEVICE Vec<V> avg_pool(const Stage& stage, int n, int y, int x, int channel) {
+template <int V, typename T> RNAS_DEVICE Vec<V> avg_pool(const Stage<T>& stage, int n, int y, int x, int channel) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
   Vec<V> sum = zeros<V>();
   for (int at_y = window.top; at_y < window.bottom; ++at_y)
@@ -428,15 +459,16 @@ template <int V> RNAS_DEVICE Vec<V> avg_pool(const Stage& stage, int n, int y, i
 }
 
 // A stage that is no convolution.
-template <int V> RNAS_DEVICE Vec<V> simple_value(const Stage& stage, int n, int y, int x, int channel) {
+template <int V, typename T> RNAS_DEVICE Vec<V> simple_value(const Stage<T>& stage, int n, int y, int x, int channel) {
   int winner[V];
   if (stage.kind == Kind::identity) return load<V>(stage.source.at(n, y, x) + channel);
   return stage.kind == Kind::max_pool ? max_pool<V>(stage, n, y, x, channel, winner)
                                       : avg_pool<V>(stage, n, y, x, channel);
 }
-template <int V> RNAS_DEVICE Vec<V> simple_value(const TangentStage& stage, int n, int y, int x, int channel) {
-  Stage along = stage;
-  along.source.data = const_cast<float*>(stage.direction);
+template <int V, typename T>
+RNAS_DEVICE Vec<V> simple_value(const TangentStage<T>& stage, int n, int y, int x, int channel) {
+  Stage<T> along = stage;
+  along.source.data = const_cast<T*>(stage.direction);
   if (stage.kind != Kind::max_pool) return simple_value<V>(along, n, y, x, channel);
   int winner[V];
   max_pool<V>(stage, n, y, x, channel, winner);
@@ -444,7 +476,7 @@ template <int V> RNAS_DEVICE Vec<V> simple_value(const TangentStage& stage, int 
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     const int at_y = y * stage.stride - 1 + winner[k] / 3, at_x = x * stage.stride - 1 + winner[k] % 3;
-    value.v[k] = along.source.at(n, at_y, at_x)[channel + k];
+    value.v[k] = to_float(along.source.at(n, at_y, at_x)[channel + k]);
   }
   return value;
 }

@@ -9,8 +9,8 @@
 // states, J nodes, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
 // B batch norms of all edges. Edges from an input state have `stride`, edges from a node have stride 1.
 //
-// Images are float32, channels last. Parameters come as one array `theta`, edge by edge and primitive by primitive, each
-// as PyTorch stores it:
+// Images are float32, on a GPU also bfloat16 or float16, channels last; all else is float32. Parameters come as one
+// array `theta`, edge by edge and primitive by primitive, each as PyTorch stores it:
 //
 //   sep_conv_k    depthwise (C, 1, k, k), pointwise (C, C), depthwise, pointwise; two norms
 //   dil_conv_k    depthwise (C, 1, k, k), pointwise (C, C); one norm
@@ -63,7 +63,7 @@ struct MixedSizes {
 // The arguments common to all passes. mean and variance (B, C): of the batch in a backward pass on batch statistics, of
 // the norms where statistics are fixed. gamma and beta (B, C) or null.
 struct MixedInputs {
-  const float* const* states;  // (S) arrays (N, H, W, C)
+  const void* const* states;   // (S) images (N, H, W, C)
   const float* weights;        // (E, K)
   const float* theta;
   const float *gamma, *beta, *mean, *variance;
@@ -73,7 +73,7 @@ struct MixedInputs {
 
 // Where gradients go; null for those not wanted, single states included.
 struct MixedGradients {
-  float* const* states;  // (S) arrays (N, H, W, C)
+  void* const* states;   // (S) images (N, H, W, C)
   float* weights;        // (E, K)
   float* theta;
   float *gamma, *beta;   // (B, C)
@@ -96,10 +96,10 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 // Fixed statistics only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
 // (N, H', W', J * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
 // theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
-// Keep::masks all must be). direction (S) arrays (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
+// Keep::masks all must be). direction (S) images (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
 // with Keep::masks. With Keep::masks neither in.states nor out are read, here and in mixed_backward.
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const float* const* direction,
+                           const void* kept, const float* grad_out, const void* const* direction,
                            float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
                            int threads);
 
@@ -107,20 +107,25 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
 
 // As above, with arrays in the memory of the current CUDA device, work queued on `stream`, and nothing kept but
 // Keep::activations (or nothing): kept_masks and kept_outputs are 0.
+//
+// dtype: float32, bfloat16 or float16, the type of all images: states, out, grad_out, direction, grad_grad_out, the
+// gradients to states, and what is kept. They are read as float32, everything is computed and summed in float32, and
+// each result is rounded once, to the nearest. Weights, theta, the norms' tables and the gradients to them are float32
+// always. With 16 bits C must be a multiple of 4, images aligned to 8 bytes and tables to 16; float32 takes any.
 namespace cuda {
 
-MixedSizes mixed_sizes(const MixedShape& shape);
+MixedSizes mixed_sizes(const MixedShape& shape, Dtype dtype);
 
-void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
-                   void* kept, void* workspace, CUstream_st* stream);
+void mixed_forward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, void* out, float* mean,
+                   float* variance, void* kept, void* workspace, CUstream_st* stream);
 
-void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
-                    const float* grad_out, const MixedGradients& grad, void* workspace, CUstream_st* stream);
+void mixed_backward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, const void* out,
+                    const void* kept, const void* grad_out, const MixedGradients& grad, void* workspace,
+                    CUstream_st* stream);
 
-void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const float* const* direction,
-                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
-                           CUstream_st* stream);
+void mixed_double_backward(const MixedShape& shape, Dtype dtype, const MixedInputs& in, Keep keep, const void* out,
+                           const void* kept, const void* grad_out, const void* const* direction, void* grad_grad_out,
+                           void* direction_kept, const MixedGradients& grad, void* workspace, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace rnas

@@ -1,0 +1,3 @@
+#include "mixed/passes.h"
+
+template struct rnas::cuda::mixed::Passes<rnas::cuda::BFloat16>;
