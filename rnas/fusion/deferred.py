@@ -16,23 +16,38 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-Scale = Tensor | float
+
+class Held(NamedTuple):
+    """A tensor that will be read later, and its version: it must not have been written to until then."""
+
+    tensor: Tensor
+    version: int
+
+
+Scale = Held | float
 """A number, or a tensor that holds one."""
 
 
 class Call:
     """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
 
-    __slots__ = ("consumed", "extras", "plan", "value", "version", "x")
+    __slots__ = ("consumed", "extras", "held", "plan", "state", "value")
 
     def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
-        self.plan, self.x, self.version = plan, x, version_of(x)
+        self.plan, self.held = plan, hold(x)
+        self.state = plan.state()
+        """Its weights and modes when it was called."""
         self.extras = extras
         """What it was called with behind x: arguments and options."""
         self.consumed = False
         """Whether its batch norms have seen it."""
         self.value: Tensor | None = None
-        """Its own result, where that was asked for."""
+        """Its own result, where that was asked for and nobody is about to change it."""
+
+    @property
+    def x(self) -> Tensor:
+        """The state."""
+        return self.held.tensor
 
 
 class Group(NamedTuple):
@@ -48,7 +63,7 @@ class Deferred(Tensor):
 
     _rnas_value: Tensor | None
     _rnas_groups: tuple[Group, ...]
-    _rnas_addends: tuple[tuple[tuple[Scale, ...], Tensor, int], ...]  # scales, a tensor that broadcasts, its version
+    _rnas_addends: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and a tensor that broadcasts
 
     @staticmethod
     def make(scope, shape: torch.Size, like: Tensor, groups, addends=(), finish=None) -> Deferred:
@@ -57,7 +72,7 @@ class Deferred(Tensor):
         made = Tensor._make_wrapper_subclass(Deferred, shape, **options)
         made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
         made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
-        made._rnas_value, made._rnas_source = None, False
+        made._rnas_value, made._rnas_source = None, False  # whether candidates were called on it
         return made
 
     # ---- what keeps it deferred --------------------------------------------------------------------------------------
@@ -74,7 +89,9 @@ class Deferred(Tensor):
         return plus(self, other, other_first=True)
 
     def __sub__(self, other):
-        return plus(self, other * -1.0) if isinstance(other, Deferred) else plus(self, -other)
+        if is_number(other) or (isinstance(other, Tensor) and other.is_floating_point()):
+            return plus(self, other * -1.0)
+        return value_of(self) - other
 
     def __rsub__(self, other):
         return plus(times(self, -1.0), other, other_first=True)
@@ -88,7 +105,7 @@ class Deferred(Tensor):
         return value_of(self) / value_of(other)
 
     def __iadd__(self, other):
-        made = plus(self, other) if _takes_part(self) else None
+        made = plus(self, other) if _takes_part(self) and not is_raw(self) else None
         if is_open(made):  # what it is now is seen by all who hold it
             self._rnas_groups, self._rnas_addends, self._rnas_finish = (
                 made._rnas_groups, made._rnas_addends, made._rnas_finish
@@ -101,6 +118,8 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        for each in flat((args, kwargs)):
+            _refuse_gradients(each)
         handler = HANDLERS.get(function)
         if handler is not None:
             result = handler(*args, **kwargs)
@@ -146,9 +165,8 @@ def value_of(x):
     if type(x) is not Deferred:
         return x
     if x._rnas_value is None:
-        x._rnas_scope.compute(x)
-    if x._rnas_scope.grad and not torch.is_grad_enabled():
         _refuse_gradients(x)
+        x._rnas_scope.compute(x)
     return x._rnas_value
 
 
@@ -165,11 +183,8 @@ def values(arguments):
 
 
 def _refuse_gradients(x: Deferred) -> None:
-    """A gradient that arrives at the placeholder itself would be lost.
-
-    That can only be where code without gradients looked at it, such as an autograd.Function that was applied to it.
-    """
-    if not x.__dict__.get("_rnas_refuses"):
+    """A gradient to the placeholder itself, from an autograd.Function that it was given to, would be lost."""
+    if x._rnas_scope.grad and not x.__dict__.get("_rnas_refuses"):
         x._rnas_refuses = True
         with torch._C.DisableTorchFunctionSubclass():
             x.register_hook(_raise)
@@ -217,23 +232,47 @@ def is_number(value) -> bool:
     return type(value) in (int, float)
 
 
-def version_of(x: Tensor) -> int:
-    """Changes whenever the tensor is written to. Of an unknown value 0: nobody can have written to it."""
+def is_raw(x: Deferred) -> bool:
+    """Whether it is the result of a candidate itself."""
+    if x._rnas_value is not None or len(x._rnas_groups) != 1 or x._rnas_addends or x._rnas_finish is not None:
+        return False
+    return x._rnas_groups[0].scales == (None,) and not x._rnas_groups[0].outer
+
+
+def copied(x: Deferred) -> Deferred:
+    """What x is now, whatever is added to it afterwards."""
+    made = (x._rnas_groups, x._rnas_addends, x._rnas_finish)
+    return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, *made)
+
+
+def hold(x: Tensor) -> Held:
+    """For `seen`. Who holds a deferred tensor is told before somebody writes to it: `Scope.before_writing`."""
     if type(x) is Deferred:
         x._rnas_source = True
-        return 0
+        return Held(x, 0)
+    return Held(x, version_of(x))
+
+
+def version_of(x: Tensor) -> int:
+    """Changes whenever the tensor is written to. Tensors of inference mode do not know."""
     return 0 if x.is_inference() else x._version
 
 
-def check_version(x: Tensor, version: int) -> None:
-    if type(x) is Deferred:
-        return  # Scope.before_writing sees to it
-    if not x.is_inference() and x._version != version:
+def seen(held: Held) -> Tensor:
+    """The tensor. Raises RuntimeError where it has been written to in the meantime."""
+    x, version = held
+    if type(x) is not Deferred and version_of(x) != version:
         raise RuntimeError(
-            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was added to, has been "
-            "changed in place before the sum was computed; write `x = x + ...` for `x += ...` there, or call "
-            "rnas.restore(model)"
+            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was multiplied with or "
+            "added to, has been changed in place before the sum was computed; write `x = x + ...` for `x += ...` "
+            "there, or call rnas.restore(model)"
         )
+    return x
+
+
+def scale_of(scale: Scale) -> Tensor | float:
+    """The number or tensor that a sum is multiplied with."""
+    return seen(scale) if type(scale) is Held else scale
 
 
 def times(x: Deferred, other) -> Tensor:
@@ -243,8 +282,10 @@ def times(x: Deferred, other) -> Tensor:
     finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
     if finish is None and x._rnas_finish is not None:  # it cannot wait any longer
         return value_of(x) * value_of(other)
-    groups = tuple([_times_group(group, other) for group in x._rnas_groups])
-    addends = tuple([((*scales, other), tensor, version) for scales, tensor, version in x._rnas_addends])
+    # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
+    scale = other if is_number(other) else hold(other if x._rnas_scope.grad else other.clone())
+    groups = tuple([_times_group(group, scale) for group in x._rnas_groups])
+    addends = tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
 
 
@@ -274,8 +315,10 @@ def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
     """x + other, or other + x."""
     if _takes_part(x):
         if is_number(other) and other == 0:  # where sum() begins
-            made = (x._rnas_groups, x._rnas_addends, x._rnas_finish)
-            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, *made)
+            groups = x._rnas_groups
+            if is_raw(x):  # a new tensor, and not the result of the candidate itself
+                groups = (Group((), groups[0].calls, (1.0,)),)
+            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, x._rnas_addends, x._rnas_finish)
         if is_open(other) and not other._rnas_source and _agree(x, other):
             first, second = (other, x) if other_first else (x, other)
             if first._rnas_finish is None and second._rnas_finish is None:
@@ -285,8 +328,7 @@ def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
                 if finish is not None:
                     return _joined(first, second, finish)
         elif x._rnas_finish is None and _is_addend(x, other):  # a state of a cell too, by its value
-            tensor = value_of(other)
-            addends = (*x._rnas_addends, ((), tensor, version_of(tensor)))
+            addends = (*x._rnas_addends, ((), hold(value_of(other))))
             return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, x._rnas_groups, addends)
     first, second = (other, x) if other_first else (x, other)
     return value_of(first) + value_of(second)

@@ -6,7 +6,7 @@ Legend: J nodes of a cell, S states that enter it, E edges, K candidates of an e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.mixed_op import PRIMITIVES
-from .deferred import Call, Deferred, Group, Scale, check_version, is_open, value_of
+from .deferred import Call, Deferred, Group, Scale, hold, is_open, is_raw, scale_of, seen, value_of
+from .partial import Slice
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
 
@@ -93,7 +94,7 @@ def whole_cell(nodes: list[Deferred], scope) -> Tensor | None:
     scope.counts.edges += len(edges)
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
-        node._rnas_value = out.narrow(1, index * channels, channels)
+        node._rnas_groups, node._rnas_finish = (), Slice(hold(out), index * channels, channels)
     return out
 
 
@@ -118,10 +119,10 @@ def node(x: Deferred, scope) -> None:
             scope.counts.alone += 1
             return
     total = _sum(groups, scope)
-    for scales, tensor, version in x._rnas_addends:
-        check_version(tensor, version)
+    for scales, held in x._rnas_addends:
+        tensor = seen(held)
         for scale in scales:
-            tensor = tensor * scale
+            tensor = tensor * scale_of(scale)
         total = tensor if total is None else total + tensor
     if x._rnas_finish is not None:
         total = x._rnas_finish.finished(total, scope)
@@ -139,7 +140,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
         for call, scale in others:
             value = alone(call)
             for each in (scale, *group.outer):
-                value = value if each is None else value * each
+                value = value if each is None else value * scale_of(each)
             total = value if total is None else total + value
             scope.counts.alone += 1
     for edges in batches.values():
@@ -157,7 +158,7 @@ def _edges(group: Group) -> tuple[list[Edge], list[tuple[Call, Scale | None]]]:
     parts: list[list[tuple[Call, Scale | None]]] = []
     others = []
     for call, scale in zip(group.calls, group.scales):
-        if call.consumed or call.value is not None:
+        if not _can_be_fused(call):
             others.append((call, scale))
             continue
         for part in parts:
@@ -191,7 +192,7 @@ def _as_edge(group: Group) -> Edge | None:
     calls, scales = zip(*pairs)
     guesses = [call.plan.guess for call in calls]
     primitives = tuple([guess.primitive for guess in guesses])
-    if len(set(primitives)) != len(primitives) or any([call.consumed or call.value is not None for call in calls]):
+    if len(set(primitives)) != len(primitives) or not all(map(_can_be_fused, calls)):
         return None
     if len({guess.stride for guess in guesses}) != 1 or set(primitives) == {"none"}:
         return None
@@ -201,6 +202,11 @@ def _as_edge(group: Group) -> Edge | None:
     channels = _shape(calls[0].x)[1]
     pool_norm = pool_norms.pop() if pool_norms else True
     return Edge(primitives, guesses[0].stride, pool_norm, channels, calls, scales, group.outer)
+
+
+def _can_be_fused(call: Call) -> bool:
+    """Whether its batch norms have not seen it, and it is in the modes in which it was called."""
+    return not call.consumed and call.value is None and call.state.modes == call.plan.state().modes
 
 
 def _shape(x: Tensor) -> torch.Size:
@@ -215,10 +221,7 @@ def is_edge(x: Deferred) -> bool:
 
 def is_alias(x: Deferred) -> bool:
     """Whether the value of x is the very state that a candidate was called on."""
-    if x._rnas_value is not None or len(x._rnas_groups) != 1 or x._rnas_addends:
-        return False
-    (group,) = x._rnas_groups
-    return group.scales == (None,) and group.calls[0].plan.guess.primitive == "skip_connect" and not group.outer
+    return is_raw(x) and x._rnas_groups[0].calls[0].plan.guess.primitive == "skip_connect"
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -227,10 +230,11 @@ def is_alias(x: Deferred) -> bool:
 def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> Tensor:
     for edge in edges:
         for call in edge.calls:
-            check_version(call.x, call.version)
+            seen(call.held)
+            call.plan.check(call.state)
             call.consumed = True
     like = states[0]
-    rows = [like.new_ones(()) if scale is None else scale for edge in edges for scale in edge.scales]
+    rows = [1.0 if scale is None else scale_of(scale) for edge in edges for scale in edge.scales]
     weights = _stacked(rows, like).view(len(edges), -1)
     outer = None
     if any(edge.outer for edge in edges):
@@ -248,14 +252,14 @@ def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> 
     )
 
 
-def _product(scales: tuple[Scale, ...]) -> Scale:
-    total: Scale = 1.0
+def _product(scales: tuple[Scale, ...]) -> Tensor | float:
+    total: Tensor | float = 1.0
     for scale in scales:
-        total = scale * total
+        total = scale_of(scale) * total
     return total
 
 
-def _stacked(scales: list[Scale], like: Tensor) -> Tensor:
+def _stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
     """(len(scales),) in the dtype of `like`."""
     tensors = []
     for scale in scales:
@@ -270,9 +274,9 @@ def _stacked(scales: list[Scale], like: Tensor) -> Tensor:
 def alone(call: Call) -> Tensor:
     """The candidate's own forward on its state, once: its batch norms see each call once, however often it is used."""
     if call.value is None:
-        x, (arguments, options) = value_of(call.x), call.extras
-        check_version(call.x, call.version)
-        with _averages_kept(call.plan.layers.norms) if call.consumed else nullcontext():
+        x, (arguments, options) = value_of(seen(call.held)), call.extras
+        call.plan.check(call.state)
+        with call.plan.in_modes(call.state), _averages_kept(call.plan.layers.norms if call.consumed else ()):
             call.value = call.plan.original(x, *arguments, **options)
         call.consumed = True
     return call.value

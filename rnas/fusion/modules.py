@@ -10,7 +10,9 @@ from __future__ import annotations
 import copyreg
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from .. import kernels
 from ..kernels import fused
 from ..kernels.backend import OPS
 from . import scope as scopes
-from .deferred import value_of
+from .deferred import value_of, values
 from .reads import Reads
 from .recognise import Guess, Layers, kind_of
 
@@ -39,6 +41,15 @@ _SETTINGS = {  # what decides on what a layer of PyTorch computes; eps and momen
 }
 
 
+class State(NamedTuple):
+    """Of a module at one moment: what its result depends on beside the images."""
+
+    weights: tuple[tuple[int, int], ...]
+    """Identity and version of each parameter."""
+    modes: tuple[bool, ...]
+    """Training flags of the norms."""
+
+
 class Plan:
     """What a recognised module computes, and what must not have changed since it was recognised."""
 
@@ -46,6 +57,8 @@ class Plan:
         self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
         self._modules = list(module.modules())
         self._types = list(map(type, self._modules[1:]))  # the first is to get another
+        kinds = dict.fromkeys(map(original_class, self._modules))
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self._hooks = [getattr(each, name) for each in self._modules for name in _HOOKS]
         self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
         self._settings = reads.values + [
@@ -59,11 +72,15 @@ class Plan:
         """Whether the module is as it was: the same layers without hooks, the same settings."""
         if any(self._hooks):
             return False
-        if any([module.__dict__.get(name) != value for module, name, value in self._settings]):
+        if any([holder.__dict__.get(name) != value for holder, name, value in self._settings]):
             return False
         if any([tuple(module._modules.values()) != children for module, children in self._children]):
             return False
         if any(["forward" in each.__dict__ for each in self._modules]):
+            return False
+        if any([kind.forward is not forward for kind, forward in self._forwards]):
+            return False
+        if any([each._parameters.get("bias") is not None for each in self.layers.convolutions]):
             return False
         return list(map(type, self._modules[1:])) == self._types
 
@@ -89,8 +106,40 @@ class Plan:
         except KeyError:  # a plain attribute in its place
             return [each.weight for each in self.layers.convolutions]
 
+    def state(self) -> State:
+        """Of now."""
+        weights = [(id(each), 0 if each.is_inference() else each._version) for each in self.weights()]
+        return State(tuple(weights), tuple([norm.training for norm in self.layers.norms]))
 
-class Candidate:
+    def check(self, state: State) -> None:
+        """Raises RuntimeError where the weights are others than in `state`."""
+        if state.weights != self.state().weights:
+            raise RuntimeError(
+                "rnas.accelerate: the weights of a candidate operation have changed before its result was used; use it "
+                "before (multiply it by 1.0 and call .contiguous()), or call rnas.restore(model)"
+            )
+
+    @contextmanager
+    def in_modes(self, state: State) -> Iterator[None]:
+        """The training flags of the norms as in `state`."""
+        before = [norm.training for norm in self.layers.norms]
+        try:
+            for norm, training in zip(self.layers.norms, state.modes):
+                norm.training = training
+            yield
+        finally:
+            for norm, training in zip(self.layers.norms, before):
+                norm.training = training
+
+
+class Unregistered:
+    """Keeps what a class does with its subclasses from accelerated ones."""
+
+    def __init_subclass__(cls, **options) -> None:
+        pass
+
+
+class Candidate(Unregistered):
     """Mixed into the class of a candidate operation: on a state, it hands back a result that is not computed yet."""
 
     def __call__(self, *arguments, **options):
@@ -102,12 +151,11 @@ class Candidate:
                     if made is not None:
                         return made
             if scope is not None:  # the module's own code sees values
-                arguments = tuple([value_of(each) for each in arguments])
-                options = {name: value_of(each) for name, each in options.items()}
+                arguments, options = values(arguments), values(options)
         return super().__call__(*arguments, **options)
 
 
-class Pool:
+class Pool(Unregistered):
     """Mixed into the class of a pool beside candidates: what it makes of the channels that go around them can wait."""
 
     def __call__(self, *arguments, **options):
@@ -121,20 +169,21 @@ class Pool:
             made = scope.pool(self, x, shape)
             if made is not None:
                 return made
-        return super().__call__(*[value_of(each) for each in arguments], **options)
+        return super().__call__(*values(arguments), **values(options))
 
 
-class InFront:
+class InFront(Unregistered):
     """Mixed into the class of a layer in front of a cell: (ReLU, 1x1 convolution, BN) or a FactorizedReduce."""
 
     def __call__(self, *arguments, **options):
         if not torch.compiler.is_compiling():
             plan = self.__dict__.get(PLAN)
-            if plan is not None and plan.module is self and plan.takes(arguments, options) and plan.holds():
+            known = plan is not None and plan.module is self and not nn.modules.module._has_any_global_hook()
+            if known and plan.takes(arguments, options) and plan.holds():
                 x = value_of(arguments[0])
                 if _is_image(x, plan.guess.channels):
                     return in_front(plan, x)
-        return super().__call__(*arguments, **options)
+        return super().__call__(*values(arguments), **values(options))
 
 
 def _is_image(x, channels: int) -> bool:
@@ -154,11 +203,15 @@ def in_front(plan: Plan, x: Tensor) -> Tensor:
     return kernels.factorized_reduce(x, *plan.weights(), norm)
 
 
-class Holder:
+class Holder(Unregistered):
     """Mixed into the class of a module whose forward calls candidates, or calls modules that do."""
 
     def __call__(self, *arguments, **options):
-        if "forward" not in self.__dict__ or _stands_back(self):
+        if _stands_back(self):
+            return super().__call__(*arguments, **options)
+        if _is_hooked(self):
+            arguments, options = values(arguments), values(options)
+        if "forward" not in self.__dict__:
             return super().__call__(*arguments, **options)
         if _is_hooked(self):  # hooks run in here, behind a forward that is not the one below
             with scopes.suspended():
@@ -166,22 +219,24 @@ class Holder:
         with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
             return scope.close(super().__call__(*arguments, **options), force=is_new)
 
-    def forward(self, *arguments, **options):
-        if _stands_back(self):
-            return super().forward(*arguments, **options)
-        with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
-            mark = scope.mark()
-            try:
-                return scope.close(super().forward(*arguments, **options), force=is_new or _is_hooked(self))
-            except (TypeError, AttributeError, AssertionError) as error:
-                if not scope.is_unused_since(mark):
-                    raise
-                reason = error
-        # Code that looks at the very class of a tensor, say. Nothing has been computed yet: it can begin anew.
-        with scopes.suspended():
-            results = super().forward(*arguments, **options)
-        _stand_back_for_good(self, reason)
-        return results
+
+def run_holder(forward: Callable, self: nn.Module, arguments: tuple, options: dict):
+    """The forward of a holder, with candidates whose results wait until they are used."""
+    if _stands_back(self):
+        return forward(self, *arguments, **options)
+    with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
+        mark = scope.mark()
+        try:
+            return scope.close(forward(self, *arguments, **options), force=is_new or _is_hooked(self))
+        except (TypeError, AttributeError, AssertionError) as error:
+            if not scope.is_unused_since(mark):
+                raise
+            reason = error
+    # Code that looks at the very class of a tensor, say. Nothing has been computed yet: it can begin anew.
+    with scopes.suspended():
+        results = forward(self, *values(arguments), **values(options))
+    _stand_back_for_good(self, reason)
+    return results
 
 
 def _stands_back(module: nn.Module) -> bool:
@@ -197,13 +252,13 @@ def _stand_back_for_good(module: nn.Module, reason: Exception) -> None:
     warnings.warn(
         f"rnas.accelerate: the forward of a {type(module).__name__} does not take results that are not computed yet "
         f"({type(reason).__name__}: {reason}); it runs as before from now on",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether something looks at what the module returns."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether something looks at what the module takes or returns."""
+    return any([module.__dict__[name] for name in _HOOKS])
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
@@ -231,6 +286,11 @@ def accelerated_class(original: type, mixins: tuple[type, ...]) -> type:
         "__reduce_ex__": reduce,
         "_rnas_original": original,
     }
+    if Holder in mixins:
+        # Looked up at every call: the class may get another forward.
+        body["forward"] = functools.wraps(original.forward)(
+            lambda self, *arguments, **options: run_holder(original.forward, self, arguments, options)
+        )
     return type(original)(original.__name__, (*mixins, original), body)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .deferred import HANDLERS, Deferred, Scale, check_version, is_open, value_of, version_of
+from .deferred import HANDLERS, Deferred, Held, Scale, hold, is_open, scale_of, seen, value_of
 
 # What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
 JOINED, SPLIT, SWAPPED, SHUFFLED = range(4)
@@ -25,7 +25,7 @@ JOINED, SPLIT, SWAPPED, SHUFFLED = range(4)
 class Around:
     """Concatenates the sum to `sum(scale * tensor)` and shuffles the channels as far as `stage` says."""
 
-    tensors: tuple[tuple[tuple[Scale, ...], Tensor, int], ...]  # scales, what goes around, its version
+    tensors: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and what goes around
     first: bool
     """Whether the sum comes before what goes around it."""
     stage: int = JOINED
@@ -33,7 +33,7 @@ class Around:
 
     def times(self, scale: Scale) -> Around:
         """Of the sum times `scale`."""
-        return replace(self, tensors=tuple([((*scales, scale), *rest) for scales, *rest in self.tensors]))
+        return replace(self, tensors=tuple([((*scales, scale), held) for scales, held in self.tensors]))
 
     def plus(self, other: Around | Detached) -> Around | None:
         """Of the sum of both; None where they do different things."""
@@ -46,15 +46,11 @@ class Around:
     def finished(self, total: Tensor, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
         around = None
-        for scales, tensor, version in self.tensors:
-            if is_open(tensor):
-                tensor = scope.pooled(tensor._rnas_finish)
-            else:
-                tensor = value_of(tensor)
-                check_version(tensor, version)
-            scale = scales[0] if scales else None
+        for scales, held in self.tensors:
+            tensor = scope.pooled(held.tensor) if is_open(held.tensor) else value_of(seen(held))
+            scale = scale_of(scales[0]) if scales else None
             for each in scales[1:]:
-                scale = scale * each
+                scale = scale * scale_of(each)
             if around is None:
                 around = tensor if scale is None else scale * tensor
             elif isinstance(scale, Tensor):
@@ -94,8 +90,7 @@ class Pooled:
     """What a pool makes of a tensor."""
 
     module: nn.Module
-    x: Tensor
-    version: int
+    x: Held
 
     def times(self, scale: Scale) -> None:
         """It is computed first."""
@@ -105,8 +100,26 @@ class Pooled:
 
     def finished(self, total: None, scope) -> Tensor:
         """Its value."""
-        check_version(self.x, self.version)
-        return nn.Module.__call__(self.module, self.x)
+        return nn.Module.__call__(self.module, seen(self.x))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Channels of a cell's output: one of its nodes, for who asks for it."""
+
+    out: Held
+    start: int
+    channels: int
+
+    def times(self, scale: Scale) -> None:
+        """It is computed first."""
+
+    def plus(self, other) -> None:
+        """It is computed first."""
+
+    def finished(self, total: None, scope) -> Tensor:
+        """A copy, as the node and the output are tensors of their own."""
+        return seen(self.out).narrow(1, self.start, self.channels).clone()
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -130,8 +143,8 @@ def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
     around = around if is_open(around) else scope.interned(value_of(around))
     if around.dtype != mixed._rnas_like.dtype or around.device != mixed._rnas_like.device:
         return None
-    version = around._rnas_finish.version if is_open(around) else version_of(around)
-    finish = Around((((), around, version),), first=mixed is tensors[0])
+    held = Held(around, 0) if is_open(around) else hold(around)
+    finish = Around((((), held),), first=mixed is tensors[0])
     shape = torch.Size((n, channels + around.shape[1], height, width))
     return Deferred.make(scope, shape, mixed._rnas_like, mixed._rnas_groups, (), finish)
 

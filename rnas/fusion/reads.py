@@ -1,20 +1,24 @@
-"""What the code of a module's forward reads besides its input and its layers.
+"""What the code of a module's forward reads and writes besides its input and its layers.
 
 A candidate was compared with a primitive once. It stays that primitive as long as nothing changes on which its forward
-depends: so that must be known, and be something that can be compared at every call. Numbers and words that the module
-holds are; a helper's code is read in turn; anything else is a reason to leave the module alone.
+depends: so that must be known, and be something that can be compared at every call. Numbers and words that the module,
+a module in it or its class holds are; a helper's code is read in turn. Anything else, and code that stores something or
+decides by what the images are, is a reason to leave the module alone.
 """
 
 from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+
+from .branches import decides_by_input
 
 DEPTH = 4
 """How many calls deep helpers are read."""
@@ -26,10 +30,10 @@ class Foreign(Exception):
 
 @dataclass(frozen=True)
 class Reads:
-    """What to compare at a call, and what the forward of the candidate takes beside the images and ignores."""
+    """What to compare at a call, and what the forward of the candidate takes beside the images."""
 
-    values: list[tuple[nn.Module, str, object]] = field(default_factory=list)
-    """(module, attribute, its value): numbers and words on which a forward depends."""
+    values: list[tuple[object, str, object]] = field(default_factory=list)
+    """(a module or class, attribute, its value): numbers and words on which a forward depends."""
     ignores_extras: bool = False
     """Whether arguments behind the images are never looked at."""
     may_be_none: tuple[str, ...] = ()
@@ -40,10 +44,12 @@ class Reads:
 
 def reads(module: nn.Module) -> Reads:
     """Raises Foreign where the module's code, or that of a module in it, reads something that cannot be compared."""
-    values: list[tuple[nn.Module, str, object]] = []
+    values: list[tuple[object, str, object]] = []
     for each in module.modules():
+        if type(each).__call__ is not nn.Module.__call__ and not hasattr(type(each), "_rnas_original"):
+            raise Foreign(f"{type(each).__name__} has a __call__ of its own")
         if not is_of_torch(type(each)):
-            _read_function(type(each).forward, each, values, DEPTH)
+            _Reader(each, values).read(type(each).forward, DEPTH)
     if is_of_torch(type(module)):
         return Reads(values)
     forward = inspect.unwrap(type(module).forward)
@@ -52,7 +58,7 @@ def reads(module: nn.Module) -> Reads:
 
 def is_of_torch(kind: type) -> bool:
     """Whether the forward of a module class is PyTorch's own."""
-    return getattr(kind.forward, "__module__", "").startswith("torch.")
+    return _is_torch(getattr(kind.forward, "__module__", ""))
 
 
 def is_simple(value: object) -> bool:
@@ -62,73 +68,105 @@ def is_simple(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _read_function(function, module: nn.Module, values: list, depth: int) -> None:
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    code = getattr(function, "__code__", None)
-    if code is None or depth == 0:
-        raise Foreign(f"the code of {getattr(function, '__qualname__', function)} cannot be read")
-    held = inspect.getclosurevars(function).nonlocals if code.co_freevars else {}
-    for value in held.values():
-        if not is_simple(value) and not isinstance(value, type):
-            raise Foreign(f"{function.__qualname__} reads a variable of the function around it")
-    for kind, name in _names(code):
-        if kind == "global":
-            _check_global(function, name, module, values, depth)
+def _is_torch(name: str | None) -> bool:
+    return name == "torch" or (name or "").startswith("torch.")
+
+
+class _Reader:
+    """Reads the code that runs in the forward of one module."""
+
+    def __init__(self, module: nn.Module, values: list[tuple[object, str, object]]) -> None:
+        self.module, self.values = module, values
+        self.holders = [each for each in module.modules() if not is_of_torch(type(each))]
+
+    def read(self, function, depth: int) -> None:
+        """A function of Python, and the helpers that it calls."""
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        code, name = getattr(function, "__code__", None), getattr(function, "__qualname__", str(function))
+        if code is None or depth == 0:
+            raise Foreign(f"the code of {name} cannot be read")
+        if any(variable != "__class__" for variable in code.co_freevars):
+            raise Foreign(f"{name} reads a variable of the function around it")
+        if not all(map(is_simple, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))):
+            raise Foreign(f"{name} has a default that may change")
+        if decides_by_input(function):
+            raise Foreign(f"{name} decides by what it is called on")
+        for kind, found in _names(code):
+            if kind == "store":
+                raise Foreign(f"{name} stores {found}")
+            if kind == "global":
+                self._check_global(function, found, depth)
+            else:
+                self._check_attribute(found, depth)
+
+    def _check_global(self, function, name: str, depth: int) -> None:
+        value = function.__globals__.get(name, getattr(builtins, name, None))
+        if value is getattr:  # which attribute, bytecode does not say: all that can be compared are
+            for each in list(self.module.__dict__):
+                if each != "training" and not each.startswith("_"):
+                    self._check_attribute(each, depth)
+        elif isinstance(value, types.ModuleType):
+            if not _is_torch(value.__name__) and value.__name__ not in ("math", "operator"):
+                raise Foreign(f"its forward reads the module {name}")
+        elif isinstance(value, type):
+            known = _is_torch(value.__module__) or value.__module__ in ("builtins", "typing")
+            if not known and value not in type(self.module).__mro__:
+                raise Foreign(f"its forward reads the class {name}")
+        elif isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            module = getattr(value, "__module__", None)
+            if isinstance(value, types.FunctionType) and not _is_torch(module):
+                self.read(value, depth - 1)
         else:
-            _check_attribute(name, module, values, depth)
+            raise Foreign(f"its forward reads the global {name}")
 
-
-def _check_global(function, name: str, module: nn.Module, values: list, depth: int) -> None:
-    value = function.__globals__.get(name, getattr(builtins, name, None))
-    if isinstance(value, (types.ModuleType, type)):
-        return
-    if value is getattr:  # which attribute, bytecode does not say: all that can be compared are
-        for each in list(module.__dict__):
-            if each != "training" and not each.startswith("_"):
-                _check_attribute(each, module, values, depth)
-        return
-    if isinstance(value, types.BuiltinFunctionType) or getattr(value, "__module__", "").startswith("torch"):
-        return
-    if isinstance(value, types.FunctionType):
-        _read_function(value, module, values, depth - 1)
-        return
-    raise Foreign(f"its forward reads the global {name}")
-
-
-def _check_attribute(name: str, module: nn.Module, values: list, depth: int) -> None:
-    """name: an attribute that the code reads, of `self` or of something else, which bytecode does not say."""
-    if name == "training" or name in module._modules or name in module._parameters or name in module._buffers:
-        return
-    if name in module.__dict__:
-        value = module.__dict__[name]
-        if is_simple(value):
-            values.append((module, name, value))
+    def _check_attribute(self, name: str, depth: int) -> None:
+        """name: an attribute that the code reads, of `self` or of something else, which bytecode does not say."""
+        if name == "training":
             return
-        if isinstance(value, list) and all(map(is_simple, value)):
-            raise Foreign(f"its forward reads the list {name}, which may change")
-        raise Foreign(f"its forward reads {name}, {type(value).__name__}, which cannot be watched")
-    value = inspect.getattr_static(type(module), name, None)
-    if isinstance(value, property):
-        value = value.fget
-    if isinstance(value, (types.FunctionType, staticmethod, classmethod)):
-        function = getattr(value, "__func__", value)
-        if not getattr(function, "__module__", "").startswith("torch."):
-            _read_function(function, module, values, depth - 1)
-    elif value is not None and not is_simple(value) and not isinstance(value, (type, types.BuiltinFunctionType)):
-        if not type(value).__module__.startswith(("builtins", "torch")):
+        for holder in self.holders:
+            if name in holder.__dict__:
+                value = holder.__dict__[name]
+                if not is_simple(value):
+                    raise Foreign(f"its forward reads {name}, {type(value).__name__}, which cannot be watched")
+                self.values.append((holder, name, value))
+            elif name not in holder._modules and name not in holder._parameters and name not in holder._buffers:
+                self._check_class(type(holder), name, depth)
+
+    def _check_class(self, kind: type, name: str, depth: int) -> None:
+        owner = next((each for each in kind.__mro__ if name in each.__dict__), None)
+        if owner is None or _is_torch(owner.__module__) or owner is object:
+            return
+        value = owner.__dict__[name]
+        if is_simple(value):
+            self.values.append((owner, name, value))
+            return
+        value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if not isinstance(value, types.FunctionType):
             raise Foreign(f"its forward reads {name} of its class, which cannot be watched")
+        if not _is_torch(getattr(value, "__module__", "")):
+            self.read(value, depth - 1)
 
 
-def _names(code: types.CodeType) -> Iterator[tuple[str, str]]:
-    """("global" or "attribute", name) of what the code, and the functions and comprehensions in it, read."""
+_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[tuple[str, str], ...]:
+    return tuple(_each_name(code))
+
+
+def _each_name(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    """("global", "attribute" or "store", name) of the code, and of the functions and comprehensions in it."""
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield "global", instruction.argval
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
             yield "attribute", instruction.argval
+        elif instruction.opname in _STORES:
+            yield "store", instruction.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from _each_name(constant)
 
 
 def _may_be_none(forward) -> tuple[tuple[str, ...], int]:
@@ -150,10 +188,9 @@ def _ignores_extras(forward) -> bool:
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
     extras = set(code.co_varnames[2:count])
-    loads = ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_FAST_CHECK", "LOAD_FAST_AND_CLEAR")
     read = set()
     for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(loads):
+        if instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE")):
             value = instruction.argval
             read.update(value if isinstance(value, tuple) else (value,))
-    return not (extras & read) and not (extras & set(code.co_cellvars))
+    return not (extras & (read | set(code.co_cellvars)))

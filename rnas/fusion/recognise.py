@@ -1,8 +1,8 @@
 """What a candidate operation computes: a primitive of `rnas.kernels.mixed_op`, or why it is none.
 
 Names decide nothing. The layers that a module holds give a first guess; then a copy of the module with random weights
-runs against the definition of the guessed primitive: values, gradients and running averages, in float64, in training and
-eval mode, on several sizes. What the code of its forward reads besides its layers is found in `reads.py`.
+runs against the definition of the guessed primitive: values, gradients and running averages, in float64, in training
+and eval mode, on several sizes. What the code of its forward reads besides its layers is found in `reads.py`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def recognise(module: nn.Module, memory: dict) -> tuple[Guess, Layers, Reads] | 
         return guess if isinstance(guess, str) else (guess, layers, found)
     except Foreign as reason:
         return str(reason)
+    except Exception as error:  # a module that cannot be copied, has no code, ...
+        return f"it cannot be examined: {_failed(error)}"
 
 
 # ---- the guess -------------------------------------------------------------------------------------------------------
@@ -226,9 +228,9 @@ def _guess_empty(module: nn.Module, extras: list[None]) -> list[Guess]:
     """A module without layers: the identity, zeros or a pool, at any number of channels."""
     x = _images(2, 6, 6, seed=0)
     try:
-        out = copy.deepcopy(module)(x, *extras)
+        out = _randomised(module)(x, *extras)
     except Exception as error:  # whatever a foreign forward raises
-        raise Foreign(_failed(error)) from None
+        raise Foreign(f"its forward raised {_failed(error)}") from None
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2] or out.shape[2:] not in _HALVED:
         raise Foreign("it has no layers and returns something else than an image of the same channels")
     if out.shape == x.shape and torch.equal(out, x):
@@ -266,7 +268,7 @@ def _check_values(module: nn.Module, guess: Guess, extras: list[None]) -> None:
             except Exception as error:  # whatever a foreign forward raises
                 if odd and guess.stride == 2:
                     continue  # some take even sizes only, and raise before and after
-                raise Foreign(_failed(error)) from None
+                raise Foreign(f"its forward raised {_failed(error)}") from None
             for name, a, b in zip(("values", "gradients", "averages"), found, _everything(run, defined, x)):
                 _compare(name, a, b, guess)
 
@@ -297,6 +299,10 @@ def _randomised(module: nn.Module) -> nn.Module:
     """A copy in float64 whose parameters and averages say what they are used for. No hooks, no gradients."""
     generator = torch.Generator().manual_seed(0)
     made = copy.deepcopy(module).to("cpu", torch.float64)
+    for each in made.modules():
+        for name, value in each.__dict__.items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                each.__dict__[name] = type(value)()
     with torch.no_grad():
         for tensor in made.parameters():
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
@@ -384,4 +390,4 @@ def _article(name: str) -> str:
 
 
 def _failed(error: Exception) -> str:
-    return f"its forward raised {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"

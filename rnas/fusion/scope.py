@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,18 @@ from torch.utils._pytree import tree_map_only
 from ..kernels import engine, fused
 from ..kernels.backend import OPS
 from . import lower, stacked
-from .deferred import Call, Deferred, Group, is_open, value_of, version_of
+from .deferred import Call, Deferred, Group, hold, is_open, is_raw, value_of
 from .partial import Pooled, concatenated
 
 assert stacked.HANDLERS  # imported for what it adds to them
 
 _current = threading.local()
+
+
+def _saved_tensor_hooks():
+    """What autograd's saved tensors go through at the moment, as in a checkpoint."""
+    look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if look is None else look(True)
 
 
 def current() -> Scope | None:
@@ -41,7 +47,8 @@ class Scope:
     """One run of the forward of a module that holds candidates."""
 
     def __init__(self, counts) -> None:
-        self.grad = torch.is_grad_enabled()
+        self.grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self._hooks = _saved_tensor_hooks()
         self.counts = counts
         """Where is counted what was computed how: `report.Counts`."""
         self._calls: list[Call] = []
@@ -68,7 +75,9 @@ class Scope:
         self._covered = x
         shape = x._rnas_shape if type(x) is Deferred else x.shape
         guess = plan.guess
-        if guess.channels not in (0, shape[1]) or not self.is_as_before():
+        if guess.channels not in (0, shape[1]) or len(shape) != 4 or not self.is_as_before():
+            return None
+        if self._hooks != _saved_tensor_hooks():  # a checkpoint that begins inside has to see what runs in it
             return None
         n, channels, height, width = shape
         if guess.stride != 1:
@@ -123,13 +132,14 @@ class Scope:
         """What a pool makes of what goes around the candidates."""
         if not self.is_as_before() or not self._covers(x) or type(x) is Deferred:
             return None
-        return Deferred.make(self, shape, x, (), (), Pooled(module, self.interned(x), version_of(x)))
+        return Deferred.make(self, shape, x, (), (), Pooled(module, hold(self.interned(x))))
 
-    def pooled(self, pool: Pooled) -> Tensor:
+    def pooled(self, x: Deferred) -> Tensor:
         """Its value, computed once for all edges around which it goes: nobody writes to it."""
-        key = (id(pool.x), pool.version, repr(pool.module))
+        pool: Pooled = x._rnas_finish
+        key = (id(pool.x.tensor), pool.x.version, repr(pool.module))
         if key not in self._pooled:
-            self._pooled[key] = (pool.x, pool.finished(None, self))
+            self._pooled[key] = (pool.x.tensor, pool.finished(None, self))
         return self._pooled[key][1]
 
     def is_as_before(self) -> bool:
@@ -152,9 +162,12 @@ class Scope:
 
     def compute(self, x: Deferred) -> None:
         """Gives x its value."""
-        with torch.set_grad_enabled(self.grad), suspended():
+        with self._as_before():
             nodes = lower.open_ancestors(x)
-            if len(nodes) > 1 and lower.whole_cell(nodes, self) is not None:
+            out = lower.whole_cell(nodes, self) if len(nodes) > 1 else None
+            if out is not None:  # of which nobody but x knows
+                channels = x._rnas_shape[1]
+                x._rnas_value = out.narrow(1, out.shape[1] - channels, channels)
                 return
             for node in nodes:
                 lower.node(node, self)
@@ -165,7 +178,7 @@ class Scope:
         if made is not None:
             return made
         if len(tensors) > 1 and all(is_open(each) and each._rnas_scope is self for each in tensors):
-            with torch.set_grad_enabled(self.grad), suspended():
+            with self._as_before():
                 out = lower.whole_cell(list(tensors), self)
             if out is not None:
                 return out
@@ -175,12 +188,25 @@ class Scope:
         """x is about to be changed in place: what was called on it, or on what it is an alias of, sees it before."""
         if x._rnas_source or lower.is_alias(x):
             self._settle()
+        if is_raw(x):
+            value_of(x)
+            x._rnas_groups[0].calls[0].value = None  # sums that it is part of compute it once more
 
     def _settle(self) -> None:
-        with torch.set_grad_enabled(self.grad), suspended():
+        with self._as_before():
             for call in self._calls:
                 if not call.consumed:
                     lower.alone(call)
+
+    @contextmanager
+    def _as_before(self):
+        """PyTorch in the state in which candidates were called, for computing what they yield."""
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self.grad), suspended():
+            autocast = [each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)]
+            with ExitStack() as stack:
+                for device in autocast:  # it was off
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                yield
 
     def close(self, results, force: bool):
         """What the forward returns; with `force`, or where it is no single edge, computed."""
@@ -190,7 +216,7 @@ class Scope:
 
     def end(self) -> None:
         """Calls whose result nobody used still move the averages of their batch norms."""
-        with torch.set_grad_enabled(self.grad), suspended():
+        with self._as_before():
             for call in self._calls:
                 if not call.consumed and any(norm.training for norm in call.plan.layers.norms):
                     lower.alone(call)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .deferred import HANDLERS, Deferred, is_open, plus, times, value_of
+from .deferred import HANDLERS, Deferred, copied, is_open, plus, times, value_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def _stack(tensors, dim=0, *, out=None):
     scope, shape = first._rnas_scope, first._rnas_shape
     if any(each._rnas_scope is not scope or each._rnas_shape != shape for each in tensors):
         return NotImplemented
-    return Deferred.make(scope, torch.Size((len(tensors), *shape)), first._rnas_like, (), (), Stack(tensors))
+    parts = tuple([copied(each) for each in tensors])
+    return Deferred.make(scope, torch.Size((len(tensors), *shape)), first._rnas_like, (), (), Stack(parts))
 
 
 def _sum(x, dim=None, keepdim=False, *, dtype=None, out=None):
