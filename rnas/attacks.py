@@ -5,21 +5,18 @@ Legend: N images, C channels, H W pixels, K classes. Images are in pixel units, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from .ascent import LOSSES, Ascent, Loss, Model
+from .attack_graphs import from_a_graph
 from .attack_inputs import Images, check_choice, check_images, check_labels, check_per_image
 from .config import AttackConfig
-from .graphs import Graphs, Outputs, fingerprint
-from .supernet import FixedMixture
+from .freezing import frozen, random_states_kept
+from .graphs import Graphs
 
 __all__ = ["fgsm", "frozen", "perturb", "pgd"]
 
@@ -136,8 +133,8 @@ def pgd(
             highest_label,
         )
         if graphs is not None and restarts == 1 and not early_drop and isinstance(model, nn.Module):
-            return _from_a_graph(graphs, ascent, images, statistics)
-        with _random_states_kept(model, x.device), frozen(model, statistics):
+            return from_a_graph(graphs, ascent, images, statistics)
+        with random_states_kept(model, x.device), frozen(model, statistics):
             if restarts == 1 and not early_drop:
                 return ascent.climb(images)
             return ascent.search(images, restarts, early_drop)
@@ -167,124 +164,6 @@ def perturb(
         generator=generator,
         graphs=graphs,
     )
-
-
-@contextmanager
-def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn.Module | Model]:
-    """Put a model in the state in which it is attacked; give it back exactly as it was, after an exception too.
-
-    Inside, no parameter requires a gradient and every submodule is in eval mode (no dropout, no noise).
-    statistics "running": normalisation layers use their running statistics, as at test time. "batch": layers with
-    running statistics (batch normalisation of any kind, and whatever else has a `track_running_stats` attribute)
-    use those of the batch instead, and their buffers are neither read nor moved. They are detached from the layers for
-    that time: take no state_dict inside. Layers without running statistics use those of the batch in both cases.
-
-    Flags are set on the submodules one by one, as `train()` and `eval()` would lose mixed flags and may be overridden.
-    A model that is not an nn.Module is passed through. May be nested, but inside "batch" there are no running
-    statistics that "running" could use.
-    Raises ValueError for other values of statistics.
-    """
-    check_choice("statistics", statistics, ("running", "batch"))
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    # The flag of a non-leaf (a weight computed from another tensor) cannot be set; its gradient is not computed anyway.
-    parameters = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
-    trainable = [each for each in parameters.values() if each.requires_grad and each.is_leaf]
-    # Without nn.Module's own look-up, which raises and catches an error for all that have no such attribute.
-    name = "track_running_stats"
-    tracking = [each for each in modules if each.__dict__.get(name, getattr(type(each), name, False))]
-    buffers = [
-        (module, {name: module._buffers[name] for name in _STATISTICS if name in module._buffers})
-        for module in (tracking if statistics == "batch" else [])
-    ]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module in modules:
-            _set_training(module, False)
-        for module, held in buffers:
-            # The state of a layer built with track_running_stats=False. Training mode as well, because only then
-            # SyncBatchNorm gathers the batch over all processes.
-            _set_training(module, True)
-            module.track_running_stats = False
-            module._buffers.update(dict.fromkeys(held))
-        yield model
-    finally:
-        for module, held in buffers:
-            module._buffers.update(held)
-            module.track_running_stats = True
-        for module, was_training in zip(modules, training):
-            _set_training(module, was_training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _set_training(module: nn.Module, training: bool) -> None:
-    if module.training == training:
-        return
-    if type(module).__setattr__ is nn.Module.__setattr__ and "training" in module.__dict__:
-        # A supernet has thousands of modules, and nn.Module looks through all it holds before it sets a flag.
-        module.__dict__["training"] = training
-    else:
-        module.training = training
-
-
-def _from_a_graph(graphs: Graphs, ascent: Ascent, images: Images, statistics: str) -> Tensor:
-    """`ascent.climb(images)` from the start on; that is drawn here, as a graph would repeat its random numbers."""
-    inputs = {"x": images.x, "y": images.y}
-    constants: dict[str, float] = {}
-    for name in ("epsilon", "step_size"):
-        value = getattr(images, name)
-        (inputs if isinstance(value, Tensor) else constants)[name] = value
-    model, weights, rebuild = _opened(ascent.model)
-
-    def climb(x: Tensor, y: Tensor, x_adv: Tensor, **others: Tensor) -> Outputs:
-        sizes = {name: constants.get(name, others.get(name)) for name in ("epsilon", "step_size")}
-        attack = dataclasses.replace(ascent, model=rebuild(others))
-        with frozen(attack.model, statistics):
-            classes = attack.ascend(x_adv, Images(x, y, index=y, **sizes))  # nobody leaves the batch: no index is read
-        return {"x_adv": x_adv, "classes": classes}
-
-    # id: the function holds on to the model, so it stays this model's. fingerprint: where its weights lie.
-    settings = dataclasses.replace(ascent, model=None, generator=None, highest_label=-1)
-    key = (type(ascent.model), id(model), settings, statistics, *constants.items())
-    with _random_states_kept(None, images.x.device):
-        inputs["x_adv"] = ascent.start(images)
-        found = graphs.run(
-            "the attack",
-            climb,
-            inputs | weights,
-            key=key,
-            watch=partial(fingerprint, model),
-            check=lambda outputs: ascent.check_labels(outputs["classes"]),
-        )
-    return found["x_adv"]
-
-
-def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Callable[[Mapping[str, Tensor]], nn.Module]]:
-    """What of a model stays between calls, its tensors that do not, and a function from those to the model."""
-    if type(model) is not FixedMixture:
-        return model, {}, lambda tensors: model
-    supernet, edges = model.supernet, model.edge_weights
-    weights = {f"mixing_{name}": tensor for name, tensor in model.mixing.items()}
-    weights |= {f"edges_{name}": tensor for name, tensor in (edges or {}).items()}
-    names = tuple(model.mixing)
-
-    def rebuild(tensors: Mapping[str, Tensor]) -> FixedMixture:
-        of_edges = None if edges is None else {name: tensors[f"edges_{name}"] for name in names}
-        return FixedMixture(supernet, {name: tensors[f"mixing_{name}"] for name in names}, of_edges)
-
-    return supernet, weights, rebuild
-
-
-def _random_states_kept(model: Model | None, device: torch.device) -> AbstractContextManager[None]:
-    devices = {device}
-    if isinstance(model, nn.Module):
-        devices.update(parameter.device for parameter in model.parameters())
-    return torch.random.fork_rng(devices=sorted(each.index for each in devices if each.type == "cuda"))
 
 
 def _check_options(norm, loss, statistics, steps, restarts, random_start, early_drop) -> None:
