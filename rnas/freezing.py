@@ -26,6 +26,17 @@ def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn
     Flags are set on the submodules one by one, as `train()` and `eval()` would lose mixed flags and may be overridden.
     A model that is not an nn.Module is passed through. May be nested, but inside "batch" there are no running
     statistics that "running" could use.
+    Equivalent to, for "running"::
+
+        training = [module.training for module in model.modules()]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.eval().requires_grad_(False)
+        ...                                                                      # the attack
+        for module, was_training in zip(model.modules(), training):
+            module.training = was_training
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
     Raises ValueError for other values of statistics.
     """
     check_choice("statistics", statistics, ("running", "batch"))
