@@ -65,6 +65,14 @@ def jacobian_norm(
         J = torch.func.vmap(torch.func.jacrev(lambda image: model(image[None])[0]))(x)  # (N, K, ...)
         J.flatten(2).norm(q, dim=2).mean(dim=1)
 
+    As a regulariser, of a loss in which every sample has a `weight` of its own, (N,); in evaluation mode, for the sake
+    of networks with batch norm::
+
+        loss = F.cross_entropy(model(x), y, reduction="none")
+        model.eval()
+        loss = (loss + weight * jacobian_norm(model, x)).mean()
+        model.train()
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, logits that are not (N, K) or do not depend on x,
             more rows asked for than there are, or a model on batch statistics; the message says what was expected.

@@ -1,4 +1,4 @@
-"""The inner loop of an attack: start, gradient, projected step, and what is kept of several restarts.
+"""The inner loop of an attack: start, gradient, projected step.
 
 Legend: N images, K classes. `rnas.attacks` checks the arguments and freezes the model.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .attack_inputs import Images, take_images
+from .attack_inputs import Images
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -46,38 +46,6 @@ class Ascent:
             logits, grad_x = self.gradient(x_adv, images)
             self.step(x_adv, grad_x, images)
         return logits.shape[1]
-
-    def search(self, images: Images, restarts: int, early_drop: bool) -> Tensor:
-        whole, found = images, images.x.clone()
-        highest = torch.full((images.count,), -math.inf, dtype=torch.float64, device=found.device)
-        if early_drop and self.random_start:
-            images = images.take(~self.fooled(self.measure(found, images), images))
-        for _ in range(restarts):
-            # Drawn for the whole batch, so that an image's noise does not depend on which others have left.
-            x_adv = take_images(self.start(whole), images.index)
-            for _ in range(self.steps):
-                if images.count == 0:
-                    return found
-                logits, grad_x = self.gradient(x_adv, images)
-                if early_drop and (fooled := self.fooled(logits, images)).any():
-                    found[images.index[fooled]] = x_adv[fooled]
-                    x_adv, grad_x = take_images(x_adv, ~fooled), take_images(grad_x, ~fooled)
-                    images = images.take(~fooled)
-                self.step(x_adv, grad_x, images)
-            if restarts == 1 or images.count == 0:
-                found[images.index] = x_adv
-                return found
-            logits = self.measure(x_adv, images)
-            value = self.value(logits, images).double()
-            better = value > highest[images.index]
-            if early_drop:
-                fooled = self.fooled(logits, images)
-                better |= fooled
-            found[images.index[better]] = x_adv[better]
-            highest[images.index[better]] = value[better]
-            if early_drop:
-                images = images.take(~fooled)
-        return found
 
     def start(self, images: Images) -> Tensor:
         if not self.random_start:

@@ -6,6 +6,7 @@ Legend: N images, C channels, H W pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -38,11 +39,21 @@ class Images:
     def count(self) -> int:
         return self.x.shape[0]
 
-    def take(self, chosen: Tensor) -> Images:
+    def take(self, chosen: Tensor | slice) -> Images:
         epsilon, step_size = (
             value[chosen] if isinstance(value, Tensor) else value for value in (self.epsilon, self.step_size)
         )
         return Images(take_images(self.x, chosen), self.y[chosen], epsilon, step_size, self.index[chosen])
+
+    def repeat(self, copies: int) -> Images:
+        """The whole batch `copies` times, one copy behind the other."""
+        if copies == 1:
+            return self
+        epsilon, step_size = (
+            value.repeat(copies) if isinstance(value, Tensor) else value for value in (self.epsilon, self.step_size)
+        )
+        x = torch.cat([self.x] * copies)  # keeps the memory format, which x.repeat does not
+        return Images(x, self.y.repeat(copies), epsilon, step_size, self.index.repeat(copies))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -55,7 +66,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def take_images(x: Tensor, chosen: Tensor) -> Tensor:
+def take_images(x: Tensor, chosen: Tensor | slice) -> Tensor:
     """x[chosen] in the memory format of x, which indexing alone does not keep."""
     return x[chosen].contiguous(memory_format=_memory_format(x))
 
@@ -127,3 +138,33 @@ def check_per_image(name: str, value: float | Tensor, x: Tensor, limit: float = 
             "8 of 255 grey levels type 8 / 255"
         )
     return value
+
+
+def check_radii(
+    name: str, values: float | Sequence[float | Tensor] | Tensor, x: Tensor, limit: float = math.inf, *, count: int = 0
+) -> Tensor:
+    """(E, N): one row for each radius, from E numbers, a tensor (E,), or E rows (N,) with a value per image.
+
+    With `count` there must be as many rows, and a number stands for all of them.
+    """
+    if count and (isinstance(values, Real) or (isinstance(values, Tensor) and values.dim() == 0)):
+        values = [values] * count
+    shapes = "E numbers or a tensor (E,) or (E, N), one row for each radius"
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise TypeError(f"{name} must be {shapes}, got {type(values).__name__}: for one radius type [8 / 255]")
+    if isinstance(values, Tensor) and values.dim() not in (1, 2):
+        raise ValueError(f"{name} must be {shapes}, got shape {tuple(values.shape)}")
+    if len(values) != count if count else len(values) == 0:
+        raise ValueError(f"{name} must be {shapes}, {f'E = {count}' if count else 'at least one'}, got {len(values)}")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = [check_per_image(f"{name}[{index}]", value, x, limit) for index, value in enumerate(values)]
+    return torch.stack([torch.as_tensor(row, dtype=dtype, device=x.device).detach().expand(x.shape[0]) for row in rows])
+
+
+def check_ascending(name: str, radii: Tensor) -> None:
+    """Raise ValueError unless every column of radii (E, N) ascends."""
+    if (radii.diff(dim=0) < 0).any():
+        raise ValueError(
+            f"{name} must ascend, for every image, so that a ball holds the smaller ones: "
+            f"type torch.as_tensor({name}).sort(dim=0).values"
+        )

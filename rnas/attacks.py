@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from .ascent import LOSSES, Ascent, Loss, Model
-from .attack_inputs import Images, check_choice, check_images, check_labels, check_per_image
+from .attack_graphs import from_a_graph
+from .attack_inputs import (
+    Images,
+    check_ascending,
+    check_choice,
+    check_images,
+    check_labels,
+    check_per_image,
+    check_radii,
+)
 from .config import AttackConfig
-from .graphs import Graphs, Outputs, fingerprint
-from .supernet import FixedMixture
+from .freezing import frozen, random_states_kept
+from .graphs import Graphs
+from .restarts import best_of
 
-__all__ = ["fgsm", "frozen", "perturb", "pgd"]
+__all__ = ["fgsm", "frozen", "perturb", "pgd", "pgd_sweep"]
 
 
 def fgsm(
@@ -72,6 +80,7 @@ def pgd(
     targeted: bool = False,
     random_start: bool = True,
     restarts: int = 1,
+    restarts_at_once: int = 1,
     early_drop: bool = False,
     loss: str | Loss = "cross_entropy",
     statistics: str = "running",
@@ -90,11 +99,14 @@ def pgd(
     targeted    descend the loss towards y instead of ascending it.
     random_start, restarts   every restart draws its own start, uniform in the ball. Kept is, image by image, the
                 example with the largest loss (targeted: the smallest) over all restarts.
+    restarts_at_once   so many restarts run as one batch of restarts_at_once * N images, which model and loss then see;
+                1: one after another. Random starts and result are the same, up to the rounding of a larger batch; with
+                early_drop an image leaves with all its copies once one of them is fooled, and keeps that example.
     early_drop  for evaluation: images predicted wrong (targeted: predicted y) leave the batch and keep the example
                 that achieved it, x itself where the clean image already does. The others go the way they would have
                 gone without it. Costs one read of a flag from the device per step.
     loss        "cross_entropy", "margin" (the best other logit minus the logit of y), or a function
-                (logits (n, K), y (n,)) -> (n,); n < N once early_drop has dropped images.
+                (logits (n, K), y (n,)) -> (n,); n < N once early_drop has dropped images, n > N with restarts_at_once.
     statistics  "running" or "batch": see `frozen`.
     generator   source of the random starts, on any device. None: what the default generator would give next,
                 without advancing it, so two calls in a row use the same noise.
@@ -107,13 +119,22 @@ def pgd(
     depend on N. Afterwards, after an exception too, the model's training flags, statistics, requires_grad flags and
     .grad fields and the global random states (CPU, CUDA) are what they were.
 
-    Raises ValueError for steps or restarts below 1, epsilon or step_size negative, not finite or of a wrong shape,
-    an Linf epsilon wider than the box, x outside the box or NaN, labels of a wrong shape or out of range, logits that
-    are not (N, K) or do not depend on x, unknown names, and options that contradict each other; TypeError for x that
-    is not floating point, labels that are not integers and a model that returns something else than a tensor.
+    Equivalent to, for the defaults, but for the care for the model::
+
+        x_adv = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(lower, upper)
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
+            x_adv = x_adv.detach() + step_size * grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(lower, upper)
+
+    Raises ValueError for steps, restarts or restarts_at_once below 1, epsilon or step_size negative, not finite or of a
+    wrong shape, an Linf epsilon wider than the box, x outside the box or NaN, labels of a wrong shape or out of range,
+    logits that are not (N, K) or do not depend on x, unknown names, and options that contradict each other; TypeError
+    for x that is not floating point, labels that are no integers and a model that returns something else than a tensor.
     Source: Madry et al., arXiv 1706.06083, section 2.1; margin: Carlini and Wagner, arXiv 1608.04644, section V-A, f6.
     """
-    _check_options(norm, loss, statistics, steps, restarts, random_start, early_drop)
+    _check_options(norm, loss, statistics, steps, restarts, restarts_at_once, random_start, early_drop)
     check_images(x, lower, upper)
     highest_label = check_labels(y, x.shape[0])
     epsilon = check_per_image("epsilon", epsilon, x, limit=upper - lower if norm == "linf" else math.inf)
@@ -123,24 +144,84 @@ def pgd(
         images = Images.of(x, y, epsilon, step_size)
         if images.count == 0:
             return images.x.clone()
-        ascent = Ascent(
-            model,
-            LOSSES[loss] if isinstance(loss, str) else loss,
-            -1 if targeted else 1,
-            steps,
-            random_start,
-            norm,
-            lower,
-            upper,
-            generator,
-            highest_label,
-        )
+        loss, direction = LOSSES[loss] if isinstance(loss, str) else loss, -1 if targeted else 1
+        ascent = Ascent(model, loss, direction, steps, random_start, norm, lower, upper, generator, highest_label)
         if graphs is not None and restarts == 1 and not early_drop and isinstance(model, nn.Module):
-            return _from_a_graph(graphs, ascent, images, statistics)
-        with _random_states_kept(model, x.device), frozen(model, statistics):
+            return from_a_graph(graphs, ascent, images, statistics)
+        with random_states_kept(model, x.device), frozen(model, statistics):
             if restarts == 1 and not early_drop:
                 return ascent.climb(images)
-            return ascent.search(images, restarts, early_drop)
+            return best_of(ascent, images, restarts=restarts, at_once=restarts_at_once, early_drop=early_drop)
+
+
+def pgd_sweep(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilons: Sequence[float | Tensor] | Tensor,
+    step_size: float | Sequence[float | Tensor] | Tensor,
+    steps: int,
+    norm: str = "linf",
+    targeted: bool = False,
+    random_start: bool = True,
+    restarts: int = 1,
+    restarts_at_once: int = 1,
+    early_drop: bool = False,
+    loss: str | Loss = "cross_entropy",
+    generator: torch.Generator | None = None,
+    lower: float = 0.0,
+    upper: float = 1.0,
+) -> Tensor:
+    """PGD at E radii in one batch of E * N images: what a curve of accuracy over epsilon is drawn from.
+
+    epsilons    E numbers or a tensor (E,), in pixel units, ascending; or (E, N), with a column for each image.
+    step_size   a number for all radii, or one value for each in a form that epsilons may have: epsilons / 4.
+    early_drop  an image predicted wrong (targeted: predicted y) at one radius leaves the batch there and at all larger
+                radii, whose balls hold the example that achieved it and which keep it where they have none of their
+                own. So nobody is fooled at one radius and right at a larger one, but for rounding.
+
+    The other arguments, the errors and the care for the model are those of `pgd` with statistics="running"; those of a
+    batch would mix the radii. Model and loss see restarts_at_once * E * N images at once, fewer with early_drop: where
+    that is too much memory, take fewer images. Random starts are drawn restart by restart, in each radius by radius.
+
+    Returns (E, N, ...): the examples of radius e are x_adv[e]; dtype and device of x, part of no graph. The curve::
+
+        right = torch.stack([model(each).argmax(1) == y for each in x_adv]).float().mean(1)  # (E,)
+
+    Equivalent to, for one restart without early_drop and a generator, but for the rounding of a larger batch::
+
+        torch.stack([pgd(model, x, y, epsilon=epsilons[e], step_size=step_size[e], steps=steps, generator=generator)
+                     for e in range(len(epsilons))])
+
+    Raises ValueError also for no radius, radii that do not ascend and another number of step sizes than of radii.
+    Source: as `pgd`; curves over epsilon: Carlini et al., On Evaluating Adversarial Robustness, arXiv 1902.06705.
+    """
+    _check_options(norm, loss, "running", steps, restarts, restarts_at_once, random_start, early_drop)
+    check_images(x, lower, upper)
+    highest_label = check_labels(y, x.shape[0])
+    epsilons = check_radii("epsilons", epsilons, x, upper - lower if norm == "linf" else math.inf)
+    check_ascending("epsilons", epsilons)
+    radii = len(epsilons)
+    step_size = check_radii("step_size", step_size, x, count=radii)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        once = Images.of(x, y, epsilon=0.0, step_size=0.0)
+        if once.count == 0:
+            return x.new_empty(radii, *x.shape)
+        rows = dataclasses.replace(
+            once.repeat(radii),
+            epsilon=epsilons.flatten(),
+            step_size=step_size.flatten(),
+            index=torch.arange(radii * once.count, device=x.device),
+        )
+        loss, direction = LOSSES[loss] if isinstance(loss, str) else loss, -1 if targeted else 1
+        ascent = Ascent(model, loss, direction, steps, random_start, norm, lower, upper, generator, highest_label)
+        with random_states_kept(model, x.device), frozen(model):
+            found = best_of(
+                ascent, rows, restarts=restarts, at_once=restarts_at_once, early_drop=early_drop, radii=radii
+            )
+        return found.unflatten(0, (radii, once.count))
 
 
 def perturb(
@@ -169,130 +250,12 @@ def perturb(
     )
 
 
-@contextmanager
-def frozen(model: nn.Module | Model, statistics: str = "running") -> Iterator[nn.Module | Model]:
-    """Put a model in the state in which it is attacked; give it back exactly as it was, after an exception too.
-
-    Inside, no parameter requires a gradient and every submodule is in eval mode (no dropout, no noise).
-    statistics "running": normalisation layers use their running statistics, as at test time. "batch": layers with
-    running statistics (batch normalisation of any kind, and whatever else has a `track_running_stats` attribute)
-    use those of the batch instead, and their buffers are neither read nor moved. They are detached from the layers for
-    that time: take no state_dict inside. Layers without running statistics use those of the batch in both cases.
-
-    Flags are set on the submodules one by one, as `train()` and `eval()` would lose mixed flags and may be overridden.
-    A model that is not an nn.Module is passed through. May be nested, but inside "batch" there are no running
-    statistics that "running" could use.
-    Raises ValueError for other values of statistics.
-    """
-    check_choice("statistics", statistics, ("running", "batch"))
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    # The flag of a non-leaf (a weight computed from another tensor) cannot be set; its gradient is not computed anyway.
-    parameters = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
-    trainable = [each for each in parameters.values() if each.requires_grad and each.is_leaf]
-    # Without nn.Module's own look-up, which raises and catches an error for all that have no such attribute.
-    name = "track_running_stats"
-    tracking = [each for each in modules if each.__dict__.get(name, getattr(type(each), name, False))]
-    buffers = [
-        (module, {name: module._buffers[name] for name in _STATISTICS if name in module._buffers})
-        for module in (tracking if statistics == "batch" else [])
-    ]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module in modules:
-            _set_training(module, False)
-        for module, held in buffers:
-            # The state of a layer built with track_running_stats=False. Training mode as well, because only then
-            # SyncBatchNorm gathers the batch over all processes.
-            _set_training(module, True)
-            module.track_running_stats = False
-            module._buffers.update(dict.fromkeys(held))
-        yield model
-    finally:
-        for module, held in buffers:
-            module._buffers.update(held)
-            module.track_running_stats = True
-        for module, was_training in zip(modules, training):
-            _set_training(module, was_training)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _set_training(module: nn.Module, training: bool) -> None:
-    if module.training == training:
-        return
-    if type(module).__setattr__ is nn.Module.__setattr__ and "training" in module.__dict__:
-        # A supernet has thousands of modules, and nn.Module looks through all it holds before it sets a flag.
-        module.__dict__["training"] = training
-    else:
-        module.training = training
-
-
-def _from_a_graph(graphs: Graphs, ascent: Ascent, images: Images, statistics: str) -> Tensor:
-    """`ascent.climb(images)` from the start on; that is drawn here, as a graph would repeat its random numbers."""
-    inputs = {"x": images.x, "y": images.y}
-    constants: dict[str, float] = {}
-    for name in ("epsilon", "step_size"):
-        value = getattr(images, name)
-        (inputs if isinstance(value, Tensor) else constants)[name] = value
-    model, weights, rebuild = _opened(ascent.model)
-
-    def climb(x: Tensor, y: Tensor, x_adv: Tensor, **others: Tensor) -> Outputs:
-        sizes = {name: constants.get(name, others.get(name)) for name in ("epsilon", "step_size")}
-        attack = dataclasses.replace(ascent, model=rebuild(others))
-        with frozen(attack.model, statistics):
-            classes = attack.ascend(x_adv, Images(x, y, index=y, **sizes))  # nobody leaves the batch: no index is read
-        return {"x_adv": x_adv, "classes": classes}
-
-    # id: the function holds on to the model, so it stays this model's. fingerprint: where its weights lie.
-    settings = dataclasses.replace(ascent, model=None, generator=None, highest_label=-1)
-    key = (type(ascent.model), id(model), settings, statistics, *constants.items())
-    with _random_states_kept(None, images.x.device):
-        inputs["x_adv"] = ascent.start(images)
-        found = graphs.run(
-            "the attack",
-            climb,
-            inputs | weights,
-            key=key,
-            watch=partial(fingerprint, model),
-            check=lambda outputs: ascent.check_labels(outputs["classes"]),
-        )
-    return found["x_adv"]
-
-
-def _opened(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Callable[[Mapping[str, Tensor]], nn.Module]]:
-    """What of a model stays between calls, its tensors that do not, and a function from those to the model."""
-    if type(model) is not FixedMixture:
-        return model, {}, lambda tensors: model
-    supernet, edges = model.supernet, model.edge_weights
-    weights = {f"mixing_{name}": tensor for name, tensor in model.mixing.items()}
-    weights |= {f"edges_{name}": tensor for name, tensor in (edges or {}).items()}
-    names = tuple(model.mixing)
-
-    def rebuild(tensors: Mapping[str, Tensor]) -> FixedMixture:
-        of_edges = None if edges is None else {name: tensors[f"edges_{name}"] for name in names}
-        return FixedMixture(supernet, {name: tensors[f"mixing_{name}"] for name in names}, of_edges)
-
-    return supernet, weights, rebuild
-
-
-def _random_states_kept(model: Model | None, device: torch.device) -> AbstractContextManager[None]:
-    devices = {device}
-    if isinstance(model, nn.Module):
-        devices.update(parameter.device for parameter in model.parameters())
-    return torch.random.fork_rng(devices=sorted(each.index for each in devices if each.type == "cuda"))
-
-
-def _check_options(norm, loss, statistics, steps, restarts, random_start, early_drop) -> None:
+def _check_options(norm, loss, statistics, steps, restarts, restarts_at_once, random_start, early_drop) -> None:
     check_choice("norm", norm, ("linf", "l2"))
     check_choice("statistics", statistics, ("running", "batch"))
     if not callable(loss):
         check_choice("loss", loss, tuple(LOSSES))
-    for name, value in (("steps", steps), ("restarts", restarts)):
+    for name, value in (("steps", steps), ("restarts", restarts), ("restarts_at_once", restarts_at_once)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if restarts > 1 and not random_start:
@@ -304,4 +267,9 @@ def _check_options(norm, loss, statistics, steps, restarts, random_start, early_
         raise ValueError(
             "early_drop changes the batch, and with it the statistics that statistics='batch' takes from "
             "it: type statistics='running' or early_drop=False"
+        )
+    if restarts_at_once > 1 and statistics == "batch":
+        raise ValueError(
+            f"restarts_at_once={restarts_at_once} makes a larger batch, and with it other statistics than "
+            "statistics='batch' takes from the images alone: type statistics='running' or restarts_at_once=1"
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rnas.attacks import fgsm, frozen, perturb, pgd
+from rnas.attacks import fgsm, frozen, perturb, pgd, pgd_sweep
 from rnas.config import AttackConfig
 
 CLASSES = 5
@@ -27,6 +27,8 @@ ATTACKS = {
     "pgd-l2": lambda model, x, y: pgd(model, x, y, epsilon=0.5, step_size=0.2, steps=4, norm="l2"),
     "batch": lambda model, x, y: pgd(model, x, y, **SETTINGS, statistics="batch"),
     "restarts": lambda model, x, y: pgd(model, x, y, **SETTINGS, restarts=2),
+    "restarts-at-once": lambda model, x, y: pgd(model, x, y, **SETTINGS, restarts=3, restarts_at_once=2),
+    "sweep": lambda model, x, y: pgd_sweep(model, x, y, epsilons=[0.05, 0.1], step_size=0.03, steps=5)[-1],
     "early-drop": lambda model, x, y: pgd(model, x, y, **SETTINGS, restarts=2, early_drop=True),
     "targeted": lambda model, x, y: pgd(model, x, y, **SETTINGS, targeted=True, loss="margin"),
 }
@@ -721,6 +723,7 @@ BAD_OPTIONS = [
     ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
     ({"steps": 2.0}, ValueError, "steps must be an integer of at least 1, got 2.0"),
     ({"restarts": 0}, ValueError, "restarts must be an integer of at least 1, got 0"),
+    ({"restarts_at_once": 0}, ValueError, "restarts_at_once must be an integer of at least 1, got 0"),
     ({"epsilon": -0.1}, ValueError, "epsilon must be finite and not negative, in pixel units, got -0.1"),
     ({"epsilon": float("nan")}, ValueError, "epsilon must be finite"),
     ({"epsilon": torch.tensor([0.1] * 11 + [-0.5])}, ValueError, "epsilon must be finite and not negative.* -0.5"),
@@ -738,6 +741,11 @@ BAD_OPTIONS = [
     ({"statistics": "train"}, ValueError, "statistics must be one of 'running', 'batch', got 'train'"),
     ({"restarts": 2, "random_start": False}, ValueError, "would repeat the same attack: type random_start=True"),
     ({"early_drop": True, "statistics": "batch"}, ValueError, "early_drop changes the batch"),
+    (
+        {"restarts": 2, "restarts_at_once": 2, "statistics": "batch"},
+        ValueError,
+        "restarts_at_once=2 makes a larger batch.* type statistics='running' or restarts_at_once=1",
+    ),
     ({"lower": 1.0, "upper": 0.0}, ValueError, "lower must not exceed upper"),
 ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from rnas import kernels
+from rnas import attacks, kernels
 from rnas.kernels import backend
 
 EXAMPLES = REPOSITORY / "examples"
@@ -52,7 +52,7 @@ def test_an_example_agrees_with_plain_pytorch(name, compiled, capsys):
     printed = capsys.readouterr().out
     assert not compiled or f"to {error:.1e}" in printed
     # float32 of two different orders of summation: the very same bits would be one implementation compared with itself
-    assert not compiled or error > 0 or name in ("pgd_step", "profile_kernels")
+    assert not compiled or error > 0 or name in ("attack", "pgd_step", "profile_kernels")
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -92,6 +92,23 @@ def test_an_example_notices_a_kernel_that_is_wrong(function, compiled, monkeypat
         except AssertionError:
             noticed.append(name)
     assert noticed, f"all examples of {function} are content with a wrong one"
+
+
+@pytest.mark.parametrize("function", ["pgd", "pgd_sweep"])
+@pytest.mark.parametrize("fault", ["weaker", "moves statistics"])
+def test_the_example_of_attacks_notices_an_attack_that_is_wrong(function, fault, monkeypatch):
+    right = getattr(attacks, function)
+
+    def wrong(network, x, y, **options):
+        found = right(network, x, y, **options)
+        if fault == "weaker":
+            return x + 0.99 * (found - x)
+        network[1].running_mean += 1e-3
+        return found
+
+    monkeypatch.setattr(attacks, function, wrong)
+    with pytest.raises(AssertionError):
+        run("attack")
 
 
 @pytest.mark.parametrize("name", PYTHON)

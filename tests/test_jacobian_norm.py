@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnas import attacks
@@ -209,6 +212,27 @@ def test_gradients_to_weights_and_images_are_those_of_the_returned_value(estimat
 
     assert torch.autograd.gradcheck(value, (weight, x), eps=1e-6, atol=1e-6, rtol=1e-5)
     assert value(weight, x).sum().requires_grad
+
+
+def test_a_regulariser_with_a_weight_for_each_sample_is_what_the_docstring_says():
+    (code,) = re.findall(r"As a regulariser.*?::\n\n(.*?)\n\n", jacobian_norm.__doc__, flags=re.DOTALL)
+    model, x, y = smooth().train(), images(), torch.tensor([0, 3, 1])
+    weight = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    names = {"F": F, "jacobian_norm": jacobian_norm, "model": model, "x": x, "y": y, "weight": weight}
+    exec(textwrap.dedent(code), names)
+    found = torch.autograd.grad(names["loss"], list(model.parameters()))
+    assert model.training
+
+    by_hand = smooth().train()
+    loss = F.cross_entropy(by_hand(x), y, reduction="none")
+    by_hand.eval()
+    leaf = x.clone().requires_grad_()
+    logits = by_hand(leaf)
+    rows_of_j = [torch.autograd.grad(logits[:, k].sum(), leaf, create_graph=True)[0] for k in range(5)]
+    norms = torch.stack([row.flatten(1).norm(dim=1) for row in rows_of_j]).mean(dim=0)
+    expected = torch.autograd.grad((loss + weight * norms).mean(), list(by_hand.parameters()))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("estimator", "q"), [("exact", 1), ("sampled", 2), ("projection", 2), ("top", 1)])
