@@ -223,7 +223,8 @@ class Norms:
         if self.on_batch:
             return None, None
         empty = x.new_empty(0, x.shape[1])
-        return tuple([_stack(rows) if rows else empty for rows in (self.means, self.variances)])
+        # Copies: a backward pass needs them as they are now.
+        return tuple([torch.stack(rows) if rows else empty for rows in (self.means, self.variances)])
 
     def move_averages(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """Moves the running averages towards the batch's mean and unbiased variance (B, C), as nn.BatchNorm2d does.
@@ -242,7 +243,9 @@ class Norms:
         stored = [tensor for tensor in stored if tensor is not None]
         # Tensors that several norms share move several times, one after another.
         parts = [rows] if len(set(stored)) == len(stored) else [[row] for row in rows]
-        with torch.no_grad():
+        averages = tuple([table[row] for table in (self.means, self.variances) for row in rows])
+        # As in PyTorch, a graph that saved an average does not mind that it moves.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(averages):
             batch = list(zip(mean.unbind(), (variance * (count / (count - 1))).unbind()))
             for part in parts:
                 self._move(part, counters, batch)
@@ -301,10 +304,9 @@ class CompiledNorms:
 
     def move_averages(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """As `Norms.move_averages`."""
-        moved = self._found.moved
-        if moved:
+        if self._found.moved:
+            # As in PyTorch, a graph that saved an average does not mind that it moves: versions stay.
             self._found.update(*addresses([mean, variance]), count / (count - 1))
-            torch.autograd.graph.increment_version(moved)
 
 
 def read_norms(modules: list[nn.BatchNorm2d], channels: int) -> Norms | CompiledNorms:

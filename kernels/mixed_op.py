@@ -535,8 +535,9 @@ class _Forward(torch.autograd.Function):
             return (None,) * len(needs)
         of_states = needs[8 : 8 + ctx.count]
         wanted = [*of_states, *needs[2:6]]
-        out, kept, *tables = ctx.saved_tensors[:8]
-        states, links = ctx.saved_tensors[8 : 8 + ctx.count], ctx.saved_tensors[8 + ctx.count :]
+        saved = ctx.saved_tensors  # read once: a checkpoint counts the reads
+        out, kept, *tables = saved[:8]
+        states, links = saved[8 : 8 + ctx.count], saved[8 + ctx.count :]
         if links and torch.is_grad_enabled():
             tensors = (grad_out, out, kept, *tables, *states, *links)
             found = _Backward.apply(ctx.count, ctx.batch_statistics, wanted, ctx.settings, *tensors)
@@ -586,14 +587,15 @@ _GRAD_OUT, _WEIGHTS, _THETA, _GAMMA, _BETA, _STATES = 0, 3, 4, 5, 6, 9
 
 def _second_linear(ctx, directions):
     """On fixed statistics a cell is linear between its kinks: one pass along the direction gives everything."""
-    grad_out, *rest = ctx.saved_tensors[:9]
-    states = list(ctx.saved_tensors[9 : 9 + ctx.count])
+    saved = ctx.saved_tensors
+    grad_out, *rest = saved[:9]
+    states = list(saved[9 : 9 + ctx.count])
     needs = ctx.needs_input_grad[4:]
     wanted = [needs[_WEIGHTS], needs[_THETA], needs[_GAMMA]]
     found = iter(_double_backward_op(directions[0], grad_out, states, *rest, wanted, *ctx.settings))
     gradients = [None] * len(needs)
     for position in (_BETA, *range(_STATES, len(needs))):
-        gradients[position] = torch.zeros_like(ctx.saved_tensors[position]) if needs[position] else None
+        gradients[position] = torch.zeros_like(saved[position]) if needs[position] else None
     gradients[_GRAD_OUT] = next(found)
     for position, want in zip((_WEIGHTS, _THETA, _GAMMA), wanted):
         gradients[position] = next(found) if want else None

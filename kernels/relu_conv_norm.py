@@ -338,13 +338,14 @@ _GRAD_OUT, _X, _WEIGHT, _GAMMA, _BETA = 0, 1, 4, 5, 6
 
 def _second_linear(ctx, direction):
     """On fixed statistics the layer is linear between the kinks of its ReLU."""
-    grad_out, x, _, kept, *tables, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: a checkpoint counts the reads
+    grad_out, x, _, kept, *tables, _ = saved
     needs = ctx.needs_input_grad[3:]
     wanted = [needs[_WEIGHT], needs[_GAMMA]]
     found = iter(_double_backward_op(direction, grad_out, x, kept, *tables, wanted, *ctx.settings))
     gradients = [None] * len(needs)
     for position in (_X, _BETA, len(needs) - 1):  # the last is the link
-        gradients[position] = torch.zeros_like(ctx.saved_tensors[position]) if needs[position] else None
+        gradients[position] = torch.zeros_like(saved[position]) if needs[position] else None
     gradients[_GRAD_OUT] = next(found)
     for position, want in zip((_WEIGHT, _GAMMA), wanted):
         gradients[position] = next(found) if want else None

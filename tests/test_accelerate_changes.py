@@ -230,6 +230,52 @@ def written_before_use(ops, x, w):
     return z + y
 
 
+def modes_around_a_call(ops, x, w):
+    ops[1].eval()
+    y = ops[1](x)
+    ops[1].train(ops[2].training)
+    return w[0] * y + w[1] * ops[2](x)
+
+
+def a_result_written(ops, x, w):
+    a = ops[1](x)
+    total = a + ops[2](x)
+    F.relu(a, inplace=True)
+    return total, a
+
+
+def identity_written(ops, x, w):
+    state = x + 0
+    total = sum([ops[0](state)])
+    total.mul_(2)
+    return total, state
+
+
+def refilled(ops, x, w):
+    buffer, out = torch.zeros(()), 0
+    for weight, op in zip(w, ops):
+        buffer.copy_(weight)
+        out = out + buffer * op(x)
+    return out
+
+
+def autocast_inside(ops, x, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = w[0] * ops[1](x) + w[1] * ops[2](x)
+        return y * 1.0 + torch.zeros(1)
+
+
+def output_written(ops, x, w):
+    a = w[0] * ops[1](x)
+    b = w[1] * ops[1](a) if False else w[1] * ops[2](a)
+    c = w[2] * ops[2](x) + w[3] * ops[1](a)
+    out = torch.cat([a + 0, b, c], 1)
+    before = a * 1.0
+    out.mul_(2)
+    return out, before
+
+
 AROUND = {
     "in place": in_place,
     "in place on the first": in_place_on_the_first,
@@ -239,6 +285,17 @@ AROUND = {
     "nodes": nodes,
     "drop path": drop_path,
     "written before use": written_before_use,
+    "twice in a sum": lambda ops, x, w: (lambda y: y + y)(w[0] * ops[1](x)),
+    "twice in a sum, other weights": lambda ops, x, w: (lambda y: w[0] * y + w[1] * y + w[2] * ops[2](x))(ops[1](x)),
+    "an edge and a half": lambda ops, x, w: (lambda h: h + 0.5 * h)(w[0] * ops[1](x) + w[1] * ops[2](x)),
+    "two states in the other order": lambda ops, x, w: (lambda a, b: b + a)(w[0] * ops[1](x), w[1] * ops[1](x + 1)),
+    "modes around a call": modes_around_a_call,
+    "a result written, then summed": a_result_written,
+    "a sum of the identity written": identity_written,
+    "the same weight tensor refilled": lambda ops, x, w: torch.no_grad()(refilled)(ops, x, w),
+    "autocast off inside": autocast_inside,
+    "an integer tensor besides": lambda ops, x, w: ops[1](x) - torch.ones(1, dtype=torch.uint8),
+    "the output written, then a node": output_written,
     "unused": lambda ops, x, w: (w[0] * ops[1](x), ops[2](x))[0],
     "stack": lambda ops, x, w: (torch.stack([op(x) for op in ops]) * w.view(-1, 1, 1, 1, 1)).sum(0),
     "stack, looked at": lambda ops, x, w: torch.stack([op(x) for op in ops])[1:].sum(0) * w[0],
@@ -302,6 +359,148 @@ def test_an_autograd_function_on_a_result_raises_and_does_not_lose_the_gradient(
     plain(x, WEIGHTS).sum().backward()
     with pytest.raises(RuntimeError, match=r"autograd.Function"):
         module(x, WEIGHTS).sum().backward()
+
+
+def test_a_gradient_of_a_result_can_be_asked_for_before_it_is_used():
+    def keep(ops, x, w):
+        keep.y = w[0] * ops[1](x)
+        keep.y.retain_grad()
+        return 2 * keep.y + w[1] * ops[2](x)
+
+    grads = []
+    for module in both(lambda: Around(keep))[:2]:
+        module(images(), WEIGHTS).sum().backward()
+        grads.append(keep.y.grad)
+    assert torch.allclose(*grads)
+
+
+def test_a_gradient_of_a_result_that_has_been_fused_raises():
+    def keep(ops, x, w):
+        keep.y = w[0] * ops[1](x)
+        return keep.y + w[1] * ops[2](x)
+
+    module, _, _ = both(lambda: Around(keep))
+    loss = module(images().requires_grad_(), WEIGHTS).sum()
+    with pytest.raises(RuntimeError, match="fused into a sum before its gradient was asked for"):
+        torch.autograd.grad(loss, keep.y)
+
+
+def test_weights_that_change_before_a_result_is_used_raise():
+    def perturb(ops, x, w):
+        y = ops[1](x)
+        with torch.no_grad():
+            ops[1][1].weight.add_(1)
+        return w[0] * y
+
+    module, _, _ = both(lambda: Around(perturb))
+    with pytest.raises(RuntimeError, match="weights of a candidate"):
+        module(images(), WEIGHTS)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_alone_and_then_fused_in_one_graph(training):
+    """The sandwich rule: one path by itself, then all of them, then backward."""
+
+    def sandwich(ops, x, w):
+        return ops[1](x).square().mean() + (w[0] * ops[1](x) + w[1] * ops[2](x)).square().mean() + ops[1](x).mean()
+
+    module, plain, _ = both(lambda: Around(sandwich))
+    assert_same(module.train(training), plain.train(training), images(), WEIGHTS)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_a_mixed_operation(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    module, plain, _ = both()
+    grads = []
+    for each in (module, plain):
+        x = images().requires_grad_()
+        checkpoint(each, x, WEIGHTS, use_reentrant=reentrant).square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in each.parameters())])
+    for a, b in zip(*grads):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def test_hooks_of_the_user_do_not_run_and_random_numbers_stay():
+    module, calls = mixed(), []
+    module.ops[1].register_forward_hook(lambda *_: calls.append(1))
+    module.ops.append(nn.Sequential(separable(), nn.Dropout(0.5)))
+    torch.manual_seed(0)
+    rnas.accelerate(module)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert not calls and torch.equal(drawn, torch.rand(3))
+
+
+def test_subclass_registries_do_not_see_accelerated_classes():
+    class Registered(nn.Module):
+        known: list[type] = []
+
+        def __init_subclass__(cls, *, name):
+            Registered.known.append(cls)
+
+    class Body(Registered, name="body"):
+        def __init__(self):
+            super().__init__()
+            self.body = separable()
+
+        def forward(self, x):
+            return self.body(x)
+
+    _, _, report = both(lambda: Mixed(Body(), separable()))
+    assert list(report.replaced[0].candidates) == ["ops.0", "ops.1"] and Registered.known == [Body]
+
+
+def test_the_signature_of_a_forward_stays():
+    import inspect
+
+    module, plain, _ = both()
+    assert inspect.signature(module.forward) == inspect.signature(plain.forward)
+
+
+@pytest.mark.parametrize("code", ["size", "batch", "counter", "stash", "child", "grad", "class"])
+def test_candidates_that_depend_on_more_than_can_be_known_are_left_alone_or_watched(code):
+    class Body(nn.Module):
+        gain = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.count = separable(), 0
+            self.body.gain = 1.0
+
+    def size(self, x):
+        return self.body(x) if x.shape[2] < 64 else x
+
+    def batch(self, x):
+        n = len(x)
+        return torch.cat([self.body(each) for each in x.chunk(max(1, n // 8))])
+
+    def counter(self, x):
+        self.count += 1
+        return self.body(x)
+
+    def stash(self, x):
+        self.seen = self.body(x)
+        return self.seen
+
+    def child(self, x):
+        return self.body(x) * self.body.gain
+
+    def grad(self, x):
+        return self.body(x) if torch.is_grad_enabled() or not torch.is_grad_enabled() else x
+
+    def klass(self, x):
+        return self.body(x) * self.gain
+
+    Body.forward = {"class": klass}.get(code) or locals()[code]
+    module, plain, report = both(lambda: Mixed(Body(), separable()))
+    if code not in ("child", "class"):
+        assert list(report.replaced[0].candidates) == ["ops.1"], report
+    for each in (module, plain):
+        each.ops[0].body.gain = 2.0
+    Body.gain = 3.0
+    assert_same(module, plain, images(), WEIGHTS[:2])
 
 
 def test_a_state_that_is_overwritten_raises():

@@ -310,14 +310,31 @@ def test_averages_that_compiled_code_may_not_move_are_moved_by_pytorch(way, monk
     assert all(distance([b], [a]) <= 1e-6 for a, b in zip(*found))
 
 
-def test_a_graph_that_has_saved_an_average_notices_that_it_moves():
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_graph_of_pytorch_that_has_saved_an_average_still_runs_backward(watched, monkeypatch):
+    """Its batch norm moves averages without a new version; else no norm could run by itself and fused in one graph."""
+    if watched:
+        monkeypatch.setattr(fused, "is_watched", lambda tensors: True)
     norms = [draw_norm(3, "train", torch.Generator().manual_seed(index)) for index in range(4)]
-    scale = torch.rand(3, requires_grad=True)
-    for name in ("running_mean", "running_var"):
-        loss = (scale * getattr(norms[2], name)).sum()
-        run_norms(norms, kernels)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = norms[2](x).square().sum()
+    versions = [norms[2].running_mean._version, norms[2].running_var._version]
+    run_norms(norms, kernels)
+    assert [norms[2].running_mean._version, norms[2].running_var._version] == versions
+    loss.backward()
+
+
+def test_statistics_of_one_norm_are_copied_for_the_backward_pass():
+    """Fixed ones, that move before it: what they were counts."""
+    norm = draw_norm(3, "eval", torch.Generator().manual_seed(0))
+    weight = torch.randn(3, 3, 1, 1, requires_grad=True)
+    x, grads = torch.randn(2, 3, 4, 4), []
+    for moves in (False, True):
+        out = kernels.relu_conv_norm(x, weight, norm.eval())
+        if moves:
+            kernels.relu_conv_norm(x, weight, norm.train())
+        grads.append(torch.autograd.grad(out.square().sum(), weight)[0])
+    assert torch.equal(*grads)
 
 
 def test_results_stay_as_they_are_while_someone_holds_them():

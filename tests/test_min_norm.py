@@ -62,7 +62,7 @@ def test_gamma_is_the_minimum_over_a_fine_grid(kind):
     assert inside or kind in ("parallel", "first zero", "second zero"), "the grid must be tried between its ends too"
 
 
-@pytest.mark.parametrize("wrong", [lambda g: 1 - g, lambda g: g + 2 * SPACING, lambda g: 0.5], ids=str)
+@pytest.mark.parametrize("wrong", [lambda g: 1 - g, lambda g: g + 2 * SPACING, lambda g: 0.5], ids=["1 - g", "g + 2 d", "0.5"])
 def test_the_grid_finds_a_wrong_gamma(wrong):
     u1, u2 = drawn(4, "close")
     u2 = [0.8 * u for u in u2]

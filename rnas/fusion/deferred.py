@@ -120,6 +120,11 @@ class Deferred(Tensor):
         kwargs = kwargs or {}
         for each in flat((args, kwargs)):
             _refuse_gradients(each)
+            if function in _ABOUT_ITS_GRADIENT and each._rnas_value is None and each._rnas_scope.has_used(each):
+                raise RuntimeError(
+                    "rnas.accelerate: the result of a candidate operation was fused into a sum before its gradient was "
+                    "asked for, and has none of its own; ask for it (retain_grad, register_hook) before it is used"
+                )
         handler = HANDLERS.get(function)
         if handler is not None:
             result = handler(*args, **kwargs)
@@ -149,6 +154,10 @@ class Deferred(Tensor):
     def __deepcopy__(self, memo):
         return value_of(self).__deepcopy__(memo)
 
+
+_ABOUT_ITS_GRADIENT = {
+    Tensor.register_hook, Tensor.retain_grad, Tensor.grad.__get__, Tensor.backward, torch.autograd.grad,
+}  # fmt: skip
 
 HANDLERS: dict = {}
 """Functions of PyTorch that leave a deferred tensor deferred: they take the arguments and may return NotImplemented."""

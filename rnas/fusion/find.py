@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from .modules import (
@@ -97,6 +98,12 @@ def restore(model: nn.Module) -> int:
 
 
 def _plan(model: nn.Module):
+    """As `_looked_at`; candidates that draw random numbers are run for that, and leave them where they were."""
+    with torch.random.fork_rng(devices=[]):
+        return _looked_at(model)
+
+
+def _looked_at(model: nn.Module):
     """(candidates with what they are, holders, report, layers in front of cells with what they are)."""
     memory: dict = {}
     report = Report()

@@ -5,7 +5,8 @@ Legend: J nodes of a cell, S states that enter it, E edges, K candidates of an e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ def whole_cell(nodes: list[Deferred], scope) -> Tensor | None:
     A cell: each node is the sum of one edge from each of the S states and each node before it.
     """
     edges, inputs = [], []
+    if _shared(group for node in nodes for group in node._rnas_groups):
+        return None
     for index, node in enumerate(nodes):
         if node._rnas_addends or node._rnas_finish is not None:
             return None
@@ -133,8 +136,9 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     """The sum of the groups: one call for all edges of a kind and stride, and what no edge can hold by itself."""
     batches: dict[tuple, list[Edge]] = {}
     total: Tensor | None = None
+    shared = _shared(groups)
     for group in groups:
-        edges, others = _edges(group)
+        edges, others = _edges(group, shared)
         for edge in edges:
             batches.setdefault((edge.kind, edge.stride, value_of(edge.x).shape), []).append(edge)
         for call, scale in others:
@@ -150,15 +154,21 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     return total
 
 
-def _edges(group: Group) -> tuple[list[Edge], list[tuple[Call, Scale | None]]]:
+def _shared(groups: Iterable[Group]) -> set[int]:
+    """The ids of calls whose result is used more than once: batch norms see it once."""
+    counted = Counter(id(call) for group in groups for call in group.calls)
+    return {each for each, count in counted.items() if count > 1}
+
+
+def _edges(group: Group, shared: set[int]) -> tuple[list[Edge], list[tuple[Call, Scale | None]]]:
     """The group as edges that the kernels take, and the calls that they do not."""
-    edge = _as_edge(group)
+    edge = _as_edge(group) if not shared else None
     if edge is not None:
         return [edge], []
     parts: list[list[tuple[Call, Scale | None]]] = []
     others = []
     for call, scale in zip(group.calls, group.scales):
-        if not _can_be_fused(call):
+        if id(call) in shared or not _can_be_fused(call):
             others.append((call, scale))
             continue
         for part in parts:

@@ -44,8 +44,8 @@ _SETTINGS = {  # what decides on what a layer of PyTorch computes; eps and momen
 class State(NamedTuple):
     """Of a module at one moment: what its result depends on beside the images."""
 
-    weights: tuple[tuple[int, int], ...]
-    """Identity and version of each parameter."""
+    weights: tuple[tuple[int, int, bool], ...]
+    """Identity, version and requires_grad of each convolution's weight."""
     modes: tuple[bool, ...]
     """Training flags of the norms."""
 
@@ -59,7 +59,6 @@ class Plan:
         self._types = list(map(type, self._modules[1:]))  # the first is to get another
         kinds = dict.fromkeys(map(original_class, self._modules))
         self._forwards = [(kind, kind.forward) for kind in kinds]
-        self._hooks = [getattr(each, name) for each in self._modules for name in _HOOKS]
         self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
         self._settings = reads.values + [
             (each, name, each.__dict__[name])
@@ -70,7 +69,7 @@ class Plan:
 
     def holds(self) -> bool:
         """Whether the module is as it was: the same layers without hooks, the same settings."""
-        if any(self._hooks):
+        if any([each.__dict__[name] for each in self._modules for name in _HOOKS]):
             return False
         if any([holder.__dict__.get(name) != value for holder, name, value in self._settings]):
             return False
@@ -108,15 +107,17 @@ class Plan:
 
     def state(self) -> State:
         """Of now."""
-        weights = [(id(each), 0 if each.is_inference() else each._version) for each in self.weights()]
+        weights = [
+            (id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self.weights()
+        ]
         return State(tuple(weights), tuple([norm.training for norm in self.layers.norms]))
 
     def check(self, state: State) -> None:
         """Raises RuntimeError where the weights are others than in `state`."""
         if state.weights != self.state().weights:
             raise RuntimeError(
-                "rnas.accelerate: the weights of a candidate operation have changed before its result was used; use it "
-                "before (multiply it by 1.0 and call .contiguous()), or call rnas.restore(model)"
+                "rnas.accelerate: the weights of a candidate operation were replaced, written to or frozen before its "
+                "result was used; call .contiguous() on the result before, or rnas.restore(model)"
             )
 
     @contextmanager

@@ -77,7 +77,7 @@ class _Reader:
 
     def __init__(self, module: nn.Module, values: list[tuple[object, str, object]]) -> None:
         self.module, self.values = module, values
-        self.holders = [each for each in module.modules() if not is_of_torch(type(each))]
+        self.holders = list(module.modules())
 
     def read(self, function, depth: int) -> None:
         """A function of Python, and the helpers that it calls."""
@@ -130,7 +130,8 @@ class _Reader:
                     raise Foreign(f"its forward reads {name}, {type(value).__name__}, which cannot be watched")
                 self.values.append((holder, name, value))
             elif name not in holder._modules and name not in holder._parameters and name not in holder._buffers:
-                self._check_class(type(holder), name, depth)
+                if not is_of_torch(type(holder)):
+                    self._check_class(type(holder), name, depth)
 
     def _check_class(self, kind: type, name: str, depth: int) -> None:
         owner = next((each for each in kind.__mro__ if name in each.__dict__), None)

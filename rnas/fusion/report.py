@@ -66,7 +66,8 @@ class Report:
         if self.counts != Counts():
             lines.append(
                 f"Since then: {self.counts.edges} edges fused, in {self.counts.cells} whole cells and by themselves; "
-                f"{self.counts.alone} candidates computed alone."
+                f"{self.counts.alone} candidates computed alone, {self.counts.given_back} modules that run as before "
+                "after all."
             )
         return "\n".join(lines)
 

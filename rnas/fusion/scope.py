@@ -14,7 +14,7 @@ from ..kernels import engine, fused
 from ..kernels.backend import OPS
 from . import lower, stacked
 from .deferred import Call, Deferred, Group, hold, is_open, is_raw, value_of
-from .partial import Pooled, concatenated
+from .partial import Pooled, Slice, concatenated
 
 assert stacked.HANDLERS  # imported for what it adds to them
 
@@ -51,7 +51,9 @@ class Scope:
         self._hooks = _saved_tensor_hooks()
         self.counts = counts
         """Where is counted what was computed how: `report.Counts`."""
-        self._calls: list[Call] = []
+        self._calls: list[Call] = []  # those computed long ago are left out
+        self._called = self._open = 0
+        self._latest: dict[int, Call] = {}  # of every candidate
         self._covered: Tensor | None = None  # the last state that the kernels cover
         self._same: tuple[Tensor | None, Tensor | None] = (None, None)  # a state, and what stands for it
         self._slices: dict[tuple, Tensor] = {}
@@ -85,9 +87,22 @@ class Scope:
         if n * height * width == 1:  # batch statistics of one value: PyTorch says what is wrong
             return None
         call = Call(plan, x, (arguments[1:], options))
-        self._calls.append(call)
+        self._remember(call)
         like = x._rnas_like if type(x) is Deferred else x
         return Deferred.make(self, torch.Size((n, channels, height, width)), like, (Group((), (call,), (None,)),))
+
+    def _remember(self, call: Call) -> None:
+        """Of calls of one candidate, batch norms see the first first."""
+        before = self._latest.get(id(call.plan))
+        if before is not None and not before.consumed and any(call.state.modes) and before.x is not call.x:
+            with self._as_before():
+                lower.alone(before)
+        self._latest[id(call.plan)] = call
+        self._called += 1
+        self._calls.append(call)
+        if len(self._calls) > 2 * self._open + 64:  # what has been computed need not be kept alive
+            self._calls = [each for each in self._calls if not each.consumed]
+            self._open = len(self._calls)
 
     def _covers(self, x) -> bool:
         """Whether the fused operation takes such a state."""
@@ -148,14 +163,15 @@ class Scope:
 
     def mark(self) -> int:
         """For `is_unused_since`."""
-        return len(self._calls)
+        return self._called
 
     def is_unused_since(self, mark: int) -> bool:
         """Whether no candidate called since has been computed; those are forgotten then."""
-        calls = self._calls[mark:]
-        if not calls or any(call.consumed for call in calls):
+        count = self._called - mark
+        calls = self._calls[len(self._calls) - count :] if count else []
+        if not calls or len(calls) < count or any(call.consumed for call in calls):
             return False
-        del self._calls[mark:]
+        del self._calls[len(self._calls) - count :]
         return True
 
     # ---- computing ---------------------------------------------------------------------------------------------------
@@ -183,6 +199,11 @@ class Scope:
             if out is not None:
                 return out
         return NotImplemented
+
+    def has_used(self, x: Deferred) -> bool:
+        """Whether a candidate of the sum x has been computed as a part of another sum."""
+        calls = [call for group in x._rnas_groups for call in group.calls]
+        return any([call.consumed and call.value is None for call in calls]) or isinstance(x._rnas_finish, Slice)
 
     def before_writing(self, x: Deferred) -> None:
         """x is about to be changed in place: what was called on it, or on what it is an alias of, sees it before."""
