@@ -17,8 +17,9 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
 
+# one process per core, one thread each: the networks of the tests are small
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks -q -s

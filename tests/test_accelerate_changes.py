@@ -10,9 +10,9 @@ from supernets import darts, lookalikes, others
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import rnas
-from rnas.fusion import modules
 from rnas.fusion.deferred import Deferred
 from rnas.fusion.recognise import recognise
 
@@ -296,6 +296,12 @@ AROUND = {
     "autocast off inside": autocast_inside,
     "an integer tensor besides": lambda ops, x, w: ops[1](x) - torch.ones(1, dtype=torch.uint8),
     "the output written, then a node": output_written,
+    "a view of a result written, then summed": lambda ops, x, w: (
+        lambda a: (a + ops[2](x), a.view(-1).mul_(3))
+    )(ops[1](x)),
+    "a checkpoint inside": lambda ops, x, w: checkpoint(
+        lambda h: h.tanh() * 2, w[0] * ops[1](x) + w[1] * ops[2](x), use_reentrant=False
+    ),
     "unused": lambda ops, x, w: (w[0] * ops[1](x), ops[2](x))[0],
     "stack": lambda ops, x, w: (torch.stack([op(x) for op in ops]) * w.view(-1, 1, 1, 1, 1)).sum(0),
     "stack, looked at": lambda ops, x, w: torch.stack([op(x) for op in ops])[1:].sum(0) * w[0],
@@ -410,8 +416,6 @@ def test_alone_and_then_fused_in_one_graph(training):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_around_a_mixed_operation(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     module, plain, _ = both()
     grads = []
     for each in (module, plain):
@@ -651,6 +655,24 @@ def test_further_arguments_of_a_candidate(extra):
     assert report.counts.alone == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_the_kernels_of_a_gpu(dtype, cuda_device):
+    x = images(size=6).to(cuda_device, dtype)
+    found = {}
+    for name, kind in (("float64", torch.float64), ("plain", dtype), ("accelerated", dtype)):
+        module = mixed().to(cuda_device, kind)
+        report = rnas.accelerate(module) if name == "accelerated" else None
+        leaf, weights = x.to(kind).requires_grad_(), WEIGHTS.to(cuda_device).requires_grad_()
+        out = module(leaf, weights)
+        assert out.dtype == kind
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(cuda_device, kind)
+        found[name] = [out, *torch.autograd.grad(out, [leaf, weights, *module.parameters()], noise)]
+    assert report.counts.edges == 1
+    for ours, plain, exact in zip(found["accelerated"], found["plain"], found["float64"]):
+        error, own = (float((each.double() - exact).norm() / exact.norm()) for each in (ours, plain))
+        assert error <= 3 * own + torch.finfo(dtype).eps
+
+
 def test_a_candidate_that_stands_twice_moves_its_averages_twice():
     def make():
         made = mixed()
@@ -660,13 +682,6 @@ def test_a_candidate_that_stands_twice_moves_its_averages_twice():
     module, plain, _ = both(make)
     assert_same(module, plain, images(), WEIGHTS)
     assert int(module.ops[1][3].num_batches_tracked) == 2
-
-
-def test_undo_of_one_module():
-    module = mixed()
-    undo = modules.accelerate_module(module, modules.Holder, modules.COUNTS, None)
-    undo()
-    assert type(module) is Mixed and modules.COUNTS not in module.__dict__
 
 
 def test_importing_rnas_does_not_import_the_fusion():

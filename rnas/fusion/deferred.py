@@ -31,7 +31,7 @@ Scale = Held | float
 class Call:
     """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
 
-    __slots__ = ("consumed", "extras", "held", "plan", "state", "value")
+    __slots__ = ("consumed", "extras", "held", "own", "plan", "state")
 
     def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
         self.plan, self.held = plan, hold(x)
@@ -41,8 +41,13 @@ class Call:
         """What it was called with behind x: arguments and options."""
         self.consumed = False
         """Whether its batch norms have seen it."""
-        self.value: Tensor | None = None
-        """Its own result, where that was asked for and nobody is about to change it."""
+        self.own: Held | None = None
+        """Its own result, where that was asked for."""
+
+    @property
+    def value(self) -> Tensor | None:
+        """Its own result, where there is one that nobody has written to."""
+        return None if self.own is None or version_of(self.own.tensor) != self.own.version else self.own.tensor
 
     @property
     def x(self) -> Tensor:

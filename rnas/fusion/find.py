@@ -49,13 +49,16 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     candidates may be dropped, sampled or switched off.
 
     Outputs, gradients, BN averages and second derivatives are those of before, up to rounding. Parameters, buffers,
-    state_dict, optimizers, train() and eval(), hooks, deepcopy, pickle and DataParallel work as before; copies are
-    accelerated too. Under torch.compile, vmap, forward mode and autocast, for other dtypes than the kernels take, and
-    where a candidate has hooks or was changed since, the modules' own code runs.
+    state_dict, optimizers, train() and eval(), hooks, deepcopy, pickle, checkpoints and DataParallel work as before;
+    copies are accelerated too. Under torch.compile, vmap, forward mode and autocast, for other dtypes than the kernels
+    take, and where a candidate has hooks or was changed since, the modules' own code runs.
 
-    Different are: the candidate none gives zeros for images that are not finite; errors inside a candidate come up
-    where its result is used; a tensor that a candidate was called on must not be changed in place before the result is
-    used (that raises).
+    What raises, where plain PyTorch did not: a state, a weight of the sum or a candidate's weight that is written to
+    between the call and the use of the result; the gradient to a single result that is asked for after that was fused;
+    an autograd.Function, a function compiled by torch.compile or torch.jit, or a transform of torch.func applied to a
+    result inside the forward. What differs: `type(module)` is a subclass of the same name, and the class of a result
+    that waits is a subclass of Tensor; the candidate none gives zeros where images are not finite; under a checkpoint
+    that is not reentrant, averages move once and not twice. What cannot be seen: writes through `.data` in between.
 
     Equivalent to: nothing at all, but for the time and the memory.
 
@@ -79,7 +82,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         accelerate_module(module, InFront, PLAN, Plan(module, guess, layers, reads))
     for module in holders:
         accelerate_module(module, Holder, COUNTS, report.counts)
-        for pool in _pools(module):
+        for pool in _pools_beside(module):
             accelerate_module(pool, Pool, POOL, True)
     return report
 
@@ -218,7 +221,7 @@ def _looks_like_one(module: nn.Module) -> bool:
     return small and any("Conv" in kind or "Pool" in kind for kind in kinds)
 
 
-def _pools(holder: nn.Module) -> list[nn.Module]:
+def _pools_beside(holder: nn.Module) -> list[nn.Module]:
     """The pools that stand beside candidates and are none."""
     kinds = (nn.MaxPool2d, nn.AvgPool2d)
     found = [each for each in holder.children() if kind_of(each) in kinds and original_class(each) is type(each)]

@@ -246,9 +246,8 @@ def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> 
     like = states[0]
     rows = [1.0 if scale is None else scale_of(scale) for edge in edges for scale in edge.scales]
     weights = _stacked(rows, like).view(len(edges), -1)
-    outer = None
     if any(edge.outer for edge in edges):
-        outer = _stacked([_product(edge.outer) for edge in edges], like)
+        weights = weights * _stacked([_product(edge.outer) for edge in edges], like)[:, None]
     return kernels.mixed_cell(
         states,
         weights,
@@ -258,7 +257,6 @@ def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> 
         nodes=nodes,
         stride=stride,
         pool_norm=edges[0].pool_norm,
-        edge_weights=outer,
     )
 
 
@@ -270,26 +268,28 @@ def _product(scales: tuple[Scale, ...]) -> Tensor | float:
 
 
 def _stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
-    """(len(scales),) in the dtype of `like`."""
+    """(len(scales),) in the dtype of `like`, in float32 for those of 16 bits, where a number multiplies in float32."""
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
     tensors = []
     for scale in scales:
         if not isinstance(scale, Tensor):
-            scale = like.new_tensor(scale)
+            scale = like.new_tensor(scale, dtype=dtype)
         elif scale.dim():
             scale = scale.reshape(())
-        tensors.append(scale if scale.dtype == like.dtype else scale.to(like.dtype))
+        tensors.append(scale if scale.dtype == dtype else scale.to(dtype))
     return torch.stack(tensors)
 
 
 def alone(call: Call) -> Tensor:
     """The candidate's own forward on its state, once: its batch norms see each call once, however often it is used."""
-    if call.value is None:
+    value = call.value
+    if value is None:
         x, (arguments, options) = value_of(seen(call.held)), call.extras
         call.plan.check(call.state)
         with call.plan.in_modes(call.state), _averages_kept(call.plan.layers.norms if call.consumed else ()):
-            call.value = call.plan.original(x, *arguments, **options)
-        call.consumed = True
-    return call.value
+            value = call.plan.original(x, *arguments, **options)
+        call.own, call.consumed = hold(value), True
+    return value
 
 
 @contextmanager

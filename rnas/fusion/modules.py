@@ -301,18 +301,12 @@ def _new(original: type, mixins: tuple[type, ...], *arguments):
     return made.__new__(made, *arguments)
 
 
-def accelerate_module(module: nn.Module, mixin: type, key: str, value: object) -> Callable[[], None]:
-    """Mixes `mixin` into the class of this one module, which keeps `value` under `key`. Returns what undoes it."""
+def accelerate_module(module: nn.Module, mixin: type, key: str, value: object) -> None:
+    """Mixes `mixin` into the class of this one module, which keeps `value` under `key`."""
     before = type(module)
     mixins = () if original_class(module) is before else before.__bases__[:-1]
     module.__class__ = accelerated_class(original_class(module), (mixin, *mixins))
     module.__dict__[key] = value
-
-    def undo() -> None:
-        module.__class__ = before
-        module.__dict__.pop(key, None)
-
-    return undo
 
 
 def restore_module(module: nn.Module) -> bool:

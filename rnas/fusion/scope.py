@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..kernels import engine, fused
 from ..kernels.backend import OPS
 from . import lower, stacked
-from .deferred import Call, Deferred, Group, hold, is_open, is_raw, value_of
+from .deferred import Call, Deferred, Group, flat, hold, is_open, is_raw, value_of
 from .partial import Pooled, Slice, concatenated
 
 assert stacked.HANDLERS  # imported for what it adds to them
@@ -41,6 +41,20 @@ def suspended():
         yield
     finally:
         _current.scope = before
+
+
+@contextmanager
+def _saved_through(hooks):
+    """Saved tensors go through these hooks: a checkpoint begun since must not count what it will not repeat."""
+    popped = []
+    while (now := _saved_tensor_hooks()) is not None and now != hooks:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        popped.append(now)
+    try:
+        yield
+    finally:
+        for each in reversed(popped):
+            torch._C._autograd._push_saved_tensors_default_hooks(*each)
 
 
 class Scope:
@@ -211,7 +225,7 @@ class Scope:
             self._settle()
         if is_raw(x):
             value_of(x)
-            x._rnas_groups[0].calls[0].value = None  # sums that it is part of compute it once more
+            x._rnas_groups[0].calls[0].own = None  # sums that it is part of compute it once more
 
     def _settle(self) -> None:
         with self._as_before():
@@ -227,13 +241,14 @@ class Scope:
             with ExitStack() as stack:
                 for device in autocast:  # it was off
                     stack.enter_context(torch.autocast(device, enabled=False))
+                stack.enter_context(_saved_through(self._hooks))
                 yield
 
     def close(self, results, force: bool):
         """What the forward returns; with `force`, or where it is no single edge, computed."""
         if is_open(results) and not force and lower.is_edge(results):
             return results
-        return tree_map_only(Deferred, value_of, results)
+        return tree_map_only(Deferred, value_of, results) if flat(results) else results
 
     def end(self) -> None:
         """Calls whose result nobody used still move the averages of their batch norms."""
