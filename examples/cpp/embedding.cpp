@@ -68,7 +68,7 @@ struct Cell {
   MixedSizes sizes;
   Inputs in;
   Floats states, weights, theta, gamma, beta, mean, variance;
-  std::vector<const float*> each_state;
+  std::vector<const void*> each_state;
   Memory workspace;
 
   Cell(int64_t inputs, int64_t nodes)
@@ -126,7 +126,7 @@ static bool train(Cell& cell) {
 
   Floats states(cell.states.size()), weights(cell.weights.size()), theta(cell.theta.size()), gamma(cell.gamma.size()),
       beta(cell.beta.size());
-  std::vector<float*> each_state;
+  std::vector<void*> each_state;
   for (int64_t state = 0; state < shape.inputs; ++state) each_state.push_back(states.data() + state * cell.image());
   const MixedGradients grad{each_state.data(), weights.data(), theta.data(), gamma.data(), beta.data()};
   cpu::mixed_backward(shape, in, Keep::activations, out.data(), kept.get(), grad_out_floats.data(), grad,
@@ -155,7 +155,7 @@ static bool attack(Cell& cell) {
   const Numbers direction = draw(shape.nodes * cell.image(), -1, 1);
   const Floats grad_out = floats(direction), clean = cell.states;
   Floats out(direction.size()), gradient(cell.states.size());
-  std::vector<float*> each_state;
+  std::vector<void*> each_state;
   for (int64_t state = 0; state < shape.inputs; ++state) each_state.push_back(gradient.data() + state * cell.image());
   const MixedGradients grad{each_state.data(), nullptr, nullptr, nullptr, nullptr};
   const Memory kept = memory(cell.sizes.kept_masks);
