@@ -17,9 +17,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
 
-# one process per core, one thread each: the networks of the tests are small
 test: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
+	$(BIN)/python -m pytest tests
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks -q -s
