@@ -14,6 +14,7 @@ import rnas
 
 
 def separable(c: int, kernel: int, stride: int, dilation: int = 1) -> nn.Sequential:
+    """ReLU, depthwise and pointwise convolution, BN: (N, c, H, W) -> (N, c, ceil(H / stride), ceil(W / stride))."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.ReLU(),

@@ -37,6 +37,7 @@ def plain_pgd(network: nn.Module, x, y, epsilon: float, restarts: int, generator
 
 
 def accuracy(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """The share of images that are classified rightly."""
     network.eval()
     with torch.no_grad():
         right = (network(x).argmax(1) == y).double().mean().item()

@@ -24,6 +24,7 @@ def candidates(c: int) -> nn.ModuleDict:
 
 
 def plain(edges: nn.ModuleList, states: list, weights: torch.Tensor, edge_weights: torch.Tensor) -> torch.Tensor:
+    """The cell edge by edge: (N, C, H, W) each, (E, K), (E,) -> (N, 3 C, H, W)."""
     inputs, rows = len(states), iter(zip(edges, weights, edge_weights))
     for _ in range(3):
         into = [(state, *next(rows)) for state in states]
@@ -33,6 +34,7 @@ def plain(edges: nn.ModuleList, states: list, weights: torch.Tensor, edge_weight
 
 
 def fused(edges: nn.ModuleList, states: list, weights: torch.Tensor, edge_weights: torch.Tensor) -> torch.Tensor:
+    """The same by one call."""
     convolutions = [[m.weight for m in edge.modules() if isinstance(m, nn.Conv2d)] for edge in edges]
     norms = [[m for m in edge.modules() if isinstance(m, nn.BatchNorm2d)] for edge in edges]
     options = {"primitives": PRIMITIVES, "nodes": 3, "pool_norm": False, "edge_weights": edge_weights}

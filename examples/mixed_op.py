@@ -12,6 +12,7 @@ from rnas.kernels import arrange, mixed_op
 
 
 def separable(channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    """ReLU, depthwise and pointwise convolution, BN: (N, channels, H, W) -> the same."""
     shape = {"padding": dilation * (kernel // 2), "dilation": dilation, "groups": channels, "bias": False}
     depthwise, pointwise = nn.Conv2d(channels, channels, kernel, **shape), nn.Conv2d(channels, channels, 1, bias=False)
     return nn.Sequential(nn.ReLU(), depthwise, pointwise, nn.BatchNorm2d(channels))
@@ -36,6 +37,7 @@ class Edge(nn.Module):
         )
 
     def plain(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Module by module."""
         return sum(weight * candidate(x) for weight, candidate in zip(weights, self.candidates.values()))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,14 @@ EPSILON, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 7
 
 
 def input_gradient(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of the cross entropy, (N, ...)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(network(x), y), x)[0]
 
 
 def plain_attack(network: nn.Module, x: torch.Tensor, y: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """STEPS steps of plain PyTorch from `start`."""
     x_adv = start.clone()
     for _ in range(STEPS):
         x_adv = x_adv + STEP_SIZE * input_gradient(network, x_adv, y).sign()
@@ -29,6 +31,7 @@ def plain_attack(network: nn.Module, x: torch.Tensor, y: torch.Tensor, start: to
 
 
 def fused_attack(network: nn.Module, x: torch.Tensor, y: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """The same with the kernel, in place."""
     x_adv = start.clone()
     for _ in range(STEPS):
         grad = input_gradient(network, x_adv, y)

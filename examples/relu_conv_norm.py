@@ -23,6 +23,7 @@ class Front(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in (16, 16, 32))
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """Module by module."""
         x = self.norms[0](self.stem(x))
         x = F.relu(self.norms[1](self.one(F.relu(x))))
         return self.norms[2](torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))

@@ -21,15 +21,27 @@ def decides_by_input(function) -> bool:
 
     Code whose source is not to be had must not jump at all.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _source(function)
+    if tree is None:
         jumps = ("POP_JUMP", "JUMP_IF", "FOR_ITER")
         return any(each.opname.startswith(jumps) for each in dis.get_instructions(function.__code__))
     names = function.__code__.co_varnames
     first = names[1] if names[:1] == ("self",) and len(names) > 1 else names[0] if names else ""
     tainted = _tainted(tree, {first})
     return any(_reads(test, tainted) for node in ast.walk(tree) for test in _tests(node))
+
+
+def _source(function) -> ast.AST | None:
+    """The parsed source of a function; None where it is not to be had, or is that of other code by now."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    names = {each.id for each in ast.walk(tree) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(tree) if isinstance(each, ast.Attribute)}
+    code, (definition, *_) = function.__code__, tree.body
+    same = isinstance(definition, ast.FunctionDef) and definition.name == code.co_name
+    return tree if same and set(code.co_names) <= names | {definition.name} else None
 
 
 def _tainted(tree: ast.AST, tainted: set[str]) -> set[str]:

@@ -10,57 +10,29 @@ Legend: N images, C channels, H W pixels, K candidates of an edge, E edges.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-
-class Held(NamedTuple):
-    """A tensor that will be read later, and its version: it must not have been written to until then."""
-
-    tensor: Tensor
-    version: int
+from .calls import Group, Held, Scale, hold
 
 
-Scale = Held | float
-"""A number, or a tensor that holds one."""
+class Finish:
+    """What is done to a sum behind all. One that is not said to be linear is computed before anything is made of it."""
 
+    def times(self, scale: Scale) -> Finish | None:
+        """Of the sum times a number, or as many as `takes` says; None where it has to be computed."""
 
-class Call:
-    """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
+    def plus(self, other: Finish) -> Finish | None:
+        """Of the sum of both; None where they have to be computed."""
 
-    __slots__ = ("consumed", "extras", "held", "own", "plan", "state")
+    def takes(self, other: Tensor) -> bool:
+        """Whether `times` takes this tensor of several numbers."""
+        return False
 
-    def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
-        self.plan, self.held = plan, hold(x)
-        self.state = plan.state()
-        """Its weights and modes when it was called."""
-        self.extras = extras
-        """What it was called with behind x: arguments and options."""
-        self.consumed = False
-        """Whether its batch norms have seen it."""
-        self.own: Held | None = None
-        """Its own result, where that was asked for."""
-
-    @property
-    def value(self) -> Tensor | None:
-        """Its own result, where there is one that nobody has written to."""
-        return None if self.own is None or version_of(self.own.tensor) != self.own.version else self.own.tensor
-
-    @property
-    def x(self) -> Tensor:
-        """The state."""
-        return self.held.tensor
-
-
-class Group(NamedTuple):
-    """`prod(outer) * sum_k scales[k] * calls[k]`: candidates on one state. A scale of None is 1."""
-
-    outer: tuple[Scale, ...]
-    calls: tuple[Call, ...]
-    scales: tuple[Scale | None, ...]
+    def finished(self, total: Tensor | None, scope) -> Tensor:
+        """What the deferred tensor is, from its sum."""
+        raise NotImplementedError
 
 
 class Deferred(Tensor):
@@ -69,10 +41,11 @@ class Deferred(Tensor):
     _rnas_value: Tensor | None
     _rnas_groups: tuple[Group, ...]
     _rnas_addends: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and a tensor that broadcasts
+    _rnas_finish: Finish | None
 
     @staticmethod
     def make(scope, shape: torch.Size, like: Tensor, groups, addends=(), finish=None) -> Deferred:
-        """like: of its dtype and on its device. finish: what is done to the sum behind all, see `partial.py`."""
+        """like: of its dtype and on its device. finish: what is done to the sum behind all."""
         options = {"dtype": like.dtype, "device": like.device, "requires_grad": scope.grad}
         made = Tensor._make_wrapper_subclass(Deferred, shape, **options)
         made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
@@ -259,45 +232,15 @@ def copied(x: Deferred) -> Deferred:
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, *made)
 
 
-def hold(x: Tensor) -> Held:
-    """For `seen`. Who holds a deferred tensor is told before somebody writes to it: `Scope.before_writing`."""
-    if type(x) is Deferred:
-        x._rnas_source = True
-        return Held(x, 0)
-    return Held(x, version_of(x))
-
-
-def version_of(x: Tensor) -> int:
-    """Changes whenever the tensor is written to. Tensors of inference mode do not know."""
-    return 0 if x.is_inference() else x._version
-
-
-def seen(held: Held) -> Tensor:
-    """The tensor. Raises RuntimeError where it has been written to in the meantime."""
-    x, version = held
-    if type(x) is not Deferred and version_of(x) != version:
-        raise RuntimeError(
-            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was multiplied with or "
-            "added to, has been changed in place before the sum was computed; write `x = x + ...` for `x += ...` "
-            "there, or call rnas.restore(model)"
-        )
-    return x
-
-
-def scale_of(scale: Scale) -> Tensor | float:
-    """The number or tensor that a sum is multiplied with."""
-    return seen(scale) if type(scale) is Held else scale
-
-
 def times(x: Deferred, other) -> Tensor:
     """x * other."""
     if not _takes_part(x) or not _is_scale(x, other):
         return value_of(x) * value_of(other)
-    finish = None if x._rnas_finish is None else x._rnas_finish.times(other)
-    if finish is None and x._rnas_finish is not None:  # it cannot wait any longer
-        return value_of(x) * value_of(other)
     # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
     scale = other if is_number(other) else hold(other if x._rnas_scope.grad else other.clone())
+    finish = None if x._rnas_finish is None else x._rnas_finish.times(scale)
+    if finish is None and x._rnas_finish is not None:  # it cannot wait any longer
+        return value_of(x) * value_of(other)
     groups = tuple([_times_group(group, scale) for group in x._rnas_groups])
     addends = tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
@@ -317,8 +260,7 @@ def _is_scale(x: Deferred, other) -> bool:
         return False
     like = x._rnas_like
     if other.numel() != 1:
-        stacked = hasattr(x._rnas_finish, "parts")  # then each part may have a weight of its own
-        return stacked and other.dtype == like.dtype and other.device == like.device
+        return x._rnas_finish is not None and x._rnas_finish.takes(other)
     if other.device != like.device or not other.is_floating_point():
         return False
     # A tensor with dimensions takes part in the choice of the result's dtype, and in its shape.

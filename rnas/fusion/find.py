@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from .layers import Guess, Layers, kind_of
 from .modules import (
     COUNTS,
     PLAN,
@@ -14,14 +15,13 @@ from .modules import (
     Candidate,
     Holder,
     InFront,
-    Plan,
     Pool,
     accelerate_module,
-    original_class,
     restore_module,
 )
+from .plan import Plan, original_class
 from .reads import Reads
-from .recognise import Guess, Layers, kind_of, recognise
+from .recognise import recognise
 from .report import Left, Replaced, Report
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.mixed_op import PRIMITIVES
-from .deferred import Call, Deferred, Group, Scale, hold, is_open, is_raw, scale_of, seen, value_of
-from .partial import Slice
+from .calls import Call, Group, Scale, hold, scale_of, seen
+from .deferred import Deferred, is_open, is_raw, value_of
+from .parts import Slice
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,116 +20,10 @@ from ..kernels import fused
 from ..kernels.backend import OPS
 from . import scope as scopes
 from .deferred import value_of, values
-from .reads import Reads
-from .recognise import Guess, Layers, kind_of
+from .plan import Plan, is_hooked, original_class
 
 PLAN, COUNTS, POOL = "_rnas_plan", "_rnas_counts", "_rnas_pool"
 """Where an accelerated module keeps what it needs: a `Plan`, the counts of a report, or nothing but the name."""
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-_SETTINGS = {  # what decides on what a layer of PyTorch computes; eps and momentum of norms are read at every call
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.ReLU: ("inplace",),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    nn.ConstantPad2d: ("padding", "value"),
-    nn.ZeroPad2d: ("padding",),
-}
-
-
-class State(NamedTuple):
-    """Of a module at one moment: what its result depends on beside the images."""
-
-    weights: tuple[tuple[int, int, bool], ...]
-    """Identity, version and requires_grad of each convolution's weight."""
-    modes: tuple[bool, ...]
-    """Training flags of the norms."""
-
-
-class Plan:
-    """What a recognised module computes, and what must not have changed since it was recognised."""
-
-    def __init__(self, module: nn.Module, guess: Guess, layers: Layers, reads: Reads) -> None:
-        self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
-        self._modules = list(module.modules())
-        self._types = list(map(type, self._modules[1:]))  # the first is to get another
-        kinds = dict.fromkeys(map(original_class, self._modules))
-        self._forwards = [(kind, kind.forward) for kind in kinds]
-        self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
-        self._settings = reads.values + [
-            (each, name, each.__dict__[name])
-            for each in self._modules
-            for name in _SETTINGS.get(kind_of(each), ())
-            if name in each.__dict__
-        ]
-
-    def holds(self) -> bool:
-        """Whether the module is as it was: the same layers without hooks, the same settings."""
-        if any([each.__dict__[name] for each in self._modules for name in _HOOKS]):
-            return False
-        if any([holder.__dict__.get(name) != value for holder, name, value in self._settings]):
-            return False
-        if any([tuple(module._modules.values()) != children for module, children in self._children]):
-            return False
-        if any(["forward" in each.__dict__ for each in self._modules]):
-            return False
-        if any([kind.forward is not forward for kind, forward in self._forwards]):
-            return False
-        if any([each._parameters.get("bias") is not None for each in self.layers.convolutions]):
-            return False
-        return list(map(type, self._modules[1:])) == self._types
-
-    def takes(self, arguments: tuple, options: dict) -> bool:
-        """Whether a call with these arguments is one on the images alone."""
-        if len(arguments) == 1 and not options:
-            return not self.reads.required
-        if not arguments or self.reads.ignores_extras:
-            return bool(arguments)
-        names = self.reads.may_be_none
-        given = {*names[: len(arguments) - 1], *options}
-        nothing = not any([each is not None for each in (*arguments[1:], *options.values())])
-        return nothing and len(arguments) <= 1 + len(names) and given <= {*names}
-
-    def original(self, x: Tensor, *arguments, **options) -> Tensor:
-        """The module's own forward."""
-        return nn.Module.__call__(self.module, x, *arguments, **options)
-
-    def weights(self) -> list[Tensor]:
-        """The convolution weights in the order of the kernels."""
-        try:
-            return [each._parameters["weight"] for each in self.layers.convolutions]
-        except KeyError:  # a plain attribute in its place
-            return [each.weight for each in self.layers.convolutions]
-
-    def state(self) -> State:
-        """Of now."""
-        weights = [
-            (id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self.weights()
-        ]
-        return State(tuple(weights), tuple([norm.training for norm in self.layers.norms]))
-
-    def check(self, state: State) -> None:
-        """Raises RuntimeError where the weights are others than in `state`."""
-        if state.weights != self.state().weights:
-            raise RuntimeError(
-                "rnas.accelerate: the weights of a candidate operation were replaced, written to or frozen before its "
-                "result was used; call .contiguous() on the result before, or rnas.restore(model)"
-            )
-
-    @contextmanager
-    def in_modes(self, state: State) -> Iterator[None]:
-        """The training flags of the norms as in `state`."""
-        before = [norm.training for norm in self.layers.norms]
-        try:
-            for norm, training in zip(self.layers.norms, state.modes):
-                norm.training = training
-            yield
-        finally:
-            for norm, training in zip(self.layers.norms, before):
-                norm.training = training
-
 
 class Unregistered:
     """Keeps what a class does with its subclasses from accelerated ones."""
@@ -163,7 +55,7 @@ class Pool(Unregistered):
         if torch.compiler.is_compiling():
             return super().__call__(*arguments, **options)
         scope, x = scopes.current(), arguments[0] if arguments else None
-        hooked = any([self.__dict__[name] for name in _HOOKS]) or "forward" in self.__dict__
+        hooked = is_hooked(self) or "forward" in self.__dict__
         if scope is not None and type(x) is Tensor and not options and not hooked:
             with torch.no_grad(), scopes.suspended():
                 shape = super().__call__(torch.empty(x.shape, device="meta")).shape
@@ -210,11 +102,11 @@ class Holder(Unregistered):
     def __call__(self, *arguments, **options):
         if _stands_back(self):
             return super().__call__(*arguments, **options)
-        if _is_hooked(self):
+        if is_hooked(self):
             arguments, options = values(arguments), values(options)
         if "forward" not in self.__dict__:
             return super().__call__(*arguments, **options)
-        if _is_hooked(self):  # hooks run in here, behind a forward that is not the one below
+        if is_hooked(self):  # hooks run in here, behind a forward that is not the one below
             with scopes.suspended():
                 return super().__call__(*arguments, **options)
         with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
@@ -228,7 +120,7 @@ def run_holder(forward: Callable, self: nn.Module, arguments: tuple, options: di
     with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
         mark = scope.mark()
         try:
-            return scope.close(forward(self, *arguments, **options), force=is_new or _is_hooked(self))
+            return scope.close(forward(self, *arguments, **options), force=is_new or is_hooked(self))
         except (TypeError, AttributeError, AssertionError) as error:
             if not scope.is_unused_since(mark):
                 raise
@@ -257,17 +149,7 @@ def _stand_back_for_good(module: nn.Module, reason: Exception) -> None:
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether something looks at what the module takes or returns."""
-    return any([module.__dict__[name] for name in _HOOKS])
-
-
 # ---- classes ---------------------------------------------------------------------------------------------------------
-
-
-def original_class(module: nn.Module) -> type:
-    """The class of a module before it was accelerated."""
-    return getattr(type(module), "_rnas_original", type(module))
 
 
 @functools.cache

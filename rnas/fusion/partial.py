@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .deferred import HANDLERS, Deferred, Held, Scale, hold, is_open, scale_of, seen, value_of
+from .calls import UNKNOWN, Held, Scale, hold, scale_of, seen
+from .deferred import HANDLERS, Deferred, Finish, is_open, value_of
 
 # What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
 JOINED, SPLIT, SWAPPED, SHUFFLED = range(4)
 
 
 @dataclass(frozen=True)
-class Around:
+class Around(Finish):
     """Concatenates the sum to `sum(scale * tensor)` and shuffles the channels as far as `stage` says."""
 
     tensors: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and what goes around
@@ -35,7 +36,7 @@ class Around:
         """Of the sum times `scale`."""
         return replace(self, tensors=tuple([((*scales, scale), held) for scales, held in self.tensors]))
 
-    def plus(self, other: Around | Detached) -> Around | None:
+    def plus(self, other: Finish) -> Around | None:
         """Of the sum of both; None where they do different things."""
         if not isinstance(other, Around):
             return None
@@ -69,57 +70,15 @@ class Around:
 
 
 @dataclass(frozen=True)
-class Detached:
-    """What `.data` of a deferred tensor is."""
-
-    of: Deferred
-
-    def times(self, scale: Scale) -> None:
-        """It is computed first."""
-
-    def plus(self, other) -> None:
-        """It is computed first."""
-
-    def finished(self, total: None, scope) -> Tensor:
-        """Its value, part of no graph."""
-        return value_of(self.of).data
-
-
-@dataclass(frozen=True)
-class Pooled:
+class Pooled(Finish):
     """What a pool makes of a tensor."""
 
     module: nn.Module
     x: Held
 
-    def times(self, scale: Scale) -> None:
-        """It is computed first."""
-
-    def plus(self, other) -> None:
-        """It is computed first."""
-
     def finished(self, total: None, scope) -> Tensor:
         """Its value."""
         return nn.Module.__call__(self.module, seen(self.x))
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Channels of a cell's output: one of its nodes, for who asks for it."""
-
-    out: Held
-    start: int
-    channels: int
-
-    def times(self, scale: Scale) -> None:
-        """It is computed first."""
-
-    def plus(self, other) -> None:
-        """It is computed first."""
-
-    def finished(self, total: None, scope) -> Tensor:
-        """A copy, as the node and the output are tensors of their own."""
-        return seen(self.out).narrow(1, self.start, self.channels).clone()
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -143,7 +102,7 @@ def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
     around = around if is_open(around) else scope.interned(value_of(around))
     if around.dtype != mixed._rnas_like.dtype or around.device != mixed._rnas_like.device:
         return None
-    held = Held(around, 0) if is_open(around) else hold(around)
+    held = Held(around, UNKNOWN) if is_open(around) else hold(around)
     finish = Around((((), held),), first=mixed is tensors[0])
     shape = torch.Size((n, channels + around.shape[1], height, width))
     return Deferred.make(scope, shape, mixed._rnas_like, mixed._rnas_groups, (), finish)
@@ -195,14 +154,7 @@ def _channel_shuffle(x, groups):
     return _staged(x, x._rnas_shape, stage=SHUFFLED, groups=groups)
 
 
-def _data(x):
-    if not is_open(x):
-        return NotImplemented
-    return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, (), (), Detached(x))
-
-
 HANDLERS.update(dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view))
 HANDLERS.update(dict.fromkeys((Tensor.transpose, torch.transpose), _transpose))
 HANDLERS[Tensor.contiguous] = _contiguous
 HANDLERS.update(dict.fromkeys((torch.channel_shuffle, F.channel_shuffle), _channel_shuffle))
-HANDLERS[Tensor.data.__get__] = _data

@@ -12,11 +12,14 @@ from torch.utils._pytree import tree_map_only
 
 from ..kernels import engine, fused
 from ..kernels.backend import OPS
-from . import lower, stacked
-from .deferred import Call, Deferred, Group, flat, hold, is_open, is_raw, value_of
-from .partial import Pooled, Slice, concatenated
-
-assert stacked.HANDLERS  # imported for what it adds to them
+from . import (
+    lower,
+    stacked,  # noqa: F401  (for what it adds to the functions that leave a tensor deferred)
+)
+from .calls import Call, Group, hold
+from .deferred import Deferred, flat, is_open, is_raw, value_of
+from .partial import Pooled, concatenated
+from .parts import Slice
 
 _current = threading.local()
 

@@ -7,25 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .deferred import HANDLERS, Deferred, copied, is_open, plus, times, value_of
+from .calls import Scale, scale_of
+from .deferred import HANDLERS, Deferred, Finish, copied, is_open, plus, times, value_of
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Finish):
     """Stacks tensors along a new first dimension."""
 
     parts: tuple[Tensor, ...]
 
-    def times(self, scale) -> Stack | None:
-        """Of the parts times a number, or each times its own where scale is (K, 1, ..., 1)."""
-        if not isinstance(scale, Tensor) or scale.numel() == 1:
-            return Stack(tuple([times(part, scale) for part in self.parts]))
-        if tuple(scale.shape) != (len(self.parts), *[1] * self.parts[0].dim()):
-            return None
-        return Stack(tuple([times(part, each) for part, each in zip(self.parts, scale.reshape(-1).unbind())]))
+    def takes(self, other: Tensor) -> bool:
+        """One number for each part, (K, 1, ..., 1)."""
+        like = self.parts[0]._rnas_like
+        shape = (len(self.parts), *[1] * self.parts[0].dim())
+        return tuple(other.shape) == shape and other.dtype == like.dtype and other.device == like.device
 
-    def plus(self, other) -> None:
-        """It is computed first."""
+    def times(self, scale: Scale) -> Stack:
+        """Of the parts times a number, or each times its own."""
+        number = scale_of(scale)
+        own = isinstance(number, Tensor) and number.numel() > 1
+        numbers = number.reshape(-1).unbind() if own else [number] * len(self.parts)
+        return Stack(tuple([times(part, each) for part, each in zip(self.parts, numbers)]))
 
     def finished(self, total: None, scope) -> Tensor:
         """What torch.stack makes of the values."""

@@ -1,0 +1,89 @@
+"""What a sum of candidates is made of: calls of candidates, numbers, and tensors that are read later.
+
+Legend: K candidates of an edge.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Held(NamedTuple):
+    """A tensor that will be read later, and its version: it must not have been written to until then."""
+
+    tensor: Tensor
+    version: int
+
+
+UNKNOWN = -1
+"""The version of a tensor that has no value yet."""
+
+Scale = Held | float
+"""A number, or a tensor that holds one."""
+
+
+def hold(x: Tensor) -> Held:
+    """For `seen`. A deferred tensor is marked: `Scope.before_writing` sees to it that it stays what it is."""
+    if not hasattr(x, "_rnas_source"):
+        return Held(x, version_of(x))
+    x._rnas_source = True
+    return Held(x, UNKNOWN)
+
+
+def version_of(x: Tensor) -> int:
+    """Changes whenever the tensor is written to. Tensors of inference mode do not know."""
+    return 0 if x.is_inference() else x._version
+
+
+def seen(held: Held) -> Tensor:
+    """The tensor. Raises RuntimeError where it has been written to in the meantime."""
+    x, version = held
+    if version != UNKNOWN and version_of(x) != version:
+        raise RuntimeError(
+            "rnas.accelerate: a tensor that a candidate operation was called on, or its result was multiplied with or "
+            "added to, has been changed in place before the sum was computed; write `x = x + ...` for `x += ...` "
+            "there, or call rnas.restore(model)"
+        )
+    return x
+
+
+def scale_of(scale: Scale) -> Tensor | float:
+    """The number or tensor that a sum is multiplied with."""
+    return seen(scale) if type(scale) is Held else scale
+
+
+class Call:
+    """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
+
+    __slots__ = ("consumed", "extras", "held", "own", "plan", "state")
+
+    def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
+        self.plan, self.held = plan, hold(x)
+        self.state = plan.state()
+        """Its weights and modes when it was called."""
+        self.extras = extras
+        """What it was called with behind x: arguments and options."""
+        self.consumed = False
+        """Whether its batch norms have seen it."""
+        self.own: Held | None = None
+        """Its own result, where that was asked for."""
+
+    @property
+    def value(self) -> Tensor | None:
+        """Its own result, where there is one that nobody has written to."""
+        return None if self.own is None or version_of(self.own.tensor) != self.own.version else self.own.tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The state."""
+        return self.held.tensor
+
+
+class Group(NamedTuple):
+    """`prod(outer) * sum_k scales[k] * calls[k]`: candidates on one state. A scale of None is 1."""
+
+    outer: tuple[Scale, ...]
+    calls: tuple[Call, ...]
+    scales: tuple[Scale | None, ...]
