@@ -169,7 +169,10 @@ def check(style: str, look=everything, training: bool = True, **options) -> list
 def test_logits_gradients_and_averages_are_those_of_before(style, training):
     for report in check(style, training=training):
         assert report.replaced and not report.left
-        assert report.counts.edges > 0 or "candidates" in style, report
+        if style == "nas-bench-201, one hot":  # one dense convolution or pool by itself is as fast by its own forward
+            assert report.counts.edges == 0 and report.counts.alone > 0, report
+        else:
+            assert report.counts.edges > 0 or "candidates" in style, report
         assert (report.counts.cells > 0) == (style in WHOLE_CELLS), report
         assert report.counts.given_back == 0
 
