@@ -302,8 +302,6 @@ AROUND = {
     "modes around a call": modes_around_a_call,
     "a result written, then summed": a_result_written,
     "a sum of the identity written": identity_written,
-    "the same weight tensor refilled": lambda ops, x, w: torch.no_grad()(refilled)(ops, x, w),
-    "the same weight of edges refilled": lambda ops, x, w: torch.no_grad()(partial_refilled)(ops, x, w),
     "autocast off inside": autocast_inside,
     "an integer tensor besides": lambda ops, x, w: ops[1](x) - torch.ones(1, dtype=torch.uint8),
     "the output written, then a node": output_written,
@@ -358,6 +356,47 @@ def test_a_stack_that_is_weighted_and_summed_is_one_edge():
     module, _, report = both(lambda: Around(AROUND["stack"]))
     module(images(), WEIGHTS)
     assert (report.counts.edges, report.counts.alone) == (1, 0)
+
+
+@pytest.mark.parametrize("function", [refilled, partial_refilled])
+def test_one_tensor_for_one_weight_after_the_other(function):
+    module, plain, report = both(lambda: Around(function))
+    with torch.no_grad():
+        assert torch.allclose(module(images(), WEIGHTS), plain(images(), WEIGHTS), rtol=1e-4, atol=1e-5)
+    assert report.counts.edges > 0
+
+
+def cell(ops, x, w):
+    """Two nodes; the second sums its edges in the order of no source."""
+    a = w[0] * ops[1](x) + w[1] * ops[2](x)
+    b = (w[0] * ops[4](a) + w[1] * ops[5](a)) + (w[1] * ops[6](x) + w[0] * ops[7](x))
+    return torch.cat([a, b], 1), a, b
+
+
+def cell_of(function):
+    def make():
+        made = Around(function)
+        made.ops.extend(separable(size=size) for size in (3, 5, 3, 5))
+        return made
+
+    return both(make)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_edges_in_the_order_of_no_source_make_a_cell(training):
+    module, plain, report = cell_of(cell)
+    assert_same(module.train(training), plain.train(training), images(), WEIGHTS)
+    assert report.counts.cells == 1
+
+
+def test_nodes_and_the_output_of_a_cell_are_tensors_of_their_own():
+    def write(ops, x, w):
+        out, a, b = cell(ops, x, w)
+        return out, a.mul_(2), b.add(1).mul_(3)
+
+    module, plain, report = cell_of(write)
+    assert_same(module.eval(), plain.eval(), images(), WEIGHTS)
+    assert report.counts.cells == 1
 
 
 class Scaled(torch.autograd.Function):
@@ -440,7 +479,7 @@ def test_a_checkpoint_around_a_mixed_operation(reentrant):
 def test_hooks_of_the_user_do_not_run_and_random_numbers_stay():
     module, calls = mixed(), []
     module.ops[1].register_forward_hook(lambda *_: calls.append(1))
-    module.ops.append(nn.Sequential(separable(), nn.Dropout(0.5)))
+    module.ops.append(Drops())
     torch.manual_seed(0)
     rnas.accelerate(module)
     drawn = torch.rand(3)
@@ -615,6 +654,33 @@ def test_a_switch_of_a_candidate_is_watched():
     for each in (module, plain):
         each.ops[0].rate = 0.0
     assert_same(module, plain, images(seed=1), WEIGHTS[:2])
+
+
+class Drops(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.body(x), 0.5, self.training)
+
+
+class Twice(Gated):
+    """Its values and gradients are those of a primitive, its averages move twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.body(x)
+
+
+@pytest.mark.parametrize(("candidate", "why"), [(Drops, "random"), (Twice, "averages")])
+def test_a_candidate_that_does_more_than_a_primitive_is_left_alone(candidate, why):
+    module, plain, report = both(lambda: Mixed(candidate(), separable()))
+    assert why in report.left[0].reason and list(report.replaced[0].candidates) == ["ops.1"]
+    assert_same(module, plain, images(), WEIGHTS[:2])
+
+
+def test_another_forward_of_a_class_counts(monkeypatch):
+    module, plain, report = both(lambda: Mixed(Gated(), separable()))
+    assert list(report.replaced[0].candidates) == ["ops.0", "ops.1"]
+    monkeypatch.setattr(Gated, "forward", lambda self, x: 2 * self.body(x))
+    assert_same(module, plain, images(), WEIGHTS[:2])
 
 
 RATE = 0.0
