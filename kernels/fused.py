@@ -244,9 +244,10 @@ class Norms:
         # Tensors that several norms share move several times, one after another.
         parts = [rows] if len(set(stored)) == len(stored) else [[row] for row in rows]
         averages = [table[row] for table in (self.means, self.variances) for row in rows]
-        averages = tuple([each for each in averages if not each.is_inference()])  # those have no version
+        if not torch.compiler.is_compiling():
+            averages = [each for each in averages if not each.is_inference()]  # those have no version
         # As in PyTorch, a graph that saved an average does not mind that it moves.
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(averages):
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(averages)):
             batch = list(zip(mean.unbind(), (variance * (count / (count - 1))).unbind()))
             for part in parts:
                 self._move(part, counters, batch)
