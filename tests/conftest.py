@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import cuda_on_host
@@ -19,6 +20,8 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
 torch.set_num_threads(1)  # the networks of the tests are so small that a second thread only waits
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items) -> None:

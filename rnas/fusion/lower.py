@@ -193,8 +193,8 @@ def _edges(group: Group, shared: set[int]) -> tuple[list[Edge], list[tuple[Call,
 def _pays(edge: Edge) -> bool:
     """Whether the kernels are faster than the modules: not for one candidate without depthwise convolutions.
 
-    To rearrange its images takes longer than is gained (one-hot NAS-Bench-201, C=16, batch 64, two AVX-512 cores: a step
-    took 204 ms fused and 159 ms as it was).
+    To rearrange its images takes longer than is gained (one-hot NAS-Bench-201, C=16, batch 64, two AVX-512 cores: a
+    step took 204 ms fused and 159 ms as it was).
     """
     return len(edge.calls) > 1 or edge.primitives[0] in SEPARABLE
 
