@@ -55,12 +55,13 @@ def mixed_op(
 
     Only the gradients that are asked for are computed, and only what they need is kept: signs and winners (a few bits
     per element) where statistics are fixed and nothing but `x` requires a gradient; else one activation per separable
-    convolution, and on batch statistics from 32 channels on the results of the 5x5 convolutions, or, where the
-    convolution weights require no gradient, the results of all convolutions; on a GPU, one activation per separable
-    convolution wherever anything requires a gradient. Bit for bit the same for the same inputs and, on a CPU, number of
-    threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the call. The fused kernels serve
-    float32, on a GPU also bfloat16 and float16; calls that they do not cover (float64, norms that disagree on mode, eps
-    or dtype, autocast on a CPU) go to plain PyTorch, and so does a second derivative on batch statistics.
+    convolution, and on batch statistics the results of the dense 3x3 convolutions and, from 32 channels on, of the 5x5
+    ones, or, where the convolution weights require no gradient, the results of all convolutions; on a GPU, one
+    activation per separable convolution wherever anything requires a gradient. Bit for bit the same for the same inputs
+    and, on a CPU, number of threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the call.
+    The fused kernels serve float32, on a GPU also bfloat16 and float16; calls that they do not cover (float64, norms
+    that disagree on mode, eps or dtype, autocast on a CPU) go to plain PyTorch, and so does a second derivative on
+    batch statistics.
 
     In bfloat16 and float16 the kernels compute and add up in float32, and round each image once; parameters are those
     of a converted model, of whose norms all or the running averages may be float32. Under autocast on a GPU `x` is cast

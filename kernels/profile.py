@@ -73,7 +73,8 @@ def profile() -> Iterator[Profile]:
         depthwise           depthwise convolutions, and the gathering of pixels for the other ones
         depthwise_input     their gradients to the input
         depthwise_weight    their gradients to the weights
-        pointwise           products over channels: 1x1 convolutions, and dense ones tap by tap
+        pointwise           products over channels: 1x1 convolutions, and dense ones, tap by tap or by Winograd's
+                            algorithm with its transforms
         pointwise_input     their gradients to the input
         pointwise_weight    their gradients to the weights
         norms               moments of a batch, gradients through a norm and to its parameters

@@ -36,6 +36,7 @@ ALONE = "mixed_op every_primitive_alone"
 EDGE = "mixed_op test_edge and (affine or other) and not skip"
 WIDE = "mixed_op every_simd_level_and_number_of_channels"
 TIES = "mixed_op ties_go"
+DENSE = f"{ALONE} and conv_3x3"
 CELL = "mixed_op test_cell and (darts-train or darts-eval)"
 MASKS = "mixed_op second_derivatives_on_masks or (only_the_gradients and inputs)"
 TWICE = "mixed_op second_derivatives_of_an_edge"
@@ -50,7 +51,7 @@ VECTOR = rows(
     ("vector: a tie goes to the last, baseline", TIES, "Bits beats(", "candidate > best", "candidate >= best",
      "baseline"),
     ("vector: NaN is no maximum", "mixed_op nan_propagates", "Bits beats(",
-     " | _mm512_cmp_ps_mask(candidate, candidate, _CMP_UNORD_Q)", "", "avx512"),
+     " |\n         RNAS_MASKED(cmp_ps_mask)(candidate, candidate, _CMP_UNORD_Q)", "", "avx512"),
     ("vector: relu loses NaN", "mixed_op nan_propagates", "Vector relu(", "_mm512_setzero_ps(), x",
      "x, _mm512_setzero_ps()", "avx512"),
     ("vector: a gradient at zero", TIES, "Bits positive(", "_CMP_NLE_UQ", "_CMP_NLT_UQ", "avx512"),
@@ -113,6 +114,24 @@ CONVOLUTION = rows(
      "kLanes>(d + group * d_plane, g + v * g_plane", "kLanes>(d + group * d_plane, g"),
 )  # fmt: skip
 
+WINOGRAD = rows(
+    "cpu/mixed/winograd.h",
+    ("winograd: the kernels are not turned round", DENSE, "constexpr int64_t turned(", "{3, 1, 2, 0}", "{0, 1, 2, 3}"),
+    ("winograd: the sign of a position of the kernel", DENSE, "void kernel_positions(", "0.5 * (a - b + c);\n    to",
+     "0.5 * (a + b - c);\n    to"),
+    ("winograd: the middle row of a kernel's gradient", DENSE, "void kernel_gradient(", "half[1][j] = minus",
+     "half[1][j] = plus"),
+    ("winograd: windows one pixel apart", DENSE, "void windows_forward(", "in += 2 * kLanes", "in += kLanes"),
+    ("winograd: an odd last column is written into the next row", "mixed_op test_small_images", "void window_output(",
+     "if (columns > 1) put(to + kLanes", "if (columns > 0) put(to + kLanes"),
+    ("winograd: the second column is not added", DENSE, "void window_output(", "(upper[1] - upper[2]) - upper[3]",
+     "(upper[1] - upper[2]) + upper[3]"),
+    ("winograd: the sign of the last row of a gradient", DENSE, "void windows_gradient(", "left[3] = zero() - c",
+     "left[3] = c"),
+    ("winograd: a run that begins within a row", "mixed_op large_images", "void window_rows(", "x = first % across",
+     "x = 0"),
+)  # fmt: skip
+
 POOL = rows(
     "cpu/mixed/pool.h",
     ("max pool: the middle wins against the last", f"{ALONE} and max_pool", "Vector of_second(", "w.second & ~w.third",
@@ -152,6 +171,12 @@ PLAN = rows(
     ("parameters: no scale in the transposed matrix", EDGE, "inline void pack(",
      "to.backward[part.packed + output * padded + input] = factor * from",
      "to.backward[part.packed + output * padded + input] = from"),
+    ("parameters: no scale at Winograd's positions", DENSE, "inline void pack_positions(",
+     "(scale ? scale[output] : 1.0f) * ", ""),
+    ("parameters: padding of Winograd's matrices is not cleared", DENSE, "inline void pack_positions(",
+     "if (c < padded)", "if (c < 0)"),
+    ("parameters: gradients at Winograd's positions without the scale", DENSE, "inline void unpack_positions(",
+     "(scale ? scale[output] : 1.0f)", "1.0f"),
     ("parameters: gradients without the scale of the norm", EDGE, "inline void unpack(",
      "(scale ? scale[output] : 1.0f)", "(scale && !output ? scale[output] : 1.0f)"),
     ("parameters: gradients of the first thread alone", "mixed_op threads_and_same", "inline void unpack(",
@@ -176,13 +201,17 @@ STAGE = rows(
     ("convolve backward: shifted to the wrong side", f"{ALONE} and conv_3x3", "void convolve_backward(",
      "conv.stride + part.dy", "conv.stride - part.dy"),
     ("convolve backward: a chunk's first row", "mixed_op large_images", "void convolve_backward(",
-     "const int64_t y = (first + p / out_width)", "const int64_t y = (p / out_width)"),
+     "const int64_t y = (first + r)", "const int64_t y = r"),
     ("convolve backward: sums in float32 alone, pointwise", "mixed_op huge_image", "void convolve_backward(",
      "first - flushed >= band", "first - flushed >= band * 1000"),
     ("convolve backward: sums in float32 alone, depthwise", "mixed_op huge_image", "void convolve_backward(",
      "if (y > 0) sums->add_up(weights, weights + taps * kLanes);", ""),
     ("convolve backward: a band of rows without stride", "mixed_op huge_image", "void convolve_backward(",
      "(y * conv.stride - half) * in.row", "(y - half) * in.row"),
+    ("windows: an image's first row in every band", "mixed_op large_images", "void convolve_windows(",
+     "(group * height + 2 * row) * width", "(group * height + 0 * row) * width"),
+    ("windows backward: sums in float32 alone", "mixed_op huge_image", "void convolve_windows_backward(",
+     "(first + rows - flushed) * width < kFlush", "width > 0"),
     ("moments: runs at the same mean", "mixed_op large_images", "void add_moments(", " + delta * delta * between", ""),
     ("moments: the own mean is not taken off", EDGE, "void add_moments(", " - rest * rest * exact", ""),
     ("moments: short runs lose a pixel", EDGE, "void add_moments(", "for (; p < count; ++p)",
@@ -392,5 +421,5 @@ OBJECTS = rows(
     ("objects: any shape", UNUSUAL, "bool has_shape(", "!= view.shape[each]", "< 0"),
 )  # fmt: skip
 
-PLANTED = [*VECTOR, *CONVOLUTION, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
+PLANTED = [*VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
 PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *OBJECTS]

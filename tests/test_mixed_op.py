@@ -242,6 +242,7 @@ def test_small_images(size, stride):
 def test_large_images(mode):
     check(shape=(2, 16, 28, 28), mode=mode)
     check(shape=(1, 8, 28, 31), mode=mode, stride=2)
+    check(space="nas-bench-201", shape=(2, 17, 22, 37), mode=mode)
 
 
 @pytest.mark.parametrize("cell", [None, "two nodes"])

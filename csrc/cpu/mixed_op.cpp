@@ -11,6 +11,10 @@ RNAS_DECLARE_LEVELS(mixed_sizes)
 RNAS_DECLARE_LEVELS(mixed_forward)
 RNAS_DECLARE_LEVELS(mixed_backward)
 RNAS_DECLARE_LEVELS(mixed_double_backward)
+RNAS_DECLARE_NARROW(mixed_sizes)
+RNAS_DECLARE_NARROW(mixed_forward)
+RNAS_DECLARE_NARROW(mixed_backward)
+RNAS_DECLARE_NARROW(mixed_double_backward)
 
 namespace rnas::cpu::RNAS_LEVEL {
 
@@ -67,12 +71,12 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
 #if defined(RNAS_LEVEL_baseline)
 namespace rnas::cpu {
 
-MixedSizes mixed_sizes(const MixedShape& shape, int threads) { return RNAS_SELECT(mixed_sizes)(shape, threads); }
+MixedSizes mixed_sizes(const MixedShape& shape, int threads) { return RNAS_SELECT_WIDTH(mixed_sizes, shape.channels)(shape, threads); }
 
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads) {
   const Whole whole(threads);
-  RNAS_SELECT(mixed_forward)(shape, in, keep, out, mean, variance, kept, workspace, threads);
+  RNAS_SELECT_WIDTH(mixed_forward, shape.channels)(shape, in, keep, out, mean, variance, kept, workspace, threads);
 }
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
@@ -82,7 +86,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma || grad.beta)))
     throw std::invalid_argument("mixed_backward: the forward pass has not kept what these gradients need");
   const Whole whole(threads);
-  RNAS_SELECT(mixed_backward)(shape, in, keep, out, kept, grad_out, grad, workspace, threads);
+  RNAS_SELECT_WIDTH(mixed_backward, shape.channels)(shape, in, keep, out, kept, grad_out, grad, workspace, threads);
 }
 
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
@@ -94,7 +98,7 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
   if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
     throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
   const Whole whole(threads);
-  RNAS_SELECT(mixed_double_backward)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,
+  RNAS_SELECT_WIDTH(mixed_double_backward, shape.channels)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,
                                      grad, workspace, threads);
 }
 

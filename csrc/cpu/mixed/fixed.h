@@ -577,6 +577,14 @@ class Fixed {
   // Sum over pixels of gradient times output, by channel, from the weight gradient: y is linear in the weights.
   std::vector<double> output_dots(const Convolution& conv, const std::vector<const double*>& totals) const {
     std::vector<double> dot(plan_.padded);
+    const int64_t c = plan_.shape.channels;
+    for (int64_t output = 0; conv.winograd && output < c; ++output)
+      for (int64_t input = 0; input < c; ++input) {
+        double taps[9];
+        kernel_gradient(plan_, conv, totals.data(), static_cast<int>(totals.size()), output, input, taps);
+        for (int64_t tap = 0; tap < 9; ++tap)
+          dot[output] += taps[tap] * in_.theta[conv.theta + (output * c + input) * 9 + tap];
+      }
     for (const Part& part : conv.parts)
       for (int64_t row = 0; row < part.count; ++row)
         for (int64_t input = 0; input < plan_.shape.channels; ++input) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "mixed/convolution.h"
+#include "mixed/winograd.h"
 #include "rnas/mixed_op.h"
 
 #if defined(_OPENMP)
@@ -21,7 +22,8 @@ namespace {
 constexpr int64_t kChunk = 64;
 // Weight gradients are summed in float32 over at most about this many pixels, then added up in double.
 constexpr int64_t kFlush = 2048;
-// From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again.
+// From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
+// 3x3 convolution always is.)
 constexpr int64_t kCostly = 32;
 // Halo of the tiles around a state and around the mid of a separable convolution.
 constexpr int64_t kHalo = 4;
@@ -36,14 +38,20 @@ struct Part {
   bool adds;              // to what another part has made of them
 };
 
-// ReLU, then a depthwise convolution (kernel 0: none), then the parts, then a norm.
+// ReLU, then a depthwise convolution (kernel 0: none), then the parts, then a norm. Or, by Winograd's algorithm, a dense
+// 3x3 convolution in place of both.
 struct Convolution {
   int64_t kernel = 0, dilation = 1, stride = 1;
+  bool winograd = false;
   Depthwise loops{};
-  int64_t theta = 0, packed = 0;  // of the depthwise kernel
+  int64_t theta = 0, packed = 0;  // of the depthwise kernel, or of the matrices at Winograd's positions
   std::vector<Part> parts;
   int64_t norm = 0;
   int64_t packed_begin = 0, packed_end = 0;
+  // A 1x1 convolution of every pixel.
+  bool is_pointwise() const {
+    return !winograd && kernel == 0 && stride == 1 && parts.size() == 1 && parts[0].dy == 0 && parts[0].dx == 0;
+  }
 };
 
 // One convolutional primitive of an edge; `mix` is its place among the K.
@@ -70,7 +78,7 @@ struct Plan {
   int64_t height_out, width_out;
   int64_t norms = 0, theta = 0, packed = 0;
   int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep
-  bool max = false, avg = false;
+  bool max = false, avg = false, winograd = false;  // whether there are any
   int64_t states() const { return shape.inputs + shape.nodes; }
   int64_t height(int64_t state) const { return state < shape.inputs ? shape.height : height_out; }
   int64_t width(int64_t state) const { return state < shape.inputs ? shape.width : width_out; }
@@ -127,6 +135,12 @@ struct Builder {
 
   Convolution dense(int64_t kernel, int64_t stride) {
     Convolution conv = begin(0, 1, stride);
+    if (kernel == 3 && stride == 1) {
+      conv.winograd = plan.winograd = true;
+      plan.theta += 9 * c * c;
+      plan.packed += kPositions * plan.padded * plan.padded;
+      return end(conv);
+    }
     const int64_t taps = kernel * kernel;
     for (int64_t tap = 0; tap < taps; ++tap)
       conv.parts.push_back(
@@ -190,7 +204,7 @@ struct Builder {
         break;
     }
     branch.output = plan.outputs++;
-    if (branch.last().kernel == 5 && c >= kCostly) branch.costly = plan.costly++;
+    if (primitive == Primitive::conv_3x3 || (branch.last().kernel == 5 && c >= kCostly)) branch.costly = plan.costly++;
     edge.branches.push_back(branch);
   }
 };
@@ -296,8 +310,8 @@ template <typename Work> void parallel_shared(int threads, int64_t count, const 
 
 // ---- parameters ------------------------------------------------------------------------------------------------------
 
-// All parameters of a cell in the order of the loops. forward: depthwise [group][tap][lane], parts [input][output];
-// backward: depthwise kernels flipped, parts [output][input].
+// All parameters of a cell in the order of the loops. forward: depthwise [group][tap][lane], parts and Winograd's
+// positions [input][output]; backward: kernels flipped, matrices [output][input].
 struct Packed {
   float *forward, *backward;
 };
@@ -307,9 +321,30 @@ inline Packed take_packed(Arena& arena, const Plan& plan) {
   return {forward, arena.take<float>(plan.packed)};
 }
 
+inline void pack_positions(const Plan& plan, const Convolution& conv, const float* theta, const float* scale,
+                           const Packed& to, bool backward) {
+  const int64_t c = plan.shape.channels, padded = plan.padded, matrix = padded * padded;
+  if (c < padded)
+    for (float* each : {to.forward, to.backward})
+      if (each != to.backward || backward) std::memset(each + conv.packed, 0, kPositions * matrix * sizeof(float));
+  for (int64_t output = 0; output < c; ++output)
+    for (int64_t input = 0; input < c; ++input) {
+      double positions[kPositions];
+      kernel_positions(theta + conv.theta + (output * c + input) * 9, positions);
+      float* forward = to.forward + conv.packed + input * padded + output;
+      float* transposed = to.backward + conv.packed + output * padded + input;
+      for (int64_t p = 0; p < kPositions; ++p) {
+        const float value = static_cast<float>((scale ? scale[output] : 1.0f) * positions[p]);
+        forward[p * matrix] = value;
+        if (backward) transposed[turned(p) * matrix] = value;
+      }
+    }
+}
+
 // Packs one convolution. scale (C): what each output is multiplied with, or null. backward: also to.backward.
 inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to,
                  bool backward) {
+  if (conv.winograd) return pack_positions(plan, conv, theta, scale, to, backward);
   const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
   std::memset(to.forward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
   if (backward)
@@ -335,9 +370,32 @@ inline void pack(const Plan& plan, const Convolution& conv, const float* theta, 
       }
 }
 
+// The gradient of a kernel (3, 3) from the sum of `count` arrays of sums at Winograd's positions.
+inline void kernel_gradient(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
+                            int64_t output, int64_t input, double* taps) {
+  double positions[kPositions] = {};
+  for (int64_t p = 0; p < kPositions; ++p)
+    for (int each = 0; each < count; ++each)
+      positions[p] += sums[each][conv.packed + (p * plan.padded + input) * plan.padded + output];
+  kernel_gradient(positions, taps);
+}
+
+inline void unpack_positions(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
+                             const float* scale, float* grad_theta) {
+  const int64_t c = plan.shape.channels;
+  for (int64_t output = 0; output < c; ++output)
+    for (int64_t input = 0; input < c; ++input) {
+      double taps[9];
+      kernel_gradient(plan, conv, sums, count, output, input, taps);
+      float* to = grad_theta + conv.theta + (output * c + input) * 9;
+      for (int64_t tap = 0; tap < 9; ++tap) to[tap] = static_cast<float>((scale ? scale[output] : 1.0f) * taps[tap]);
+    }
+}
+
 // The reverse for gradients summed in the packed order: theta_grad = scale * sum of `count` arrays.
 inline void unpack(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const float* scale,
                    float* grad_theta) {
+  if (conv.winograd) return unpack_positions(plan, conv, sums, count, scale, grad_theta);
   const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
   const auto total = [&](int64_t at) {
     double sum = 0;

@@ -40,6 +40,7 @@ struct Scratch {
   Tile state, mid;             // inputs of the first and of the second stage
   Tile grad;                   // gradient of a depthwise output
   float *d, *chunk, *shifted;  // (groups, pixels of a chunk) each
+  float *windows, *products;   // (positions, window_step) each, before and after Winograd's matrices
   float* state_grad;           // (groups, height * width) gradient behind the first ReLU
   float* mid_grad;             // (groups, height_out * width_out) likewise of the second
   float* pool_rows;            // (height + height_out, width_out)
@@ -53,6 +54,10 @@ inline int64_t chunk_rows(const Plan& plan) {
   return std::max<int64_t>(1, std::max(kChunk, 2 * kChunk / plan.groups) / plan.width_out);
 }
 
+// Distance of Winograd's positions in a run of windows, (groups, kRun, lanes). A further line keeps the positions of a
+// window from falling on the same cache sets.
+inline int64_t window_step(const Plan& plan) { return kRun * plan.padded + kLanes; }
+
 inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   const MixedShape& s = plan.shape;
   Scratch scratch{};
@@ -63,6 +68,9 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   scratch.d = arena.take<float>(chunk);
   scratch.chunk = arena.take<float>(chunk);
   scratch.shifted = arena.take<float>(chunk);
+  const int64_t run = plan.winograd ? kPositions * window_step(plan) : 0;
+  scratch.windows = arena.take<float>(run);
+  scratch.products = arena.take<float>(run);
   scratch.state_grad = arena.take<float>(plan.padded * s.height * s.width);
   scratch.mid_grad = arena.take<float>(plan.image_out());
   scratch.pool_rows = arena.take<float>((s.height + plan.height_out) * plan.width_out * kLanes);
@@ -204,10 +212,104 @@ template <typename Use> RNAS_INLINE void chunks(const Plan& plan, const Use& use
     use(first, step < plan.height_out - first ? step : plan.height_out - first);
 }
 
+// Calls run(first window, windows) for an image of `height` by `width` outputs, and after(first row, rows) for the rows
+// that are done.
+template <typename Run, typename After>
+RNAS_INLINE void window_runs(int64_t height, int64_t width, const Run& run, const After& after) {
+  const int64_t across = (width + 1) / 2, down = (height + 1) / 2, band = std::max<int64_t>(1, kRun / across);
+  for (int64_t y = 0; y < down; y += band) {
+    const int64_t end = std::min(down, y + band) * across;
+    for (int64_t first = y * across; first < end; first += kRun) run(first, std::min(kRun, end - first));
+    after(2 * y, std::min(2 * band, height - 2 * y));
+  }
+}
+
+// Winograd's positions of the windows of a tile.
+inline void load_windows(const Plan& plan, const Tile& in, int64_t width, int64_t first, int64_t size, float* to) {
+  window_rows(first, size, (width + 1) / 2, [&](int64_t y, int64_t x, int64_t count, int64_t at) {
+    for (int64_t group = 0; group < plan.groups; ++group)
+      windows_forward(in.data + group * in.plane + (2 * y - 1) * in.row + (2 * x - 1) * kLanes, in.row, count,
+                      to + (group * kRun + at) * kLanes, window_step(plan));
+  });
+}
+
+// y (+)= the 3x3 convolution of a tile, dense, `height` by `width`. matrices: (positions, padded, padded).
+template <bool Add, typename After>
+RNAS_INLINE void convolve_windows(const Plan& plan, const float* matrices, const Tile& in, int64_t height, int64_t width,
+                                  const Scratch& scratch, Work work, float* y, const After& after) {
+  // With one group the products may overwrite the windows, which then stay in the first cache with the matrices.
+  float* const products = plan.groups == 1 ? scratch.windows : scratch.products;
+  const int64_t step = window_step(plan), plane = kRun * kLanes, c = plan.shape.channels;
+  window_runs(
+      height, width,
+      [&](int64_t first, int64_t size) {
+        const Section section(scratch.clock, work, size * kPositions * c * c);
+        load_windows(plan, in, width, first, size, scratch.windows);
+        for (int64_t p = 0; p < kPositions; ++p)
+          pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.padded * plan.padded,
+                           plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
+        window_rows(first, size, (width + 1) / 2, [&](int64_t row, int64_t x, int64_t count, int64_t at) {
+          for (int64_t group = 0; group < plan.groups; ++group) {
+            float* to = y + ((group * height + 2 * row) * width + 2 * x) * kLanes;
+            const float* from = products + (group * kRun + at) * kLanes;
+            for (int64_t t = 0; t < count; ++t)
+              window_output<Add>(from + t * kLanes, step, to + 2 * t * kLanes, width * kLanes, height - 2 * row,
+                                 width - 2 * (x + t));
+          }
+        });
+      },
+      after);
+}
+
+// As convolve_backward, of a 3x3 convolution by Winograd's algorithm.
+template <bool Add, typename Gradient>
+RNAS_INLINE void convolve_windows_backward(const Plan& plan, const Convolution& conv, const Packed& packed,
+                                           const Tile& in, const Scratch& scratch, const Gradient& gradient,
+                                           float* in_grad, const WeightSums* sums) {
+  const int64_t height = plan.height_out, width = plan.width_out, c = plan.shape.channels;
+  const int64_t step = window_step(plan), plane = kRun * kLanes;
+  const Tile& grad = scratch.grad;
+  chunks(plan, [&](int64_t first, int64_t rows) {
+    int64_t g_plane = 0;
+    const float* g = gradient(first, rows, g_plane);
+    for (int64_t group = 0; group < plan.groups; ++group)
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(grad.data + group * grad.plane + (first + r) * grad.row, g + group * g_plane + r * width * kLanes,
+                    width * kLanes * sizeof(float));
+  });
+  int64_t flushed = 0;
+  if (sums)
+    window_runs(
+        height, width,
+        [&](int64_t first, int64_t size) {
+          const Section section(scratch.clock, Work::pointwise_weight, size * kPositions * c * c);
+          load_windows(plan, in, width, first, size, scratch.windows);
+          window_rows(first, size, (width + 1) / 2, [&](int64_t y, int64_t x, int64_t count, int64_t at) {
+            for (int64_t group = 0; group < plan.groups; ++group)
+              windows_gradient(grad.data + group * grad.plane + 2 * y * grad.row + 2 * x * kLanes, grad.row, count,
+                               scratch.products + (group * kRun + at) * kLanes, step);
+          });
+          for (int64_t p = 0; p < kPositions; ++p)
+            pointwise_weight(scratch.windows + p * step, plane, plan.groups, scratch.products + p * step, plane,
+                             plan.groups, size, sums->now + conv.packed + p * plan.padded * plan.padded, plan.padded);
+        },
+        [&](int64_t first, int64_t rows) {
+          if ((first + rows - flushed) * width < kFlush || first + rows == height) return;
+          sums->add_up(conv.packed_begin, conv.packed_end);
+          flushed = first + rows;
+        });
+  if (in_grad)
+    convolve_windows<Add>(plan, packed.backward + conv.packed, grad, height, width, scratch, Work::pointwise_input,
+                          in_grad, [](int64_t, int64_t) {});
+}
+
 // y (+)= conv(tile), dense. after(first, rows) is called when these rows of y are there.
 template <bool Add, typename After>
 RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float* packed, const Tile& in,
                           const Scratch& scratch, float* y, const After& after) {
+  if (conv.winograd)
+    return convolve_windows<Add>(plan, packed + conv.packed, in, plan.height_out, plan.width_out, scratch,
+                                 Work::pointwise, y, after);
   chunks(plan, [&](int64_t first, int64_t rows) {
     const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
     for (const Part& part : conv.parts) {
@@ -234,12 +336,15 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
                                    int64_t height, int64_t width, const Scratch& scratch, const Gradient& gradient,
                                    float* in_grad, const WeightSums* sums) {
   float* const now = sums ? sums->now : nullptr;
+  if (!now && !in_grad) return;
+  if (conv.winograd)
+    return convolve_windows_backward<Add>(plan, conv, packed, in, scratch, gradient, in_grad, sums);
   const int64_t band = std::max<int64_t>(1, kFlush / plan.width_out);  // rows of the output
   int64_t flushed = 0;
   const int64_t groups = plan.groups, out_width = plan.width_out, taps = conv.kernel * conv.kernel;
-  const bool depthwise = conv.kernel > 0;
-  if (!depthwise && in_grad && !Add) std::memset(in_grad, 0, groups * height * width * kLanes * sizeof(float));
-  if (!now && !in_grad) return;
+  const bool depthwise = conv.kernel > 0, pointwise_alone = conv.is_pointwise();
+  if (!depthwise && !pointwise_alone && in_grad && !Add)
+    std::memset(in_grad, 0, groups * height * width * kLanes * sizeof(float));
   chunks(plan, [&](int64_t first, int64_t rows) {
     const int64_t pixels = rows * out_width, plane = pixels * kLanes;
     int64_t g_plane = 0;
@@ -266,15 +371,20 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
           pointwise<false>(g + r * out_width * kLanes, g_plane, groups, transposed, plan.padded, groups,
                            scratch.grad.data + (first + r) * scratch.grad.row, scratch.grad.plane, out_width,
                            *scratch.ahead);
+      } else if (pointwise_alone) {
+        pointwise<Add>(g, g_plane, groups, transposed, plan.padded, groups, in_grad + first * width * kLanes,
+                       height * width * kLanes, pixels, *scratch.ahead);
       } else {
         pointwise<false>(g + part.group * g_plane, g_plane, part.groups, transposed, plan.padded, groups,
                          scratch.shifted, plane, pixels, *scratch.ahead);
         for (int64_t group = 0; group < groups; ++group)
-          for (int64_t p = 0; p < pixels; ++p) {
-            const int64_t y = (first + p / out_width) * conv.stride + part.dy, x = p % out_width * conv.stride + part.dx;
-            if (y < 0 || y >= height || x < 0 || x >= width) continue;
-            add_to(in_grad + (group * height * width + y * width + x) * kLanes,
-                   load(scratch.shifted + group * plane + p * kLanes));
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t y = (first + r) * conv.stride + part.dy;
+            if (y < 0 || y >= height) continue;
+            float* to = in_grad + (group * height + y) * width * kLanes;
+            const float* from = scratch.shifted + group * plane + r * out_width * kLanes;
+            for (int64_t i = 0, x = part.dx; i < out_width; ++i, x += conv.stride)
+              if (x >= 0 && x < width) add_to(to + x * kLanes, load(from + i * kLanes));
           }
       }
     }

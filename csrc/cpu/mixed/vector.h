@@ -23,7 +23,7 @@ constexpr int64_t kLanes = 4;
 #endif
 
 // Pixels that one block of a convolution keeps in registers.
-#if defined(RNAS_LEVEL_avx512)
+#if defined(RNAS_LEVEL_avx512) || defined(RNAS_LEVEL_avx512_narrow)
 constexpr int kBlock = 8;
 #else
 constexpr int kBlock = 4;
@@ -36,6 +36,17 @@ typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_
 // One bit per lane.
 using Bits = uint16_t;
 constexpr Bits kAllBits = static_cast<Bits>((1u << kLanes) - 1);
+
+// AVX-512's intrinsics with masks, on vectors of this length.
+#if defined(RNAS_LEVEL_avx512)
+#define RNAS_MASKED(intrinsic) _mm512_##intrinsic
+using NativeMask = __mmask16;
+using NativeIntegers = __m512i;
+#elif defined(RNAS_LEVEL_avx512_narrow)
+#define RNAS_MASKED(intrinsic) _mm_##intrinsic
+using NativeMask = __mmask8;
+using NativeIntegers = __m128i;
+#endif
 
 #define RNAS_INLINE inline __attribute__((always_inline))
 
@@ -50,7 +61,7 @@ RNAS_INLINE const float* opaque(const float* p) {
 
 // The same value, in a register: GCC would rather load it again wherever it is used.
 RNAS_INLINE Vector held(Vector v) {
-#if defined(RNAS_LEVEL_avx512) && defined(__GNUC__)
+#if defined(RNAS_MASKED) && defined(__GNUC__)
   asm("" : "+v"(v));
 #endif
   return v;
@@ -76,6 +87,8 @@ RNAS_INLINE Vector fma(Vector a, Vector b, Vector c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(RNAS_LEVEL_avx2)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(RNAS_NARROW)
+  return _mm_fmadd_ps(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -83,8 +96,8 @@ RNAS_INLINE Vector fma(Vector a, Vector b, Vector c) {
 
 // The first `count` floats, zeros in the other lanes.
 RNAS_INLINE Vector load_part(const float* p, int64_t count) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(maskz_loadu_ps)(static_cast<NativeMask>((1u << count) - 1), p);
 #else
   Vector v{};
   std::memcpy(&v, p, count * 4);
@@ -93,16 +106,16 @@ RNAS_INLINE Vector load_part(const float* p, int64_t count) {
 }
 
 RNAS_INLINE void store_part(float* p, Vector v, int64_t count) {
-#if defined(RNAS_LEVEL_avx512)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#if defined(RNAS_MASKED)
+  RNAS_MASKED(mask_storeu_ps)(p, static_cast<NativeMask>((1u << count) - 1), v);
 #else
   std::memcpy(p, &v, count * 4);
 #endif
 }
 
 RNAS_INLINE Bits bits(Mask mask) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(movepi32_mask)(reinterpret_cast<NativeIntegers>(mask));
 #elif defined(RNAS_LEVEL_avx2)
   return static_cast<Bits>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
 #elif defined(RNAS_X86)
@@ -116,8 +129,8 @@ RNAS_INLINE Bits bits(Mask mask) {
 
 // v where the lane's bit is set, 0 elsewhere.
 RNAS_INLINE Vector keep(Bits set_lanes, Vector v) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_maskz_mov_ps(set_lanes, v);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(maskz_mov_ps)(set_lanes, v);
 #else
   Mask lane_bits{}, all{};
   for (int lane = 0; lane < kLanes; ++lane) lane_bits[lane] = 1 << lane;
@@ -132,6 +145,8 @@ RNAS_INLINE Vector relu(Vector x) {
   return _mm512_maskz_max_ps(kAllBits, _mm512_setzero_ps(), x);  // the plain form warns in GCC 12
 #elif defined(RNAS_LEVEL_avx2)
   return _mm256_max_ps(_mm256_setzero_ps(), x);
+#elif defined(RNAS_NARROW)
+  return _mm_max_ps(_mm_setzero_ps(), x);
 #else
   return Vector{} > x ? Vector{} : x;
 #endif
@@ -139,8 +154,8 @@ RNAS_INLINE Vector relu(Vector x) {
 
 // Where relu lets a gradient through: not (x <= 0), so NaN too.
 RNAS_INLINE Bits positive(Vector x) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(cmp_ps_mask)(x, zero(), _CMP_NLE_UQ);
 #else
   return bits(~(x <= Vector{}));
 #endif
@@ -148,8 +163,9 @@ RNAS_INLINE Bits positive(Vector x) {
 
 // Whether `candidate` takes over from the maximum so far, as in torch.max_pool2d: greater, or NaN.
 RNAS_INLINE Bits beats(Vector candidate, Vector best) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_cmp_ps_mask(candidate, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(candidate, candidate, _CMP_UNORD_Q);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(cmp_ps_mask)(candidate, best, _CMP_GT_OQ) |
+         RNAS_MASKED(cmp_ps_mask)(candidate, candidate, _CMP_UNORD_Q);
 #else
   return bits((candidate > best) | (candidate != candidate));
 #endif
@@ -157,16 +173,16 @@ RNAS_INLINE Bits beats(Vector candidate, Vector best) {
 
 // sum + v where the lane's bit is set.
 RNAS_INLINE Vector add_where(Bits set_lanes, Vector sum, Vector v) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_mask_add_ps(sum, set_lanes, sum, v);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(mask_add_ps)(sum, set_lanes, sum, v);
 #else
   return sum + keep(set_lanes, v);
 #endif
 }
 
 RNAS_INLINE Vector blend(Bits chosen, Vector a, Vector b) {
-#if defined(RNAS_LEVEL_avx512)
-  return _mm512_mask_mov_ps(b, chosen, a);
+#if defined(RNAS_MASKED)
+  return RNAS_MASKED(mask_mov_ps)(b, chosen, a);
 #else
   Mask lane_bits{}, all{};
   for (int lane = 0; lane < kLanes; ++lane) lane_bits[lane] = 1 << lane;

@@ -48,8 +48,8 @@ struct MixedShape {
 // What a forward pass keeps for its backward pass.
 //   masks        signs of what enters each ReLU and winners of the max pools: enough for gradients to the states where
 //                the statistics are fixed
-//   activations  what enters the second ReLU of each separable convolution, and on batch statistics, from 32
-//                channels on, the outputs of the 5x5 convolutions; everything else is computed again
+//   activations  what enters the second ReLU of each separable convolution, and on batch statistics the outputs of the
+//                dense 3x3 convolutions and, from 32 channels on, of the 5x5 ones; everything else is computed again
 //   outputs      on batch statistics the outputs of all convolutions too: three times the memory, less time
 enum class Keep { nothing, masks, activations, outputs };
 
