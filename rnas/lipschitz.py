@@ -57,7 +57,7 @@ class LipschitzConstants(nn.Module):
 
     @property
     def values(self) -> Tensor | None:
-        """The last result, (L, E, K); None before the first call."""
+        """The last result, (L, E, K), which the next call writes over; None before the first call."""
         return self._buffers.get("last")
 
     @torch.no_grad()
@@ -108,8 +108,12 @@ class LipschitzConstants(nn.Module):
         return found
 
     def _keep(self, name: str, value: Tensor) -> None:
+        kept = self._buffers.get(name)
+        if kept is not None and (kept.shape, kept.dtype, kept.device) == (value.shape, value.dtype, value.device):
+            kept.copy_(value)  # where it is: a CUDA graph of another step takes a buffer that moves for another state
+            return
         self._buffers.pop(name, None)
-        self.register_buffer(name, value)
+        self.register_buffer(name, value.clone())
 
     def _groups(self, supernet: Supernet, image_size: Size) -> list[Group]:
         if self._plan is None or self._plan[0] is not supernet or self._plan[1] != image_size:

@@ -120,11 +120,14 @@ def _run(
 
 def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
     fields = (("x", batch.x), ("y", batch.y), ("x_adv", batch.x_adv))
-    return [(name, tensor) for name, tensor in fields if tensor is not None]
+    draws = [(f"draws_{name}", tensor) for name, tensor in batch.draws.items()]
+    return [*[(name, tensor) for name, tensor in fields if tensor is not None], *draws]
 
 
 def _batch(name: str, tensors: Mapping[str, Tensor]) -> Batch:
-    return Batch(tensors[f"{name}_x"], tensors[f"{name}_y"], tensors.get(f"{name}_x_adv"))
+    prefix = f"{name}_draws_"
+    draws = {each.removeprefix(prefix): tensor for each, tensor in tensors.items() if each.startswith(prefix)}
+    return Batch(tensors[f"{name}_x"], tensors[f"{name}_y"], tensors.get(f"{name}_x_adv"), draws)
 
 
 def _no_generator(purpose: str) -> torch.Generator:

@@ -20,6 +20,7 @@ from rnas.graphs import CudaGraphs, Graphs, fingerprint
 from rnas.loop import Interrupted, Loop, set_learning_rate
 from rnas.methods import options_for
 from rnas.methods.method import deferred, number
+from rnas.methods.racl import Racl
 
 
 class Eager:
@@ -448,7 +449,7 @@ def test_iterations_of_the_fused_ops_from_graphs_are_the_eager_ones(search_confi
 
 
 EAGER = {
-    "racl": ({"adversarial": "both"}, ["racl reads its constants and its bound in it", "racl draws its sample in it"]),
+    "racl": ({"adversarial": "both"}, ["racl reads its constants and its bound in it"]),
     "dsrna": ({"adversarial": "both"}, ["dsrna measures R in it, with random rows and numbers that it reads"]),
 }
 
@@ -460,6 +461,28 @@ def test_methods_that_cannot_be_captured_say_so_once_and_their_attacks_are(searc
     iterations(method_config(search_config, case, options), one, 2)
     assert [line.partition(": ")[2] for line in lines] == reasons
     assert one.counts["the attack"]["replays"] > 0
+
+
+@pytest.mark.parametrize("adversarial", ["both", "none"])
+def test_the_weight_step_of_racl_has_the_bits_of_the_eager_one_and_a_new_sample_each_time(
+    search_config, monkeypatch, adversarial
+):
+    monkeypatch.setenv("RNAS_BACKEND", "reference")
+    config = method_config(search_config, "racl", {"adversarial": adversarial})
+    eager, numbers = iterations(config, Graphs(Eager(), warmup=100))
+    one, _ = tape(warmup=1)
+    captured, found = iterations(config, one)
+    assert one.counts["the step of the weights"]["replays"] >= 2
+    assert numbers == found and all(torch.equal(eager[name], captured[name]) for name in eager)
+
+    first = {}
+
+    def stuck(self, source, draw=Racl.draw):
+        first.update(first or draw(self, source))
+        return first
+
+    monkeypatch.setattr(Racl, "draw", stuck)
+    assert iterations(config, tape(warmup=1)[0])[1] != found
 
 
 def test_the_guard_finds_what_the_methods_say_of_themselves(search_config):

@@ -88,7 +88,7 @@ def test_a_step_samples_once_for_both_levels(search_config, covariance):
     mean, step = method.mixing()["normal"], make_step(search_config)
     samples = []
     for each in (step, step, make_step(search_config, epoch=1)):
-        with method.sampled(each.generator("sample")):
+        with method.sampled(method.draw(each.generator("sample"))):
             samples.append((method.mixing()["normal"], method.edge_weights()["reduction"]))
     assert torch.equal(samples[0][0], samples[1][0]) and torch.equal(samples[0][1], samples[1][1])
     assert not torch.equal(samples[0][0], samples[2][0]) and not torch.equal(samples[0][1], samples[2][1])
@@ -157,7 +157,7 @@ def test_the_gradient_is_that_of_the_augmented_lagrangian(search_config, level):
     assert result.numbers["confidence"] < 0.9 and "raise options.rho (now 0.3)" in method.remarks()[0]
 
     def objective() -> float:
-        with method.sampled(step.generator("sample")), attacks.frozen(supernet):
+        with method.sampled(method.draw(step.generator("sample"))), attacks.frozen(supernet):
             images = x.clone().requires_grad_()
             logits = supernet(images, method.mixing(), method.edge_weights())
             loss = cross_entropy(logits, y)

@@ -36,6 +36,8 @@ class Batch:
     x: Tensor
     y: Tensor
     x_adv: Tensor | None = None
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
+    """Random numbers of the level's step, by name: a step that may become a CUDA graph draws none itself."""
 
     @property
     def inputs(self) -> Tensor:
@@ -142,7 +144,8 @@ class Method(nn.Module, ABC):
         """What the step of `level` depends on beside tensors, options and `step.attack`: its CUDA graph is for that.
 
         The step is `weight_loss` ("weights") or `architecture_step`. It may become a graph if it reads no number from
-        the device but by `number` and `accuracy`, draws no random numbers, and keeps no tensor that it made.
+        the device but by `number` and `accuracy`, draws no random numbers (see `Batch.draws`), and keeps no tensor that
+        it made.
         """
         return Uncaptured("does not say what it depends on")
 

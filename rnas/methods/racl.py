@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
@@ -127,7 +127,7 @@ class Racl(Method):
         self.register_buffer("start_quantile", torch.zeros((), dtype=torch.float64))
         self.register_buffer("start_epoch", torch.tensor(-1))
         self.register_buffer("last_constraint", torch.zeros(3, dtype=torch.float64))  # g, ln bound, confidence
-        self._noise: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._draws: Mapping[str, Tensor] = {}
 
     @property
     def rho(self) -> float:
@@ -136,46 +136,49 @@ class Racl(Method):
 
     def mixing(self) -> Mixing:
         """alpha, (E, K) per cell type: inside `sampled` the sample, else E[alpha]. Rows do not sum to 1."""
-        noise = self._noise or {}
-        return {name: alpha(noise.get(name, (None, None))[0]) for name, alpha in self.alpha.items()}
+        return {name: alpha(self._draws.get(f"alpha_{name}")) for name, alpha in self.alpha.items()}
 
     def edge_weights(self) -> dict[str, Tensor]:
         """beta, (E,) per cell type: inside `sampled` the sample, else E[beta]."""
-        noise = self._noise or {}
-        return {name: beta(noise.get(name, (None, None))[1]) for name, beta in self.beta.items()}
+        return {name: beta(self._draws.get(f"beta_{name}")) for name, beta in self.beta.items()}
+
+    def draw(self, source: torch.Generator) -> dict[str, Tensor]:
+        """The standard normal numbers of one sample of alpha and beta."""
+        return {
+            f"{what}_{name}": torch.randn(parameters[name].start.shape, generator=source, device=source.device)
+            for name in self.space.cell_types
+            for what, parameters in (("alpha", self.alpha), ("beta", self.beta))
+        }
 
     @contextmanager
-    def sampled(self, source: torch.Generator) -> Iterator[None]:
-        """Inside, alpha and beta are one sample, the one of the numbers that `source` gives next."""
-        self._noise = {
-            name: tuple(
-                torch.randn(parameter.start.shape, generator=source, device=source.device)
-                for parameter in (self.alpha[name], self.beta[name])
-            )
-            for name in self.space.cell_types
-        }
+    def sampled(self, draws: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, alpha and beta are one sample, the one of these numbers."""
+        if not draws:
+            raise ValueError("the sample of alpha and beta is missing: batches for racl come from its `prepare`")
+        self._draws = draws
         try:
             yield
         finally:
-            self._noise = None
+            self._draws = {}
 
-    def capture_key(self, level: Level, step: SearchStep) -> Uncaptured:
-        """Neither level's step can be captured."""
-        weights = level == "weights"
-        return Uncaptured("draws its sample in it" if weights else "reads its constants and its bound in it")
+    def capture_key(self, level: Level, step: SearchStep) -> Hashable | Uncaptured:
+        """Of the weights' step nothing else; the architecture's cannot be captured."""
+        return () if level == "weights" else Uncaptured("reads its constants and its bound in it")
 
     def prepare(self, supernet: Supernet, x: Tensor, y: Tensor, step: SearchStep, level: Level) -> Batch:
-        """PGD examples against the step's sample of the supernet, where `adversarial` names this level."""
+        """The step's sample, the same for both levels, and PGD examples against it, where `adversarial` says so."""
+        draws = self.draw(step.generator("sample"))
         if self.options.adversarial not in ("both", level):
-            return Batch(x, y)
-        with self.sampled(step.generator("sample")):
+            return Batch(x, y, draws=draws)
+        with self.sampled(draws):
             classifier = self.classifier(supernet)
         generator = step.generator(f"attack-{level}")
-        return Batch(x, y, attacks.perturb(classifier, x, y, step.attack, generator=generator, graphs=step.graphs))
+        x_adv = attacks.perturb(classifier, x, y, step.attack, generator=generator, graphs=step.graphs)
+        return Batch(x, y, x_adv, draws)
 
     def weight_loss(self, supernet: Supernet, train: Batch, step: SearchStep) -> tuple[Tensor, Tensor]:
         """Cross entropy of the step's sample of the supernet on its batch of D_T."""
-        with self.sampled(step.generator("sample")):
+        with self.sampled(train.draws):
             logits = self.logits(supernet, train.inputs, constant=True)
         return cross_entropy(logits, train.y), logits
 
@@ -192,7 +195,7 @@ class Racl(Method):
             iterations = self.options.first_power_iterations
         constants = self.lipschitz(supernet, valid.x.shape[2:], iterations)
         parameters, x = list(self.parameters()), valid.inputs.detach().requires_grad_(self.options.zeta > 0)
-        with self.sampled(step.generator("sample")), torch.enable_grad():
+        with self.sampled(valid.draws), torch.enable_grad():
             lambda_f = self.lambda_f(constants)
             quantile = log_quantile(lambda_f, self.options.eta)
             g = quantile - self.log_bound(quantile.item(), step)
@@ -284,7 +287,7 @@ class Racl(Method):
             return super().genotype()
         source, found = generator(self.seed, "derive"), []
         for _ in range(self.options.samples):
-            with self.sampled(source):
+            with self.sampled(self.draw(source)):
                 genotype = discretise(self.space, self.mixing(), self.edge_weights())
             found.append((float(self.quantile(self.kept_constants(genotype, constants))), genotype))
         return min(found, key=lambda pair: pair[0])[1]
