@@ -1,5 +1,5 @@
 # make demo     search, train and evaluate a robust architecture on real images (about 5 minutes on two cores)
-# make test     everything that continuous integration runs
+# make test     everything that continuous integration runs; WORKERS=n: in n processes, 2 unless set, 0: in this one
 # make bench    time the supernet of this machine into benchmarks/results/, and render the README's table
 # make gpu      on a machine with a GPU: build, GPU tests, GPU benchmarks
 # make resources   registers, shared memory and spills of every GPU kernel, compared with csrc/cuda/resources.json
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 PIP_FLAGS ?= -c constraints.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
@@ -18,7 +19,7 @@ demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks -q -s

@@ -54,7 +54,9 @@ def quick_run(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "--device", "cpu", "--results", str(folder)]
     command += [f"--benchmark-json={folder / 'pytest-benchmark'}", "-q", "-p", "no:cacheprovider"]
     # One thread: at these sizes a second one only waits, and where other work holds the cores it waits long.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark switches itself off where it believes to be in a worker of pytest-xdist.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
