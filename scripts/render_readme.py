@@ -45,9 +45,9 @@ Best of the rounds, all implementations of a row timed in turns in one process, 
 NCHW; medians, rounds and notes are in the JSON. *Saved*: what autograd holds for backward; *peak*: all memory beside
 images and weights; each for eager NCHW and, where it was measured, for rnas. *Of peak*: the convolutions' arithmetic in
 the fastest time, as a share of the best float32 rate measured there (a large matrix product or convolution); what is
-computed a second time does not count, and nor does what Winograd's algorithm saves of dense 3x3 convolutions. Kernels:
-bytes that must move, and their share of the bandwidth of an addition in place (images of 32 pixels stay in a CPU's
-cache). *Eager* makes new tensors, which cost a CPU page faults; the others work in place."""
+computed a second time does not count, and dense 3x3 convolutions count in full, of which Winograd's algorithm computes
+less than half. Kernels: bytes that must move, and their share of the bandwidth of an addition in place (images of 32
+pixels stay in a CPU's cache). *Eager* makes new tensors, which cost a CPU page faults; the others work in place."""
 EDGES = "mixed_edge_"
 METHODS = "architecture_step"
 ACCELERATE = "accelerate, "
