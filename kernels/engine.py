@@ -31,6 +31,9 @@ class Sizes(NamedTuple):
 class Cpu:
     """`rnas._cpu` on PyTorch's threads, in memory that is handed on from call to call."""
 
+    TAKES_LAST = True
+    """Whether a backward pass takes the gradient of the last node alone."""
+
     @property
     def module(self) -> ModuleType:
         """The compiled module."""
@@ -86,6 +89,9 @@ class Cuda:
     The allocator hands memory on in the order of the stream, and keeps what a CUDA graph has captured for the graph: so
     every call takes its own and lets go of it when its kernels are queued.
     """
+
+    TAKES_LAST = False
+    """As `Cpu.TAKES_LAST`."""
 
     MOST_CHANNELS = 960
     """What a block's shared memory holds: kMostChannels in csrc/cuda/mixed/plan.h."""

@@ -112,6 +112,7 @@ def mixed_cell(
     pool_norm: bool = True,
     partial: int = 1,
     edge_weights: Tensor | None = None,
+    last: bool = False,
 ) -> Tensor:
     """A cell of mixed edges: node j is the sum of the edges from all S input states and all nodes before it.
 
@@ -123,10 +124,11 @@ def mixed_cell(
         nodes: J.
         stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
         edge_weights: (E,) numbers by which the edges are multiplied, as in PC-DARTS; None for ones.
+        last: whether the last node alone is wanted, as in NAS-Bench-201. Nothing is then done for gradients of others.
 
     Returns:
-        (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels; channels_last where
-        the first state is and else contiguous.
+        (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
+        (N, C, ceil(H / stride), ceil(W / stride)); channels_last where the first state is and else contiguous.
 
     What depends on a state alone (its ReLU, its pools) is computed once for all edges that leave it. With partial
     channels the edges into a node are one fused call (two where they differ in stride), and their sum is shuffled once.
@@ -137,11 +139,40 @@ def mixed_cell(
         for node in range(nodes):
             into = [mixed_op(state, ..., partial=partial) for state in states]  # with the rows of each edge
             states = [*states, sum(weight * edge for weight, edge in zip(edge_weights_of_node, into))]
-        torch.cat(states[S:], dim=1)
+        states[-1] if last else torch.cat(states[S:], dim=1)
 
     Source: Liu, Simonyan, Yang, DARTS (ICLR 2019); Xu et al., PC-DARTS (arXiv 1907.05737), sections 3.1 (partial
     channels) and 3.2 (edge weights, there a softmax over the edges into a node).
     """
+    found = cell_nodes(
+        states,
+        weights,
+        parameters,
+        norms,
+        primitives=primitives,
+        nodes=nodes,
+        stride=stride,
+        pool_norm=pool_norm,
+        partial=partial,
+        edge_weights=edge_weights,
+        last=last and nodes != 1,
+    )
+    return found.all.contiguous(memory_format=fused.layout(states[0])) if found.last is None else found.last
+
+
+class Nodes(NamedTuple):
+    """What a cell computes."""
+
+    all: Tensor
+    """(N, J * C, H', W'), in the memory format in which it was computed."""
+    last: Tensor | None
+    """The last node as a tensor of its own, (N, C, H', W'), where it was asked for; in that of the first state."""
+
+
+def cell_nodes(
+    states, weights, parameters, norms, *, primitives, nodes, stride, pool_norm, partial, edge_weights, last
+) -> Nodes:
+    """As `mixed_cell`, for who may need the other nodes beside the last."""
     names = _names(primitives)
     states = _check_states(states)
     _check_options(nodes, stride)
@@ -153,7 +184,7 @@ def mixed_cell(
     read = _read(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         _check_edge_weights(x, edge_weights, len(edges.shapes))
-    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights)
+    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last))
     call = _Call(states, weights, parameters, norms, *options, *read)
     on = engine.of(x)
     autocast = on.autocast_dtype(x)
@@ -166,7 +197,7 @@ def mixed_cell(
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
-    return run(call).contiguous(memory_format=fused.layout(x))
+    return run(call)
 
 
 def arrange(x: Tensor) -> Tensor:
@@ -194,6 +225,7 @@ class _Call(NamedTuple):
     pool_norm: bool
     partial: int
     edge_weights: Tensor | None
+    last: bool
     arrays: object | None  # the parameters as compiled code has read them
     norms_read: fused.Norms | fused.CompiledNorms
 
@@ -207,9 +239,10 @@ class _Settings(NamedTuple):
     pool_norm: bool
     eps: float
     keep: int
+    last: bool
 
 
-def _fused(call: _Call) -> Tensor:
+def _fused(call: _Call) -> Nodes:
     autocast = engine.of(call.states[0]).autocast_dtype(call.states[0])
     if autocast is None:
         return _mix(call)
@@ -217,16 +250,17 @@ def _fused(call: _Call) -> Tensor:
         return _mix(call._replace(states=tuple([state.to(autocast) for state in call.states])))
 
 
-def _mix(call: _Call) -> Tensor:
+def _mix(call: _Call) -> Nodes:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
-        return _cell(call.states, weights, theta, call.norms_read, call.nodes, call.stride, call)
-    return _partial_cell(call, weights)
+        return _cell(call.states, weights, theta, call.norms_read, call.nodes, call.stride, call.last, call)
+    nodes = _partial_cell(call, weights)
+    return Nodes(torch.cat(nodes, dim=1), nodes[-1] if call.last else None)
 
 
-def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
-    """A cell with partial channels: the shuffle is linear and common to the edges into a node, so it takes their sum.
+def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
+    """The nodes of a cell with partial channels: the shuffle is linear and common to the edges into a node, so it takes their sum.
 
     weights: those of the candidates times those of the edges.
     """
@@ -249,10 +283,10 @@ def _partial_cell(call: _Call, weights: Tensor) -> Tensor:
                 read = fused.read_norms([norm for each in norms[rows] for norm in each], channels)
                 arrays = fused.read_arrays(parameters[rows], shapes[rows])
                 theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
-                total = total + _cell(sources, weights[rows], theta, read, 1, stride, call)
+                total = total + _cell(sources, weights[rows], theta, read, 1, stride, False, call).all
                 edge = rows.stop
         nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))
-    return torch.cat(nodes, dim=1)
+    return nodes
 
 
 def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Tensor:
@@ -264,7 +298,7 @@ def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Te
     return total
 
 
-def _cell(states, weights, theta, norms, nodes: int, stride: int, call: _Call) -> Tensor:
+def _cell(states, weights, theta, norms, nodes: int, stride: int, last: bool, call: _Call) -> Nodes:
     """A cell all of whose channels are mixed, with the other options of `call`."""
     x = states[0]
     gamma, beta = norms.affine(x)
@@ -273,15 +307,15 @@ def _cell(states, weights, theta, norms, nodes: int, stride: int, call: _Call) -
         tables = (weights, theta, gamma, beta, mean, variance)
         weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep)
-    out, mean, variance, _ = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
+    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep, last)
+    out, mean, variance, _, last_node = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
     if norms.on_batch:
         norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
-    return out
+    return Nodes(out, last_node if last else None)
 
 
-def _reference(call: _Call) -> Tensor:
-    return reference.mixed_cell(
+def _reference(call: _Call) -> Nodes:
+    nodes = reference.mixed_cell(
         call.states,
         call.weights,
         call.parameters,
@@ -293,6 +327,8 @@ def _reference(call: _Call) -> Tensor:
         partial=call.partial,
         edge_weights=call.edge_weights,
     )
+    channels, layout = call.states[0].shape[1], fused.layout(call.states[0])
+    return Nodes(nodes, nodes[:, -channels:].contiguous(memory_format=layout) if call.last else None)
 
 
 def _flat(tensors: list[Tensor], x: Tensor, arrays=None) -> Tensor:
@@ -381,7 +417,21 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         *on.place(dtype),
     )
     _put_back(raw, out)
-    return out, batch_mean, batch_variance, kept
+    return out, batch_mean, batch_variance, kept, _last_node(out, states, settings)
+
+
+def _last_node(nodes: Tensor, states: Sequence[Tensor], settings: _Settings) -> Tensor:
+    """A copy in the layout of the states, as nobody may see the rest of `nodes` change; empty where nobody wants it."""
+    if not settings.last:
+        return nodes.new_empty(0)
+    channels, layout = states[0].shape[1], fused.layout(states[0])
+    return nodes[:, -channels:].clone(memory_format=layout)
+
+
+def _of_all_nodes(gradient: Tensor, channels: int) -> Tensor:
+    """A gradient to all nodes, J * C channels, from one that may be to the last alone."""
+    missing = channels - gradient.shape[1]
+    return F.pad(gradient, (0, 0, 0, 0, missing, 0)) if missing else gradient
 
 
 def _nodes(out: Tensor, kept: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
@@ -402,8 +452,9 @@ def _put_back(raw: Tensor, images: Tensor) -> None:
 
 
 def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
-    take = functools.partial(fused.empty_bytes, device=states[0].device)
-    return _outputs(states, mean is None, _Settings(*settings), take)
+    take, settings = functools.partial(fused.empty_bytes, device=states[0].device), _Settings(*settings)
+    found = _outputs(states, mean is None, settings, take)
+    return *found, _last_node(found[0], states, settings)
 
 
 def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
@@ -434,6 +485,9 @@ def _backward(
     nodes = None if masks else _nodes(out, kept, dtype, settings)
     *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    if not on.TAKES_LAST:
+        grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
+    of_last = grad_out.shape[1] < settings.nodes * shape[1]
     (grad_out,) = on.images([grad_out], dtype)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_backward(
@@ -446,6 +500,7 @@ def _backward(
         *fused.addresses([out, kept, grad_out]),
         fused.addresses(gradients),
         _addresses_of_states(raw, wanted),
+        of_last,
         workspace.data_ptr(),
         *on.place(dtype),
     )
@@ -477,8 +532,9 @@ def _double_backward(
     nodes = None if masks else _nodes(out, kept, dtype, settings)
     *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
-    grad_grad_out = fused.empty_image(grad_out, grad_out.shape[1], sizes.height_out, sizes.width_out)
-    grad_out, *along = on.images([grad_out, *direction.unbind()], dtype)
+    all_channels, channels = settings.nodes * shape[1], grad_out.shape[1]
+    grad_grad_out = fused.empty_image(grad_out, all_channels, sizes.height_out, sizes.width_out)
+    grad_out, *along = on.images([_of_all_nodes(grad_out, all_channels), *direction.unbind()], dtype)
     raw = grad_grad_out.to(dtype)
     along_kept = None if masks else on.memory(sizes.kept_linear)
     workspace = on.workspace(sizes.workspace)
@@ -496,7 +552,7 @@ def _double_backward(
         *on.place(dtype),
     )
     _put_back(raw, grad_grad_out)
-    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
+    return [grad_grad_out[:, -channels:], *(gradient for gradient in gradients if gradient is not None)]
 
 
 def _double_backward_fake(
@@ -504,8 +560,8 @@ def _double_backward_fake(
 ):
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     n, channels, height, width = grad_out.shape
-    grad_grad_out = fused.empty_image(grad_out, channels, height, width)
-    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
+    grad_grad_out = fused.empty_image(grad_out, out.shape[1], height, width)
+    return [grad_grad_out[:, -channels:], *(gradient for gradient in gradients if gradient is not None)]
 
 
 class _Forward(torch.autograd.Function):
@@ -515,7 +571,7 @@ class _Forward(torch.autograd.Function):
     def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, *images):
         states, links = images[:count], images[count:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, batch_mean, batch_variance, kept = _forward_op(
+            out, batch_mean, batch_variance, kept, last = _forward_op(
                 list(states), weights, theta, gamma, beta, mean, variance, *settings
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
@@ -525,13 +581,15 @@ class _Forward(torch.autograd.Function):
             tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
             saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
         ctx.save_for_backward(*saved, *links)
-        ctx.mark_non_differentiable(batch_mean, batch_variance, kept)
+        ctx.mark_non_differentiable(batch_mean, batch_variance, kept, *(() if settings.last else (last,)))
         ctx.set_materialize_grads(False)  # else zeros as large as `kept` would be made for it
-        return out, batch_mean, batch_variance, kept
+        return out, batch_mean, batch_variance, kept, last
 
     @staticmethod
-    def backward(ctx, grad_out, *_):
+    def backward(ctx, grad_out, _mean, _variance, _kept, grad_last):
         needs = ctx.needs_input_grad
+        if grad_last is not None:
+            grad_out = grad_last if grad_out is None else grad_out + _of_all_nodes(grad_last, grad_out.shape[1])
         if grad_out is None:
             return (None,) * len(needs)
         of_states = needs[8 : 8 + ctx.count]
@@ -614,7 +672,8 @@ def _second_composed(ctx, directions):
     statistics = (None, None) if ctx.batch_statistics else tensors[7:9]
 
     def cell(*inputs):
-        return _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, ctx.settings)
+        nodes = _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, ctx.settings)
+        return nodes[:, -tensors[_GRAD_OUT].shape[1] :]
 
     with fused.without_autocast(tensors[_STATES]):
         found = fused.differentiate_twice(
@@ -675,7 +734,7 @@ def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
 
 
 _TABLES = "Tensor weights, Tensor theta, Tensor? gamma, Tensor? beta"
-_SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep"
+_SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep, bool last"
 _SAVED = f"Tensor grad_out, Tensor[] states, Tensor out, Tensor kept, {_TABLES}, Tensor mean, Tensor variance"
 
 
@@ -693,7 +752,7 @@ def _backward_autograd(grad_out, states, *rest):
 
 _forward_op = define_differentiable_op(
     f"mixed_cell_forward(Tensor[] states, {_TABLES}, Tensor? mean, Tensor? variance, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _forward_autograd,

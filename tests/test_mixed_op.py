@@ -20,7 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 from rnas import kernels
-from rnas.kernels import backend, mixed_cell, mixed_op
+from rnas.kernels import backend, engine, mixed_cell, mixed_op
+from rnas.kernels.mixed_op import cell_nodes
 from rnas.kernels.reference import mixed_op as reference
 
 DARTS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
@@ -60,6 +61,7 @@ class Problem(Call):
     pool_norm: bool
     partial: int = 1
     edge_weights: Tensor | None = None
+    last: bool = False
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cpu") -> Problem:
         arrange = LAYOUTS[layout]
@@ -74,6 +76,7 @@ class Problem(Call):
             self.pool_norm,
             self.partial,
             None if self.edge_weights is None else self.edge_weights.detach().to(device, dtype, copy=True),
+            self.last,
         )
 
     def arguments(self) -> tuple:
@@ -86,7 +89,8 @@ class Problem(Call):
         """The keyword arguments of the public function."""
         options = {"primitives": self.primitives, "stride": self.stride, "pool_norm": self.pool_norm}
         options["partial"] = self.partial
-        return options | {"nodes": self.nodes, "edge_weights": self.edge_weights} if self.nodes else options
+        cell = {"nodes": self.nodes, "edge_weights": self.edge_weights, "last": self.last}
+        return options | cell if self.nodes else options
 
     def run(self, implementation=kernels) -> Tensor:
         """The result of `implementation.mixed_cell` or `implementation.mixed_op`."""
@@ -125,6 +129,7 @@ def draw(
     mixing: str = "softmax",
     partial: int = 1,
     edge_weights: bool = False,
+    last: bool = False,
 ) -> Problem:
     """A random problem.
 
@@ -136,6 +141,7 @@ def draw(
         mixing: a name of `MIXING`.
         partial: as in mixed_op; it divides C.
         edge_weights: whether a cell has them.
+        last: whether the last node of a cell alone is wanted.
     """
     generator = torch.Generator().manual_seed(seed)
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
@@ -155,7 +161,7 @@ def draw(
     weights = MIXING[mixing](normal if cell else normal[0])
     states = [draw_input(shape, generator) for _ in range(inputs)]
     of_edges = torch.randn(len(sources), generator=generator) if cell and edge_weights else None
-    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm, partial, of_edges)
+    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm, partial, of_edges, last)
 
 
 def check(implementation=kernels, wanted=KINDS, **how) -> None:
@@ -202,6 +208,40 @@ def test_edge(space, stride, mode):
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell(cell, space, mode):
     check(space=space, cell=cell, mode=mode, shape=(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine", "mixed"])
+@pytest.mark.parametrize("partial", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("cell", ["reduction", "two nodes", "one input"])
+def test_last_node_alone(cell, layout, partial, mode):
+    check(space="nas-bench-201", cell=cell, mode=mode, shape=(2, 4, 8, 8), layout=layout, partial=partial, last=True)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("kind", ["inputs", "parameters"])
+def test_second_derivatives_of_the_last_node(kind, mode):
+    check(first=(kind,), wanted=KINDS[:3], cell="two nodes", mode=mode, last=True)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize("of", ["all", "last", "both"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_of_all_nodes_and_of_the_last(mode, of, takes, monkeypatch):
+    # As for those who may ask for other nodes too. Not all kernels take the gradient of one node alone.
+    monkeypatch.setattr(engine.Cpu, "TAKES_LAST", takes)
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 4, 5, 5), mode=mode, last=True).require(KINDS)
+    nodes = cell_nodes(*problem.arguments(), **problem.options())
+    assert torch.equal(nodes.all[:, 4:], nodes.last) and nodes.last.is_contiguous()
+    leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+    problem.last = False
+    expected = problem.run()
+    cotangents = {"all": noise(nodes.all, 1), "last": noise(nodes.last, 2)}
+    wanted = {name: cotangents[name] for name in (cotangents if of == "both" else (of,))}
+    found = torch.autograd.grad([getattr(nodes, name) for name in wanted], leaves, list(wanted.values()))
+    whole = wanted.get("all", torch.zeros_like(expected)).clone()
+    whole[:, 4:] += wanted.get("last", torch.zeros_like(whole[:, 4:]))
+    assert distance(found, torch.autograd.grad(expected, leaves, whole)) <= 1e-6
 
 
 @pytest.mark.parametrize("mode", ["train", "eval affine"])
@@ -672,9 +712,9 @@ def registered_calls(problem: Problem) -> list:
 
 
 @pytest.mark.parametrize("mode", ["train affine", "eval"])
-@pytest.mark.parametrize("cell", [None, "small reduction"])
-def test_opcheck(cell, mode):
-    calls = registered_calls(draw(cell=cell, mode=mode, shape=(2, 3, 5, 4)))
+@pytest.mark.parametrize(("cell", "last"), [(None, False), ("small reduction", False), ("small reduction", True)])
+def test_opcheck(cell, last, mode):
+    calls = registered_calls(draw(cell=cell, mode=mode, shape=(2, 3, 5, 4), last=last))
     if not calls:
         pytest.skip("no op called rnas::mixed_... is registered")
     for function, arguments, options in calls:
@@ -935,7 +975,7 @@ def test_second_derivatives_of_a_partial_cell(first, mode):
 def test_a_partial_cell_is_the_sum_of_its_edges(cell, partial, mode, layout):
     """Edge after edge through mixed_op, in float32, averages and gradients included."""
 
-    def edge_by_edge(states, weights, parameters, norms, *, nodes, stride, edge_weights, **options):
+    def edge_by_edge(states, weights, parameters, norms, *, nodes, stride, edge_weights, last, **options):
         states, inputs, edges = list(states), len(states), iter(zip(edge_weights, weights, parameters, norms))
         for _ in range(nodes):
             total = 0

@@ -58,11 +58,11 @@ struct OwnedInputs {
 
 // Addresses of the gradients of (weights, theta, gamma, beta), and of the states or none at all.
 struct OwnedGradients {
-  OwnedGradients(const Addresses& a, const Addresses& to_states) {
+  OwnedGradients(const Addresses& a, const Addresses& to_states, bool of_last = false) {
     if (a.size() != 4) throw std::invalid_argument("4 addresses of gradients");
     for (uintptr_t each : to_states) states.push_back(pointer(each));
     gradients = {states.empty() ? nullptr : states.data(), pointer<float>(a[0]), pointer<float>(a[1]),
-                 pointer<float>(a[2]), pointer<float>(a[3])};
+                 pointer<float>(a[2]), pointer<float>(a[3]), of_last};
   }
   OwnedGradients(const OwnedGradients&) = delete;
   std::vector<void*> states;

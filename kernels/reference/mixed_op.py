@@ -33,8 +33,9 @@ def mixed_cell(
     pool_norm: bool = True,
     partial: int = 1,
     edge_weights: Tensor | None = None,
+    last: bool = False,
 ) -> Tensor:
-    """All nodes of a cell, (N, nodes * C, H', W'); what `rnas.kernels.mixed_cell` computes. No argument checks.
+    """All nodes of a cell, (N, nodes * C, H', W'), or the last; what `rnas.kernels.mixed_cell` computes. No checks.
 
     Node j is the sum of the edges from the S input states (of the given stride) and the nodes before it (of stride 1).
     The rows of `weights` (E, K), `parameters`, `norms` and the numbers of `edge_weights` (E,), by which the edges are
@@ -50,7 +51,7 @@ def mixed_cell(
             edge, scale = mixed_op(state, *next(edges), primitives=primitives, **options), next(scales)
             total = total + (edge if scale is None else scale * edge)
         states.append(total)
-    return torch.cat(states[inputs:], dim=1)
+    return states[-1] if last else torch.cat(states[inputs:], dim=1)
 
 
 def mixed_op(

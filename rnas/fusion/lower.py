@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import kernels
-from ..kernels.mixed_op import PRIMITIVES
+from ..kernels import fused
+from ..kernels.mixed_op import PRIMITIVES, Nodes, cell_nodes
 from ..kernels.reference.mixed_op import SEPARABLE
 from .calls import Call, Group, Scale, hold, scale_of, seen
 from .deferred import Deferred, is_open, is_raw, value_of
@@ -65,8 +65,10 @@ def open_ancestors(x: Deferred) -> list[Deferred]:
     return found
 
 
-def whole_cell(nodes: list[Deferred], scope) -> Tensor | None:
-    """All nodes by one call of mixed_cell, (N, J * C, H', W'), where they make a cell; else None, and nothing is done.
+def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
+    """All nodes by one call, where they make a cell; else None, and nothing is done.
+
+    What mixed_cell returns: the nodes, (N, J * C, H', W'), or with `last` the last alone, (N, C, H', W').
 
     A cell: each node is the sum of one edge from each of the S states and each node before it.
     """
@@ -94,13 +96,14 @@ def whole_cell(nodes: list[Deferred], scope) -> Tensor | None:
                 return None
             position += 1
     states = [value_of(each) for each in inputs]
-    out = _fused(states, edges, len(nodes), stride)
+    found, layout = _fused(states, edges, len(nodes), stride, last), fused.layout(states[0])
     scope.counts.cells += 1
     scope.counts.edges += len(edges)
+    out = found.all if last else found.all.contiguous(memory_format=layout)
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
-        node._rnas_groups, node._rnas_finish = (), Slice(hold(out), index * channels, channels)
-    return out
+        node._rnas_groups, node._rnas_finish = (), Slice(hold(out), index * channels, channels, layout)
+    return found.last if last else out
 
 
 def _in_order(edges: list[Edge], sources: list[Tensor]) -> list[Edge] | None:
@@ -150,7 +153,9 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
             total = value if total is None else total + value
             scope.counts.alone += 1
     for edges in batches.values():
-        made = _fused([scope.arranged(value_of(edge.x)) for edge in edges], edges, 1, edges[0].stride)
+        states = [scope.arranged(value_of(edge.x)) for edge in edges]
+        made = _fused(states, edges, 1, edges[0].stride, last=False).all
+        made = made.contiguous(memory_format=fused.layout(states[0]))
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -248,7 +253,7 @@ def is_alias(x: Deferred) -> bool:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> Tensor:
+def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int, last: bool) -> Nodes:
     for edge in edges:
         for call in edge.calls:
             seen(call.held)
@@ -259,7 +264,7 @@ def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> 
     weights = _stacked(rows, like).view(len(edges), -1)
     if any(edge.outer for edge in edges):
         weights = weights * _stacked([_product(edge.outer) for edge in edges], like)[:, None]
-    return kernels.mixed_cell(
+    return cell_nodes(
         states,
         weights,
         [[weight for call in edge.calls for weight in call.plan.weights()] for edge in edges],
@@ -268,6 +273,9 @@ def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int) -> 
         nodes=nodes,
         stride=stride,
         pool_norm=edges[0].pool_norm,
+        partial=1,
+        edge_weights=None,
+        last=last,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .calls import Held, seen
@@ -28,10 +29,11 @@ class Slice(Finish):
     out: Held
     start: int
     channels: int
+    layout: torch.memory_format
 
     def finished(self, total: None, scope) -> Tensor:
         """A copy, as the node and the output are tensors of their own."""
-        return seen(self.out).narrow(1, self.start, self.channels).clone()
+        return seen(self.out).narrow(1, self.start, self.channels).clone(memory_format=self.layout)
 
 
 def _data(x):

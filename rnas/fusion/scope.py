@@ -197,10 +197,9 @@ class Scope:
         """Gives x its value."""
         with self._as_before():
             nodes = lower.open_ancestors(x)
-            out = lower.whole_cell(nodes, self) if len(nodes) > 1 else None
-            if out is not None:  # of which nobody but x knows
-                channels = x._rnas_shape[1]
-                x._rnas_value = out.narrow(1, out.shape[1] - channels, channels)
+            last = lower.whole_cell(nodes, self, last=True) if len(nodes) > 1 else None
+            if last is not None:
+                x._rnas_value = last
                 return
             for node in nodes:
                 lower.node(node, self)
@@ -212,7 +211,7 @@ class Scope:
             return made
         if len(tensors) > 1 and all(is_open(each) and each._rnas_scope is self for each in tensors):
             with self._as_before():
-                out = lower.whole_cell(list(tensors), self)
+                out = lower.whole_cell(list(tensors), self, last=False)
             if out is not None:
                 return out
         return NotImplemented

@@ -411,14 +411,10 @@ class Batch {
       const Section section(scratch_[thread].clock, Work::nodes);
       for (int64_t n = begin; n < end; ++n)
         for (int64_t state = 0; state < plan_.states(); ++state) {
-          if (state < plan_.shape.inputs) {
-            std::memset(gradient(state, n), 0, plan_.height(state) * plan_.width(state) * plan_.padded * sizeof(float));
-          } else {
-            const int64_t at = (state - plan_.shape.inputs) * c;
-            load_dense(plan_, State{grad_out + at, h * w * pixel, pixel, h, w}, n, gradient(state, n));
-            if (state + 1 < plan_.states())  // the last node is no source
-              load_dense(plan_, State{out_ + at, h * w * pixel, pixel, h, w}, n, node(state) + n * plan_.image_out());
-          }
+          begin_gradient(plan_, grad_out, grad_.of_last, state, n, gradient(state, n));
+          if (state >= plan_.shape.inputs && state + 1 < plan_.states())  // the last node is no source
+            load_dense(plan_, State{out_ + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w}, n,
+                       node(state) + n * plan_.image_out());
         }
     });
   }

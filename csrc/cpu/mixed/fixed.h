@@ -347,16 +347,8 @@ class Fixed {
     const Scratch& s = local.scratch;
     Bits* mask = masks(n, local);
     const int64_t inputs = plan_.shape.inputs, c = plan_.shape.channels;
-    const int64_t pixel = plan_.shape.nodes * c;
-    for (int64_t state = 0; state < plan_.states(); ++state) {
-      if (state < inputs) {
-        std::memset(local.states[state], 0, plan_.height(state) * plan_.width(state) * plan_.padded * sizeof(float));
-      } else {
-        const State from{grad_out_ + (state - inputs) * c, plan_.pixels_out() * pixel, pixel, plan_.height_out,
-                         plan_.width_out};
-        load_dense(plan_, from, n, local.states[state]);
-      }
-    }
+    for (int64_t state = 0; state < plan_.states(); ++state)
+      begin_gradient(plan_, grad_out_, grad_.of_last, state, n, local.states[state]);
     if (parameters) add_sum(local.states[plan_.states() - 1], nullptr, s, local.sum + (plan_.states() - 1) * plan_.padded);
     for (int64_t source = plan_.states() - 2; source >= 0; --source) {
       backward_source(source, n, local, mask, parameters, linear);
@@ -577,14 +569,12 @@ class Fixed {
   // Sum over pixels of gradient times output, by channel, from the weight gradient: y is linear in the weights.
   std::vector<double> output_dots(const Convolution& conv, const std::vector<const double*>& totals) const {
     std::vector<double> dot(plan_.padded);
-    const int64_t c = plan_.shape.channels;
-    for (int64_t output = 0; conv.winograd && output < c; ++output)
-      for (int64_t input = 0; input < c; ++input) {
-        double taps[9];
-        kernel_gradient(plan_, conv, totals.data(), static_cast<int>(totals.size()), output, input, taps);
-        for (int64_t tap = 0; tap < 9; ++tap)
-          dot[output] += taps[tap] * in_.theta[conv.theta + (output * c + input) * 9 + tap];
-      }
+    if (conv.winograd)
+      kernel_gradients(plan_, conv, totals.data(), static_cast<int>(totals.size()),
+                       [&](int64_t output, int64_t input, const double* taps) {
+                         const float* at = in_.theta + conv.theta + (output * plan_.shape.channels + input) * 9;
+                         for (int64_t tap = 0; tap < 9; ++tap) dot[output] += taps[tap] * at[tap];
+                       });
     for (const Part& part : conv.parts)
       for (int64_t row = 0; row < part.count; ++row)
         for (int64_t input = 0; input < plan_.shape.channels; ++input) {

@@ -327,16 +327,26 @@ inline void pack_positions(const Plan& plan, const Convolution& conv, const floa
   if (c < padded)
     for (float* each : {to.forward, to.backward})
       if (each != to.backward || backward) std::memset(each + conv.packed, 0, kPositions * matrix * sizeof(float));
-  for (int64_t output = 0; output < c; ++output)
-    for (int64_t input = 0; input < c; ++input) {
-      double positions[kPositions];
-      kernel_positions(theta + conv.theta + (output * c + input) * 9, positions);
-      float* forward = to.forward + conv.packed + input * padded + output;
-      float* transposed = to.backward + conv.packed + output * padded + input;
+  // Block by block: the positions of a kernel lie apart by a power of two, on the same cache sets.
+  float block[kPositions][kLanes][kLanes];  // [output][input]
+  for (int64_t output = 0; output < c; output += kLanes)
+    for (int64_t input = 0; input < c; input += kLanes) {
+      const int64_t rows = std::min(kLanes, c - output), columns = std::min(kLanes, c - input);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t column = 0; column < columns; ++column) {
+          double positions[kPositions];
+          kernel_positions(theta + conv.theta + ((output + row) * c + input + column) * 9, positions);
+          const float factor = scale ? scale[output + row] : 1.0f;
+          for (int64_t p = 0; p < kPositions; ++p) block[p][row][column] = static_cast<float>(factor * positions[p]);
+        }
       for (int64_t p = 0; p < kPositions; ++p) {
-        const float value = static_cast<float>((scale ? scale[output] : 1.0f) * positions[p]);
-        forward[p * matrix] = value;
-        if (backward) transposed[turned(p) * matrix] = value;
+        float* forward = to.forward + conv.packed + p * matrix + input * padded + output;
+        for (int64_t column = 0; column < columns; ++column)
+          for (int64_t row = 0; row < rows; ++row) forward[column * padded + row] = block[p][row][column];
+        if (!backward) continue;
+        float* transposed = to.backward + conv.packed + turned(p) * matrix + output * padded + input;
+        for (int64_t row = 0; row < rows; ++row)
+          std::memcpy(transposed + row * padded, block[p][row], columns * sizeof(float));
       }
     }
 }
@@ -370,26 +380,33 @@ inline void pack(const Plan& plan, const Convolution& conv, const float* theta, 
       }
 }
 
-// The gradient of a kernel (3, 3) from the sum of `count` arrays of sums at Winograd's positions.
-inline void kernel_gradient(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
-                            int64_t output, int64_t input, double* taps) {
-  double positions[kPositions] = {};
-  for (int64_t p = 0; p < kPositions; ++p)
-    for (int each = 0; each < count; ++each)
-      positions[p] += sums[each][conv.packed + (p * plan.padded + input) * plan.padded + output];
-  kernel_gradient(positions, taps);
+// Calls use(output, input, taps) with the gradient of each kernel (3, 3), from the sum of `count` arrays of sums at
+// Winograd's positions.
+template <typename Use>
+void kernel_gradients(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const Use& use) {
+  const int64_t c = plan.shape.channels, padded = plan.padded;
+  for (int64_t output = 0; output < c; output += kLanes)
+    for (int64_t input = 0; input < c; ++input) {
+      double positions[kLanes][kPositions] = {};
+      for (int64_t p = 0; p < kPositions; ++p)
+        for (int each = 0; each < count; ++each) {
+          const double* at = sums[each] + conv.packed + (p * padded + input) * padded + output;
+          for (int64_t row = 0; row < kLanes; ++row) positions[row][p] += at[row];
+        }
+      for (int64_t row = 0; row < std::min(kLanes, c - output); ++row) {
+        double taps[9];
+        kernel_gradient(positions[row], taps);
+        use(output + row, input, taps);
+      }
+    }
 }
 
 inline void unpack_positions(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
                              const float* scale, float* grad_theta) {
-  const int64_t c = plan.shape.channels;
-  for (int64_t output = 0; output < c; ++output)
-    for (int64_t input = 0; input < c; ++input) {
-      double taps[9];
-      kernel_gradient(plan, conv, sums, count, output, input, taps);
-      float* to = grad_theta + conv.theta + (output * c + input) * 9;
-      for (int64_t tap = 0; tap < 9; ++tap) to[tap] = static_cast<float>((scale ? scale[output] : 1.0f) * taps[tap]);
-    }
+  kernel_gradients(plan, conv, sums, count, [&](int64_t output, int64_t input, const double* taps) {
+    float* to = grad_theta + conv.theta + (output * plan.shape.channels + input) * 9;
+    for (int64_t tap = 0; tap < 9; ++tap) to[tap] = static_cast<float>((scale ? scale[output] : 1.0f) * taps[tap]);
+  });
 }
 
 // The reverse for gradients summed in the packed order: theta_grad = scale * sum of `count` arrays.

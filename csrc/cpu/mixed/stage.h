@@ -129,6 +129,18 @@ inline void load_dense(const Plan& plan, const State& state, int64_t n, float* t
   });
 }
 
+// The gradient of a state as the caller gives it, image n, dense: zero for an input, and for a node before the last
+// where grad_out is of_last.
+inline void begin_gradient(const Plan& plan, const float* grad_out, bool of_last, int64_t state, int64_t n, float* to) {
+  const int64_t h = plan.height_out, w = plan.width_out, c = plan.shape.channels, node = state - plan.shape.inputs;
+  if (node < 0 || (of_last && node + 1 < plan.shape.nodes)) {
+    std::memset(to, 0, plan.height(state) * plan.width(state) * plan.padded * sizeof(float));
+    return;
+  }
+  const int64_t pixel = of_last ? c : plan.shape.nodes * c;
+  load_dense(plan, State{grad_out + (of_last ? 0 : node * c), h * w * pixel, pixel, h, w}, n, to);
+}
+
 // Writes (or adds to) `state` from a dense image.
 template <bool Add> void store_state(const Plan& plan, const float* from, float* to, int64_t pixel, int64_t pixels) {
   const int64_t whole = plan.shape.channels / kLanes, rest = plan.shape.channels % kLanes;

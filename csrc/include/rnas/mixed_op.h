@@ -77,6 +77,7 @@ struct MixedGradients {
   float* weights;        // (E, K)
   float* theta;
   float *gamma, *beta;   // (B, C)
+  bool of_last = false;  // of the last node alone: grad_out is then (N, H', W', C). On the CPU only
 };
 
 namespace cpu {
@@ -88,8 +89,8 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads);
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads);
 
-// Gradients of sum(grad_out * out). `out` and `kept` are the forward pass's. With Keep::masks statistics must be fixed
-// and only grad.states may be wanted.
+// Gradients of sum(grad_out * out), or with grad.of_last of sum(grad_out * last node). `out` and `kept` are the forward
+// pass's. With Keep::masks statistics must be fixed and only grad.states may be wanted.
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads);
 
