@@ -13,6 +13,14 @@ from torch import Tensor
 from rnas.kernels import backend, fused
 
 
+def rows(primitives: str) -> list[list[str]]:
+    """The names of the candidates as the modules take them: one row for all edges, or one for each.
+
+    primitives: with commas between names and semicolons between rows.
+    """
+    return [row.split(",") for row in primitives.split(";")]
+
+
 class Sizes(NamedTuple):
     """What `mixed_sizes` in csrc/include/rnas/mixed_op.h returns."""
 
@@ -48,7 +56,7 @@ class Cpu:
         return x.dtype
 
     def sizes(self, shape: tuple[int, ...], primitives: str, images: torch.dtype) -> Sizes:
-        """Those of a shape as the module takes it; primitives: names with commas between; images: their dtype."""
+        """Those of a shape as the module takes it; primitives: as `rows` takes them; images: their dtype."""
         return _cpu_sizes(shape, primitives, torch.get_num_threads(), self.module.simd_level())
 
     def what_to_keep(self, states: Sequence[Tensor], tables: Sequence[Tensor | None], on_batch: bool) -> int:
@@ -163,12 +171,12 @@ def of(x: Tensor) -> Cpu | Cuda:
 @functools.lru_cache(maxsize=256)
 def _cpu_sizes(shape: tuple[int, ...], primitives: str, threads: int, level: str) -> Sizes:
     """level: the instruction set in use, on which the memory layout depends."""
-    return Sizes(*backend.module("cpu").mixed_sizes(shape, primitives.split(","), threads))
+    return Sizes(*backend.module("cpu").mixed_sizes(shape, rows(primitives), threads))
 
 
 @functools.lru_cache(maxsize=256)
 def _cuda_sizes(module: ModuleType, shape: tuple[int, ...], primitives: str, images: str) -> Sizes:
-    return Sizes(*module.mixed_sizes(shape, primitives.split(","), images))
+    return Sizes(*module.mixed_sizes(shape, rows(primitives), images))
 
 
 def _aligned(tensor: Tensor) -> Tensor:

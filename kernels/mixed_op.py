@@ -80,7 +80,7 @@ def mixed_op(
     Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2; Xu et al., PC-DARTS (arXiv 1907.05737), section 3.1.
     """
     _check_state("x", x)
-    names = _names(primitives)
+    names = _row(primitives)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({len(names)},), got {type(weights).__name__}")
     if weights.dim() != 1:
@@ -106,7 +106,7 @@ def mixed_cell(
     parameters: Sequence[Sequence[Tensor]],
     norms: Sequence[Sequence[nn.BatchNorm2d]],
     *,
-    primitives: tuple[str, ...],
+    primitives: reference.Primitives,
     nodes: int,
     stride: int = 1,
     pool_norm: bool = True,
@@ -120,7 +120,9 @@ def mixed_cell(
         states: the S input states, (N, C, H, W) each.
         weights: (E, K) mixing weights, edges node by node and source by source: E = sum over j of (S + j).
         parameters, norms: those of `mixed_op` for each of the E edges.
-        primitives, pool_norm, partial: as in `mixed_op`, common to all edges.
+        primitives: as in `mixed_op`, common to all edges; or such a tuple for each of the E edges. K is then the length
+            of the longest, and weights behind the last primitive of an edge are not read. An empty one: no edge.
+        pool_norm, partial: as in `mixed_op`, common to all edges.
         nodes: J.
         stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
         edge_weights: (E,) numbers by which the edges are multiplied, as in PC-DARTS; None for ones.
@@ -173,11 +175,11 @@ def cell_nodes(
     states, weights, parameters, norms, *, primitives, nodes, stride, pool_norm, partial, edge_weights, last
 ) -> Nodes:
     """As `mixed_cell`, for who may need the other nodes beside the last."""
-    names = _names(primitives)
     states = _check_states(states)
     _check_options(nodes, stride)
     x = states[0]
     channels = _check_partial(partial, int(x.shape[1]))
+    names = _rows(primitives, nodes * len(states) + nodes * (nodes - 1) // 2)
     edges = _edges(names, len(states), nodes, stride, bool(pool_norm), channels)
     _check_weights(x, weights, names, len(edges.shapes))
     _check_groups(parameters, norms, len(edges.shapes))
@@ -219,7 +221,7 @@ class _Call(NamedTuple):
     weights: Tensor
     parameters: Sequence[Sequence[Tensor]]
     norms: Sequence[Sequence[nn.BatchNorm2d]]
-    primitives: tuple[str, ...]
+    primitives: tuple[tuple[str, ...], ...]  # one row for all edges, or one for each
     nodes: int
     stride: int
     pool_norm: bool
@@ -233,7 +235,7 @@ class _Call(NamedTuple):
 class _Settings(NamedTuple):
     """The arguments of the registered ops that are not tensors. keep: as in rnas.kernels.fused."""
 
-    primitives: str
+    primitives: str  # see engine.rows
     nodes: int
     stride: int
     pool_norm: bool
@@ -254,13 +256,16 @@ def _mix(call: _Call) -> Nodes:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
-        return _cell(call.states, weights, theta, call.norms_read, call.nodes, call.stride, call.last, call)
+        options = (call.primitives, call.nodes, call.stride, call.last, call)
+        return _cell(call.states, weights, theta, call.norms_read, *options)
     nodes = _partial_cell(call, weights)
     return Nodes(torch.cat(nodes, dim=1), nodes[-1] if call.last else None)
 
 
 def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
-    """The nodes of a cell with partial channels: the shuffle is linear and common to the edges into a node, so it takes their sum.
+    """The nodes of a cell with partial channels.
+
+    The shuffle is linear and common to the edges into a node, so it takes their sum.
 
     weights: those of the candidates times those of the edges.
     """
@@ -270,6 +275,7 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     nodes, through, around, edge = [], [], [], 0
     channels = call.states[0].shape[1] // call.partial
     shapes = _edges(call.primitives, len(call.states), call.nodes, call.stride, call.pool_norm, channels).shapes
+    names = call.primitives if len(call.primitives) > 1 else call.primitives * len(shapes)
     for node in range(call.nodes):
         for state in nodes[-1:] if node else call.states:
             mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
@@ -283,7 +289,9 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
                 read = fused.read_norms([norm for each in norms[rows] for norm in each], channels)
                 arrays = fused.read_arrays(parameters[rows], shapes[rows])
                 theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
-                total = total + _cell(sources, weights[rows], theta, read, 1, stride, False, call).all
+                longest = max(map(len, names[rows]))
+                options = (names[rows], 1, stride, False, call)
+                total = total + _cell(sources, weights[rows, :longest], theta, read, *options).all
                 edge = rows.stop
         nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))
     return nodes
@@ -298,8 +306,8 @@ def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Te
     return total
 
 
-def _cell(states, weights, theta, norms, nodes: int, stride: int, last: bool, call: _Call) -> Nodes:
-    """A cell all of whose channels are mixed, with the other options of `call`."""
+def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: bool, call: _Call) -> Nodes:
+    """A cell all of whose channels are mixed, with the other options of `call`. names: as `_Call.primitives`."""
     x = states[0]
     gamma, beta = norms.affine(x)
     mean, variance = norms.statistics(x)
@@ -307,8 +315,11 @@ def _cell(states, weights, theta, norms, nodes: int, stride: int, last: bool, ca
         tables = (weights, theta, gamma, beta, mean, variance)
         weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    settings = _Settings(",".join(call.primitives), nodes, stride, call.pool_norm, norms.eps, keep, last)
-    out, mean, variance, _, last_node = _forward_op(list(states), weights, theta, gamma, beta, mean, variance, *settings)
+    names = names[:1] if len(set(names)) == 1 else names
+    primitives = ";".join([",".join(row) for row in names])
+    settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last)
+    tables = (weights, theta, gamma, beta, mean, variance)
+    out, mean, variance, _, last_node = _forward_op(list(states), *tables, *settings)
     if norms.on_batch:
         norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
     return Nodes(out, last_node if last else None)
@@ -320,7 +331,7 @@ def _reference(call: _Call) -> Nodes:
         call.weights,
         call.parameters,
         call.norms,
-        primitives=call.primitives,
+        primitives=call.primitives if len(call.primitives) > 1 else call.primitives[0],
         nodes=call.nodes,
         stride=call.stride,
         pool_norm=call.pool_norm,
@@ -397,7 +408,8 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
     settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
-    if theta.numel() != sizes.theta or weights.numel() != sizes.edges * len(settings.primitives.split(",")):
+    rows = engine.rows(settings.primitives)
+    if theta.numel() != sizes.theta or weights.numel() != sizes.edges * max(map(len, rows)):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
@@ -408,7 +420,7 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
     workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
     on.module.mixed_forward(
         shape,
-        settings.primitives.split(","),
+        rows,
         fused.addresses([*images, *tables]),
         settings.eps,
         mean is None,
@@ -492,7 +504,7 @@ def _backward(
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_backward(
         shape,
-        settings.primitives.split(","),
+        engine.rows(settings.primitives),
         fused.addresses([*images, *tables]),
         settings.eps,
         batch_statistics,
@@ -540,7 +552,7 @@ def _double_backward(
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_double_backward(
         shape,
-        settings.primitives.split(","),
+        engine.rows(settings.primitives),
         fused.addresses([*images, *tables]),
         settings.eps,
         settings.keep,
@@ -696,12 +708,13 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
     In the dtype of the parameters; rounded once to that of the states.
     """
     images, states = states[0].dtype, [state.to(theta.dtype) for state in states]
-    primitives, channels = tuple(settings.primitives.split(",")), int(states[0].shape[1])
+    rows, channels = [tuple(row) for row in engine.rows(settings.primitives)], int(states[0].shape[1])
+    names = rows if len(rows) > 1 else rows * len(weights)
     parameters, norms, at, row = [], [], 0, 0
     for node in range(settings.nodes):
         for source in range(len(states) + node):
             stride = settings.stride if source < len(states) else 1
-            edge = []
+            edge, primitives = [], names[len(parameters)]
             for shape in reference.parameter_shapes(primitives, channels, stride):
                 size = torch.Size(shape).numel()
                 edge.append(theta[at : at + size].view(shape))
@@ -721,7 +734,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
         weights,
         parameters,
         norms,
-        primitives=primitives,
+        primitives=tuple(names),
         nodes=settings.nodes,
         stride=settings.stride,
         pool_norm=settings.pool_norm,
@@ -809,8 +822,20 @@ def _check_states(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
-def _names(primitives: Sequence[str]) -> tuple[str, ...]:
-    """The primitives, checked, as a tuple."""
+def _rows(primitives: reference.Primitives, edges: int) -> tuple[tuple[str, ...], ...]:
+    """The primitives of a cell, checked: one row where they are common to all edges, else one for each."""
+    if not isinstance(primitives, (list, tuple)) or all([isinstance(name, str) for name in primitives]):
+        return (_row(primitives),)
+    if len(primitives) != edges:
+        raise ValueError(
+            f"primitives must be a tuple of names, or one for each of the {edges} edges; got {len(primitives)} of them"
+        )
+    rows = tuple([_row(row) if row != () else ("none",) for row in primitives])
+    return rows[:1] if len(set(rows)) == 1 else rows
+
+
+def _row(primitives: Sequence[str]) -> tuple[str, ...]:
+    """The primitives of an edge, checked, as a tuple."""
     is_names = isinstance(primitives, (list, tuple)) and all([isinstance(name, str) for name in primitives])
     if not is_names:
         raise TypeError(f"primitives must be a tuple of str, got {primitives!r:.80}")
@@ -857,25 +882,27 @@ class _Edges(NamedTuple):
 
 
 @backend.constant_when_traced
-def _edges(names: tuple[str, ...], inputs: int, nodes: int, stride: int, pool_norm: bool, channels: int) -> _Edges:
+def _edges(names: tuple[tuple[str, ...], ...], inputs: int, nodes: int, stride: int, pool_norm, channels) -> _Edges:
     return _edges_cached(names, inputs, nodes, stride, pool_norm, channels)
 
 
 @functools.lru_cache(maxsize=256)
 def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
     strides = [stride if source < inputs else 1 for node in range(nodes) for source in range(inputs + node)]
-    shapes = [reference.parameter_shapes(names, channels, each) for each in strides]
-    norms = [reference.norm_count(names, each, pool_norm) for each in strides]
+    rows = names if len(names) > 1 else names * len(strides)
+    shapes = [reference.parameter_shapes(row, channels, each) for row, each in zip(rows, strides)]
+    norms = [reference.norm_count(row, each, pool_norm) for row, each in zip(rows, strides)]
     return _Edges(shapes, norms)
 
 
-def _check_weights(x: Tensor, weights: Tensor, names: tuple[str, ...], edges: int) -> None:
+def _check_weights(x: Tensor, weights: Tensor, names: tuple[tuple[str, ...], ...], edges: int) -> None:
+    count = max(map(len, names))
     if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor of shape ({edges}, {len(names)}), got {type(weights).__name__}")
-    if tuple(weights.shape) != (edges, len(names)):
+        raise TypeError(f"weights must be a tensor of shape ({edges}, {count}), got {type(weights).__name__}")
+    if tuple(weights.shape) != (edges, count):
         # An edge alone was given a vector.
         cut = 1 if edges == 1 and weights.dim() == 2 else 0
-        found, wanted = tuple(weights.shape)[cut:], (edges, len(names))[cut:]
+        found, wanted = tuple(weights.shape)[cut:], (edges, count)[cut:]
         raise ValueError(f"weights must have shape {wanted}, one number per edge and primitive; got {found}")
     if weights.dtype not in fused.dtypes_beside(x, mixing=True):
         raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")

@@ -41,6 +41,9 @@ CELL = "mixed_op test_cell and (darts-train or darts-eval)"
 MASKS = "mixed_op second_derivatives_on_masks or (only_the_gradients and inputs)"
 TWICE = "mixed_op second_derivatives_of_an_edge"
 LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivatives"
+WIDE_DENSE = "mixed_op every_simd_level_with_candidates"
+OWN = "mixed_op every_edge_with_candidates_of_its_own"
+LAST = "mixed_op last_node_alone or all_nodes_and_of_the_last"
 UNUSUAL = "fused compiled_code_leaves"
 STEM = "conv_norm modes_and_layouts and contiguous or kernels"
 PATCHES = "conv_norm patches_are_those_of_unfold"
@@ -172,7 +175,11 @@ PLAN = rows(
      "to.backward[part.packed + output * padded + input] = factor * from",
      "to.backward[part.packed + output * padded + input] = from"),
     ("parameters: no scale at Winograd's positions", DENSE, "inline void pack_positions(",
-     "(scale ? scale[output] : 1.0f) * ", ""),
+     "static_cast<float>(factor * positions[p])", "static_cast<float>(positions[p])"),
+    ("parameters: blocks of Winograd's matrices at one place", WIDE_DENSE, "inline void pack_positions(",
+     "turned(p) * matrix + output * padded + input", "turned(p) * matrix + output * padded"),
+    ("parameters: one kernel's gradient for a block", DENSE, "void kernel_gradients(", "use(output + row, input, taps)",
+     "use(output, input, taps)"),
     ("parameters: padding of Winograd's matrices is not cleared", DENSE, "inline void pack_positions(",
      "if (c < padded)", "if (c < 0)"),
     ("parameters: gradients at Winograd's positions without the scale", DENSE, "inline void unpack_positions(",
@@ -187,6 +194,10 @@ PLAN = rows(
 
 STAGE = rows(
     "cpu/mixed/stage.h",
+    ("gradient: the last node's for all", LAST, "void begin_gradient(", "(of_last && node + 1 < plan.shape.nodes)",
+     "false"),
+    ("gradient: the last node's read as one of all", LAST, "void begin_gradient(", "of_last ? c : plan.shape.nodes * c",
+     "plan.shape.nodes * c"),
     ("state: masks of the first group alone", "mixed_op every_simd_level_in_a_cell or second_derivatives_on_masks",
      "void load_relu(", "signs[group * pixels + y", "signs[y"),
     ("state: a direction past the relu", TWICE, "void load_relu_linear(", "keep(positive(v), along)", "along"),
@@ -242,10 +253,16 @@ NORMS = rows(
 
 BATCH = rows(
     "cpu/mixed/batch.h",
-    ("batch: constants are not added", EDGE, "void add_pending(", "sum[i] = constant", "sum[i] = constant - constant"),
-    ("batch: last pixels of a term", EDGE, "void add_pending(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
+    ("batch: constants are not added", EDGE, "void add_to_node(", "sum[i] = constant", "sum[i] = constant - constant"),
+    ("batch: last pixels of a term", EDGE, "void add_to_node(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
      "for (int64_t i = 1; i < size; ++i) sum[i] = fma("),
-    ("batch: every edge sets its node", CELL, "void add_pending(", "left.set_node ? v : v + load(to)", "v"),
+    ("batch: every edge sets its node", CELL, "void add_to_node(", "left.set_node ? v : v + load(to)", "v"),
+    ("batch: an edge without candidates does not set its node", OWN, "void leave(", "left.set_node || left.has_skip",
+     "left.has_skip"),
+    ("batch: one edge is pending", OWN, "void add_pending(", "for (const Pending& left : pending_) add_to_node(left",
+     "add_to_node(pending_[0]"),
+    ("batch: an identity on every edge", OWN, "void pools_backward(", "if (edge.skip >= 0) with_skip", "with_skip"),
+    ("batch: an average pool on every edge", OWN, "void pools_backward(", "if (edge.avg >= 0) with_avg", "with_avg"),
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
     ("batch: all nodes at one place", CELL, "void store_node(",
      "out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c",
@@ -300,8 +317,11 @@ FIXED = rows(
     ("double backward: constants along a direction", TWICE, "void forward_image(", "linear ? zero() : load(", "load("),
     ("double backward: the mean counts", TWICE, "void finish_parameters(", "(linear ? 0.0 : norms_.mean[at]",
      "(norms_.mean[at]"),
-    ("double backward: winners of the direction", TWICE, "void forward_pools(", "if (linear && !masks_ && plan_.max)",
-     "if (linear) load_dense(plan_, v, n, s.state_grad);\n    if (linear && !masks_ && plan_.max)"),
+    ("double backward: winners of the direction", TWICE, "void forward_pools(",
+     "if (linear && !masks_ && plan_.leaves(",
+     "if (linear) load_dense(plan_, v, n, s.state_grad);\n    if (linear && !masks_ && plan_.leaves("),
+    ("fixed: an average pool from every state", OWN, "void backward_pools(", "if (plan_.leaves(source, &Edge::avg))",
+     "if (plan_.avg)"),
     ("double backward: pools of the state", TWICE, "void backward_pools(",
      "if (linear) load_dense(plan_, v, n, s.state_grad);", ""),
     ("double backward: a mid past the relu, on masks", MASKS, "void load_mid_signed(",
@@ -421,5 +441,10 @@ OBJECTS = rows(
     ("objects: any shape", UNUSUAL, "bool has_shape(", "!= view.shape[each]", "< 0"),
 )  # fmt: skip
 
-PLANTED = [*VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
+SHAPE = rows(
+    "include/rnas/mixed_op.h",
+    ("shape: the first edge's candidates for all", OWN, "", "edge * candidates : 0", "0 * edge * candidates : 0"),
+)  # fmt: skip
+
+PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
 PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *OBJECTS]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from supernets import darts, lookalikes, others
+from supernets import darts, lookalikes, others, smooth
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -786,6 +786,76 @@ def test_importing_rnas_does_not_import_the_fusion():
 
     code = "import rnas, sys; assert 'rnas.fusion' not in sys.modules and 'torch' not in sys.modules; rnas.accelerate"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Cell(nn.Module):
+    """Two states, nodes of edges with the candidates that `edges` names, and what `give` makes of the nodes."""
+
+    def __init__(self, edges: list[list[tuple[str, ...]]], give, stride: int = 1) -> None:
+        super().__init__()
+        self.give = give
+        self.nodes = nn.ModuleList(
+            nn.ModuleList(smooth.Edge(names, 8, stride if j < 2 else 1, True) for j, names in enumerate(node))
+            for node in edges
+        )
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        states = [first, second]
+        for node in self.nodes:
+            edges = [edge(x, torch.linspace(1, 2, len(edge.candidates))) for edge, x in zip(node, states)]
+            states.append(sum(edges))
+        return self.give(states[2:])
+
+
+PRUNED = [[("sep3", "skip"), ("max", "none")], [("sep5",), ("skip",), ("dil3", "avg", "skip")]]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_edges_with_candidates_of_their_own_make_a_whole_cell(training, stride):
+    plain = Cell(PRUNED, lambda nodes: torch.cat(nodes, 1), stride).train(training)
+    cell = copy.deepcopy(plain)
+    report = rnas.accelerate(cell)
+    assert ["sep_conv_5x5"] in [list(each.candidates.values()) for each in report.replaced]
+    assert_same(cell, plain, images(8, size=8), images(8, size=8, seed=1))
+    assert (report.counts.cells, report.counts.edges, report.counts.alone) == (1, 5, 0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("give", ["the last", "the last, then the first", "the first, then the last", "all"])
+def test_a_cell_that_gives_its_last_node_may_give_others_too(give, layout):
+    def made(nodes: list[Tensor]) -> Tensor:
+        if give == "the first, then the last":
+            return nodes[0].tanh() + nodes[1].exp()
+        last = nodes[1].exp()
+        if give == "all":
+            return torch.cat([last, *nodes], 1)
+        return last if give == "the last" else last * nodes[0]
+
+    plain = Cell(PRUNED, made)
+    cell = copy.deepcopy(plain)
+    report = rnas.accelerate(cell)
+    states = [images(8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+    assert_same(cell, plain, *states)
+    assert cell(*states).is_contiguous(memory_format=layout) == plain(*states).is_contiguous(memory_format=layout)
+    assert (report.counts.cells > 0) == (give != "the first, then the last")
+
+
+def test_a_state_that_only_zeros_leave_has_no_gradient():
+    for edges in (
+        [[("none",), ("sep3", "skip")], [("none",), ("skip",), ("dil3", "skip")]],
+        [[("skip",), ("sep3", "skip")], [("dil3", "none"), ("skip",), ("none",)]],
+    ):
+        plain = Cell(edges, lambda nodes: nodes[-1].exp())
+        cell = copy.deepcopy(plain)
+        rnas.accelerate(cell)
+        assert_same(cell, plain, images(8), images(8, seed=1))
+
+
+def test_a_single_candidate_of_a_class_that_holds_none_elsewhere_is_left_alone():
+    model = nn.Sequential(smooth.Edge(("sep5",), 8, 1, True), smooth.Edge(("dil3",), 8, 1, True))
+    report = rnas.accelerate(model)
+    assert not report.replaced and not report.left
 
 
 def test_the_supernet_of_the_style_keeps_its_speed_where_alphas_are_parameters():

@@ -55,7 +55,7 @@ class Problem(Call):
     weights: Tensor
     parameters: list[list[Tensor]]
     norms: list[list[nn.BatchNorm2d]]
-    primitives: tuple[str, ...]
+    primitives: reference.Primitives
     nodes: int
     stride: int
     pool_norm: bool
@@ -130,6 +130,7 @@ def draw(
     partial: int = 1,
     edge_weights: bool = False,
     last: bool = False,
+    own: bool = False,
 ) -> Problem:
     """A random problem.
 
@@ -142,22 +143,29 @@ def draw(
         partial: as in mixed_op; it divides C.
         edge_weights: whether a cell has them.
         last: whether the last node of a cell alone is wanted.
+        own: whether each edge of a cell has some of the primitives, in an order of its own, or none at all.
     """
     generator = torch.Generator().manual_seed(seed)
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
     inputs, nodes, stride = CELLS.get(cell, cell) if cell else (1, 0, stride)
     sources = [source for node in range(nodes) for source in range(inputs + node)] if cell else [0]
-    parameters, norms, channels = [], [], shape[1] // partial
-    for source in sources:
+    parameters, norms, channels, rows = [], [], shape[1] // partial, [primitives] * len(sources)
+    if own:
+        orders = [torch.randperm(len(primitives), generator=generator).tolist() for _ in sources]
+        counts = torch.randint(len(primitives) + 1, (len(sources),), generator=generator).tolist()
+        rows = [tuple(primitives[each] for each in order[:count]) for order, count in zip(orders, counts)]
+        rows[0] = rows[0] or primitives[-1:]
+    for source, row in zip(sources, rows):
         edge_stride = stride if source < inputs else 1
-        shapes = reference.parameter_shapes(primitives, channels, edge_stride)
+        shapes = reference.parameter_shapes(row, channels, edge_stride)
         parameters.append([torch.randn(s, generator=generator) / math.prod(s[1:]) ** 0.5 for s in shapes])
         edge = []
-        for _ in range(reference.norm_count(primitives, edge_stride, pool_norm)):
+        for _ in range(reference.norm_count(row, edge_stride, pool_norm)):
             index = int(torch.randint(len(MODES), (), generator=generator))
             edge.append(draw_norm(channels, list(MODES)[index] if mode == "mixed" else mode, generator))
         norms.append(edge)
-    normal = torch.randn((len(sources), len(primitives)), generator=generator)
+    normal = torch.randn((len(sources), max(map(len, rows))), generator=generator)
+    primitives = tuple(rows) if own else primitives
     weights = MIXING[mixing](normal if cell else normal[0])
     states = [draw_input(shape, generator) for _ in range(inputs)]
     of_edges = torch.randn(len(sources), generator=generator) if cell and edge_weights else None
@@ -216,6 +224,51 @@ def test_cell(cell, space, mode):
 @pytest.mark.parametrize("cell", ["reduction", "two nodes", "one input"])
 def test_last_node_alone(cell, layout, partial, mode):
     check(space="nas-bench-201", cell=cell, mode=mode, shape=(2, 4, 8, 8), layout=layout, partial=partial, last=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "train affine", "eval affine", "mixed"])
+@pytest.mark.parametrize("partial", [1, 2])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201", "another order"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_edge_with_candidates_of_its_own(cell, space, partial, mode):
+    shape, layout = (2, 4, 8, 8), "channels_last" if cell == "normal" else "contiguous"
+    check(space=space, cell=cell, mode=mode, shape=shape, layout=layout, partial=partial, own=True, edge_weights=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("channels", [3, 16, 20])
+def test_every_simd_level_with_candidates_of_their_own(level, channels, mode):
+    check(space="another order", cell="reduction", mode=mode, shape=(2, channels, 9, 7), own=True)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine", "mixed"])
+@pytest.mark.parametrize("first", ["inputs", "weights", "parameters"])
+def test_second_derivatives_with_candidates_of_their_own(first, mode):
+    check(first=(first,), wanted=KINDS[:3], cell="normal", mode=mode, own=True)
+
+
+def test_the_same_candidates_for_every_edge_are_common_ones():
+    problem = draw(cell="reduction", mode="train affine")
+    own = problem.copy()
+    own.primitives = (problem.primitives,) * 14
+    assert torch.equal(own.run(), problem.run())
+
+
+def test_an_absent_candidate_passes_no_nan_on():
+    # An edge without a pool or identity must not multiply the gradient of its node by zero.
+    problem = draw(space="no parameters", cell=(1, 2, 1), shape=(2, 4, 5, 5), mode="train")
+    problem.primitives = (("avg_pool_3x3", "skip_connect"), ("none",), ("skip_connect",))
+    problem.weights, problem.norms = problem.weights[:, :2], [problem.norms[0][:1], [], []]
+    (x,) = problem.require(("inputs",)).states
+    output = problem.run()
+    cotangent = torch.zeros_like(output)
+    (clean,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
+    cotangent[:, 4:] = math.nan  # of the second node, which only an identity of the first reaches
+    (found,) = torch.autograd.grad(output, x, cotangent)
+    assert not clean.isnan().any() and found.isnan().all()
+    problem.primitives = (("avg_pool_3x3", "skip_connect"), ("none",), ("none",))
+    (found,) = torch.autograd.grad(problem.run(), x, cotangent)
+    assert not found.isnan().any()
 
 
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])

@@ -123,6 +123,20 @@ def test_second_derivatives(cell, first, mode, cuda_device):
     check(device=cuda_device, first=first, cell=cell, mode=mode, shape=(2, 3, 6, 6))
 
 
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("space", ["darts", "another order"])
+def test_every_edge_with_candidates_of_its_own(space, mode, cuda_device):
+    for cell in ((2, 3, 1), (1, 3, 2)):
+        check(device=cuda_device, own=True, space=space, cell=cell, mode=mode, shape=(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("first", [(), ("inputs",)], ids=["first derivatives", "second derivatives"])
+def test_last_node_alone(first, mode, cuda_device):
+    how = {"first": first, "wanted": ("inputs", "weights", "parameters")}
+    check(device=cuda_device, last=True, cell=(2, 2, 1), mode=mode, shape=(2, 4, 6, 6), **how)
+
+
 def test_second_derivatives_where_only_the_states_require_a_gradient(cuda_device):
     """As in a Jacobian norm of a frozen network; unlike a CPU's kernels, which keep masks alone, with third ones."""
     problem = draw(cell=(1, 2, 1), mode="eval", shape=(2, 3, 6, 6)).copy(device=cuda_device).require(("inputs",))

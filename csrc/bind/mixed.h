@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@
 namespace rnas::bind {
 
 using Sizes = std::vector<int64_t>;
-using Names = std::vector<std::string>;
+using Names = std::vector<std::vector<std::string>>;  // of the primitives: one row for all edges, or one for each
 using Addresses = std::vector<uintptr_t>;
 
 inline Primitive primitive(const std::string& name) {
@@ -30,8 +31,16 @@ inline Primitive primitive(const std::string& name) {
 struct OwnedShape {
   OwnedShape(const Sizes& s, const Names& names) {
     if (s.size() != 8) throw std::invalid_argument("a shape has 8 numbers");
-    for (const std::string& name : names) primitives.push_back(primitive(name));
-    shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(names.size()), s[7] != 0};
+    size_t candidates = 0;
+    for (const std::vector<std::string>& row : names) candidates = std::max(candidates, row.size());
+    for (const std::vector<std::string>& row : names)
+      for (size_t each = 0; each < candidates; ++each)
+        primitives.push_back(each < row.size() ? primitive(row[each]) : Primitive::none);
+    shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(candidates), s[7] != 0,
+             names.size() > 1};
+    const int64_t edges = s[5] * s[4] + s[5] * (s[5] - 1) / 2;
+    if (shape.each_edge && static_cast<int64_t>(names.size()) != edges)
+      throw std::invalid_argument("primitives come in one row, or in one for each edge");
   }
   OwnedShape(const OwnedShape&) = delete;
   std::vector<Primitive> primitives;

@@ -20,6 +20,9 @@ DENSE = {"conv_1x1": 1, "conv_3x3": 3}  # name: kernel size of (ReLU, convolutio
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
 PRIMITIVES = ("none", "skip_connect", *POOLS, *SEPARABLE, *DENSE)
 
+Primitives = tuple[str, ...] | tuple[tuple[str, ...], ...]
+"""Names of candidates: common to all edges of a cell, or a row for each."""
+
 
 def mixed_cell(
     states: Sequence[Tensor],
@@ -27,7 +30,7 @@ def mixed_cell(
     parameters: Sequence[Sequence[Tensor]],
     norms: Sequence[Sequence[nn.BatchNorm2d]],
     *,
-    primitives: tuple[str, ...],
+    primitives: Primitives,
     nodes: int,
     stride: int = 1,
     pool_norm: bool = True,
@@ -39,19 +42,27 @@ def mixed_cell(
 
     Node j is the sum of the edges from the S input states (of the given stride) and the nodes before it (of stride 1).
     The rows of `weights` (E, K), `parameters`, `norms` and the numbers of `edge_weights` (E,), by which the edges are
-    multiplied, are the edges, node by node and source by source.
+    multiplied, are the edges, node by node and source by source. primitives: common to all, or a row for each.
     """
     inputs = len(states)
     states, edges = list(states), iter(zip(weights.unbind(), parameters, norms))
+    names = iter(primitives_of_edges(primitives, len(weights)))
     scales = iter([None] * len(weights) if edge_weights is None else edge_weights.unbind())
     for _ in range(nodes):
         total = 0
         for source, state in enumerate(states):
             options = {"stride": stride if source < inputs else 1, "pool_norm": pool_norm, "partial": partial}
-            edge, scale = mixed_op(state, *next(edges), primitives=primitives, **options), next(scales)
+            edge, scale = mixed_op(state, *next(edges), primitives=next(names), **options), next(scales)
             total = total + (edge if scale is None else scale * edge)
         states.append(total)
     return states[-1] if last else torch.cat(states[inputs:], dim=1)
+
+
+def primitives_of_edges(primitives: Primitives, edges: int) -> list[tuple[str, ...]]:
+    """The names of each edge. An edge without any has `none`."""
+    if isinstance(primitives[0], str):
+        return [tuple(primitives)] * edges
+    return [tuple(row) or ("none",) for row in primitives]
 
 
 def mixed_op(
@@ -67,7 +78,8 @@ def mixed_op(
 ) -> Tensor:
     """One mixed edge, `sum_k weights[k] * primitive_k(x)`: x (N, C, H, W), weights (K,) -> (N, C, H', W').
 
-    H' is ceil(H / stride). Parameters and BN modules are taken in the order in which the primitives meet them.
+    H' is ceil(H / stride). Parameters and BN modules are taken in the order in which the primitives meet them; weights
+    behind those of the last primitive are not read.
     Only the first C / partial channels of x are mixed; the others go around the candidates.
     """
     if partial > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     Args:
         model: any nn.Module. What is looked for are modules that hold several candidate operations, at least one of
             which is a primitive of `rnas.kernels.mixed_op`: by what they compute, whatever their classes and names.
+            Modules of the same class that hold one, as pruning leaves them, count too.
         strict: raise where a module holds candidates and some of them were not recognised, and change nothing.
 
     Returns:
@@ -118,7 +120,7 @@ def _looked_at(model: nn.Module):
     # What stands in a cell beside its mixed operations are no candidates.
     cells = set(_above([owner for owner, groups in everything if any(map(_in_a_list, groups))], parents))
     inner: set[nn.Module] = set()  # what recognised candidates hold
-    for owner, groups in everything:
+    for owner, groups in chain(everything, _alone(model, everything, holders)):
         if owner in inner or owner in cells:
             continue
         found: dict[str, str] = {}
@@ -126,7 +128,7 @@ def _looked_at(model: nn.Module):
         for group in groups:
             recognised = {name: recognise(module, memory) for name, module in group.items()}
             known = {name: each for name, each in recognised.items() if _is_candidate(each)}
-            if not _is_worth_it(group, known):
+            if len(group) > 1 and not _is_worth_it(group, known):
                 reasons += _resembling(group, recognised)
                 continue
             for name, each in known.items():
@@ -191,6 +193,14 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[dict[str, nn.Mod
         groups = [group for group in _held(owner, "") if len(group) > 1]
         if groups:
             yield owner, groups
+
+
+def _alone(model: nn.Module, groups, holders) -> Iterator[tuple[nn.Module, list[dict[str, nn.Module]]]]:
+    """Modules with a single candidate, of a class that holds several elsewhere; to be asked when those are known."""
+    known, several = {original_class(owner) for owner in holders}, {owner for owner, _ in groups}
+    for owner in model.modules():
+        if original_class(owner) in known and owner not in several:
+            yield owner, [group for group in _held(owner, "") if group]
 
 
 _FORWARDS = {nn.ModuleList.forward, nn.ModuleDict.forward, nn.Sequential.forward}

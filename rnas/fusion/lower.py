@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Edge(NamedTuple):
 
     primitives: tuple[str, ...]
     stride: int
-    pool_norm: bool
-    channels: int
+    pool_norm: bool | None
+    """None where there are no pools."""
     calls: tuple[Call, ...]
     scales: tuple[Scale | None, ...]
     outer: tuple[Scale, ...]
@@ -38,11 +39,6 @@ class Edge(NamedTuple):
     def x(self) -> Tensor:
         """The state."""
         return self.calls[0].x
-
-    @property
-    def kind(self) -> tuple:
-        """What edges of one fused call have in common."""
-        return self.primitives, self.pool_norm, self.channels
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -70,49 +66,60 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
 
     What mixed_cell returns: the nodes, (N, J * C, H', W'), or with `last` the last alone, (N, C, H', W').
 
-    A cell: each node is the sum of one edge from each of the S states and each node before it.
+    A cell: each node is the sum of at most one edge from each of the S states and each node before it.
     """
-    edges, inputs = [], []
     if _shared(group for node in nodes for group in node._rnas_groups):
         return None
-    for index, node in enumerate(nodes):
-        if node._rnas_addends or node._rnas_finish is not None:
-            return None
-        made = [_as_edge(group) for group in node._rnas_groups]
-        if any(edge is None for edge in made):
-            return None
-        inputs = inputs or [edge.x for edge in made]
-        made = _in_order(made, [*inputs, *nodes[:index]])
-        if made is None:
-            return None
-        edges += made
-    count, stride = len(inputs), edges[0].stride
-    if len({edge.kind for edge in edges}) != 1 or any(is_open(each) for each in inputs):
+    if any(node._rnas_addends or node._rnas_finish is not None for node in nodes):
         return None
-    position = 0
-    for index in range(len(nodes)):
-        for source in range(count + index):
-            if edges[position].stride != (stride if source < count else 1):
-                return None
-            position += 1
+    made = [[_as_edge(group, empty=True) for group in node._rnas_groups] for node in nodes]
+    if any(edge is None for into in made for edge in into):
+        return None
+    own = {id(node) for node in nodes}
+    inputs = list({id(edge.x): edge.x for into in made for edge in into if id(edge.x) not in own}.values())
+    edges = _complete(made, [*inputs, *nodes])
+    if edges is None or not inputs or any(is_open(each) for each in inputs):
+        return None
+    found = [edge for edge in edges if edge is not None]
+    strides = {(edge.stride, id(edge.x) in own) for edge in found}
+    of_inputs = {stride for stride, inside in strides if not inside}
+    if len(of_inputs) != 1 or any(stride != 1 for stride, inside in strides if inside):
+        return None
+    if len({_shape(each) for each in inputs}) != 1 or len(_pool_norms(found)) > 1:
+        return None
+    # A state from which only the candidate `none` leaves may have no gradient at all.
+    used = {id(edge.x) for edge in found if edge.primitives != ("none",)}
+    if any(id(each) not in used for each in (*inputs, *(nodes[:-1] if last else ()))):
+        return None
     states = [value_of(each) for each in inputs]
-    found, layout = _fused(states, edges, len(nodes), stride, last), fused.layout(states[0])
+    result, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last), fused.layout(states[0])
     scope.counts.cells += 1
-    scope.counts.edges += len(edges)
-    out = found.all if last else found.all.contiguous(memory_format=layout)
+    scope.counts.edges += len(found)
+    out = result.all if last else result.all.contiguous(memory_format=layout)
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
         node._rnas_groups, node._rnas_finish = (), Slice(hold(out), index * channels, channels, layout)
-    return found.last if last else out
+    return result.last if last else out
 
 
-def _in_order(edges: list[Edge], sources: list[Tensor]) -> list[Edge] | None:
-    """The edges in the order of the sources, one for each; None where they are others."""
-    by_source = {id(edge.x): edge for edge in edges}
-    if len(edges) != len(sources) or len({id(source) for source in sources}) != len(sources):
-        return None
-    ordered = [by_source.get(id(source)) for source in sources]
-    return None if any(edge is None for edge in ordered) else ordered
+def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None] | None:
+    """The edges into each node, one from each state before it, None where there is none; None where they are others.
+
+    made: those of each node. states: the inputs and the nodes.
+    """
+    edges: list[Edge | None] = []
+    for index, into in enumerate(made):
+        by_source = {id(edge.x): edge for edge in into}
+        sources = states[: len(states) - len(made) + index]
+        if len(by_source) != len(into) or not by_source.keys() <= set(map(id, sources)):
+            return None
+        edges += [by_source.get(id(source)) for source in sources]
+    return edges
+
+
+def _pool_norms(edges: Iterable[Edge]) -> set[bool]:
+    """Whether pools are followed by norms, as far as there are pools."""
+    return {edge.pool_norm for edge in edges if edge.pool_norm is not None}
 
 
 # ---- nodes -----------------------------------------------------------------------------------------------------------
@@ -138,20 +145,23 @@ def node(x: Deferred, scope) -> None:
 
 
 def _sum(groups: Sequence[Group], scope) -> Tensor | None:
-    """The sum of the groups: one call for all edges of a kind and stride, and what no edge can hold by itself."""
+    """The sum of the groups: one call for all edges of a stride, and what no edge can hold by itself."""
     batches: dict[tuple, list[Edge]] = {}
     total: Tensor | None = None
-    shared = _shared(groups)
+    shared, found = _shared(groups), []
     for group in groups:
         edges, others = _edges(group, shared)
-        for edge in edges:
-            batches.setdefault((edge.kind, edge.stride, value_of(edge.x).shape), []).append(edge)
+        found += edges
         for call, scale in others:
             value = alone(call)
             for each in (scale, *group.outer):
                 value = value if each is None else value * scale_of(each)
             total = value if total is None else total + value
             scope.counts.alone += 1
+    known = _pool_norms(found)
+    for edge in found:
+        pool_norm = edge.pool_norm if len(known) > 1 else None
+        batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
     for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
         made = _fused(states, edges, 1, edges[0].stride, last=False).all
@@ -212,22 +222,24 @@ def _alike(a: Call, b: Call) -> bool:
     return len(set(pools)) < 2
 
 
-def _as_edge(group: Group) -> Edge | None:
-    """The group as one edge, its candidates in the order of the kernels' primitives; None where it is none."""
+def _as_edge(group: Group, empty: bool = False) -> Edge | None:
+    """The group as one edge, its candidates in the order of the kernels' primitives; None where it is none.
+
+    empty: whether the candidate `none` by itself is an edge.
+    """
     pairs = sorted(zip(group.calls, group.scales), key=lambda pair: _ORDER[pair[0].plan.guess.primitive])
     calls, scales = zip(*pairs)
     guesses = [call.plan.guess for call in calls]
     primitives = tuple([guess.primitive for guess in guesses])
     if len(set(primitives)) != len(primitives) or not all(map(_can_be_fused, calls)):
         return None
-    if len({guess.stride for guess in guesses}) != 1 or set(primitives) == {"none"}:
+    if len({guess.stride for guess in guesses}) != 1 or (not empty and primitives == ("none",)):
         return None
     pool_norms = {guess.pool_norm for guess in guesses if "pool" in guess.primitive}
     if len(pool_norms) > 1:
         return None
-    channels = _shape(calls[0].x)[1]
-    pool_norm = pool_norms.pop() if pool_norms else True
-    return Edge(primitives, guesses[0].stride, pool_norm, channels, calls, scales, group.outer)
+    pool_norm = pool_norms.pop() if pool_norms else None
+    return Edge(primitives, guesses[0].stride, pool_norm, calls, scales, group.outer)
 
 
 def _can_be_fused(call: Call) -> bool:
@@ -253,26 +265,30 @@ def is_alias(x: Deferred) -> bool:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _fused(states: list[Tensor], edges: list[Edge], nodes: int, stride: int, last: bool) -> Nodes:
-    for edge in edges:
-        for call in edge.calls:
-            seen(call.held)
-            call.plan.check(call.state)
-            call.consumed = True
-    like = states[0]
-    rows = [1.0 if scale is None else scale_of(scale) for edge in edges for scale in edge.scales]
-    weights = _stacked(rows, like).view(len(edges), -1)
-    if any(edge.outer for edge in edges):
-        weights = weights * _stacked([_product(edge.outer) for edge in edges], like)[:, None]
+def _fused(states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool) -> Nodes:
+    """What a cell of these edges computes; None: there is none."""
+    calls = [() if edge is None else edge.calls for edge in edges]
+    for call in chain.from_iterable(calls):
+        seen(call.held)
+        call.plan.check(call.state)
+        call.consumed = True
+    like, most = states[0], max(map(len, calls))
+    scales = [() if edge is None else edge.scales for edge in edges]
+    rows = [[*[1.0 if each is None else scale_of(each) for each in row], *[0.0] * (most - len(row))] for row in scales]
+    weights = _stacked([*chain.from_iterable(rows)], like).view(len(edges), -1)
+    if any(edge is not None and edge.outer for edge in edges):
+        outer = [1.0 if edge is None else _product(edge.outer) for edge in edges]
+        weights = weights * _stacked(outer, like)[:, None]
+    pool_norms = _pool_norms(edge for edge in edges if edge is not None)
     return cell_nodes(
         states,
         weights,
-        [[weight for call in edge.calls for weight in call.plan.weights()] for edge in edges],
-        [[norm for call in edge.calls for norm in call.plan.layers.norms] for edge in edges],
-        primitives=edges[0].primitives,
+        [[weight for call in row for weight in call.plan.weights()] for row in calls],
+        [[norm for call in row for norm in call.plan.layers.norms] for row in calls],
+        primitives=tuple([() if edge is None else edge.primitives for edge in edges]),
         nodes=nodes,
         stride=stride,
-        pool_norm=edges[0].pool_norm,
+        pool_norm=pool_norms.pop() if pool_norms else True,
         partial=1,
         edge_weights=None,
         last=last,
@@ -289,10 +305,12 @@ def _product(scales: tuple[Scale, ...]) -> Tensor | float:
 def _stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
     """(len(scales),) in the dtype of `like`, in float32 for those of 16 bits, where a number multiplies in float32."""
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    tensors = []
+    tensors, numbers = [], {}
     for scale in scales:
         if not isinstance(scale, Tensor):
-            scale = like.new_tensor(scale, dtype=dtype)
+            if scale not in numbers:
+                numbers[scale] = like.new_tensor(scale, dtype=dtype)
+            scale = numbers[scale]
         elif scale.dim():
             scale = scale.reshape(())
         tensors.append(scale if scale.dtype == dtype else scale.to(dtype))

@@ -94,8 +94,11 @@ class SearchCell(nn.Module):
             nodes.append(sum(arriving))
         return nodes[-1]
 
-    def forward_hard(self, x: Tensor, hard: Tensor, chosen: Tensor) -> Tensor:
-        """x (N, C, H, W), hard (E, K) of one-hot rows, chosen (E,): one candidate per edge runs."""
+    def forward_hard(self, x: Tensor, hard: Tensor, chosen: Tensor, others: bool) -> Tensor:
+        """x (N, C, H, W), hard (E, K) of one-hot rows, chosen (E,): one candidate per edge runs.
+
+        others: whether the others' weights, which are zero, are added for their gradient.
+        """
         nodes = [x]
         for i in range(1, self.nodes):
             arriving = []
@@ -103,7 +106,11 @@ class SearchCell(nn.Module):
                 edge = self.edge2index[f"{i}<-{j}"]
                 row, winner = hard[edge], chosen[edge].item()
                 candidates = enumerate(self.edges[f"{i}<-{j}"])
-                arriving.append(sum(row[k] * layer(nodes[j]) if k == winner else row[k] for k, layer in candidates))
+                if others:
+                    terms = [row[k] * layer(nodes[j]) if k == winner else row[k] for k, layer in candidates]
+                else:
+                    terms = [row[k] * layer(nodes[j]) for k, layer in candidates if k == winner]
+                arriving.append(sum(terms))
             nodes.append(sum(arriving))
         return nodes[-1]
 
@@ -148,14 +155,14 @@ class TinyNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, classes)."""
-        hard = self.sample() if self.mode == "hard" else None
+        hard = self.sample() if self.mode != "soft" else None
         soft = F.softmax(self.arch, dim=-1)
         feature = self.stem(x)
         for cell in self.cells:
             if not isinstance(cell, SearchCell):
                 feature = cell(feature)
             elif hard:
-                feature = cell.forward_hard(feature, *hard)
+                feature = cell.forward_hard(feature, *hard, others=self.mode == "hard")
             else:
                 feature = cell(feature, soft)
         return self.classifier(F.adaptive_avg_pool2d(self.lastact(feature), 1).flatten(1))
@@ -180,11 +187,11 @@ def build(
     """A supernet (N, 3, H, W) -> (N, classes), H and W divisible by 4, of three stages of `layers` // 3 cells, at least 1.
 
     Args:
-        mode: "soft" runs all candidates, "hard" one of each edge.
+        mode: "soft" runs all candidates, "hard" one of each edge and adds the others' weights, "chosen" does not.
         affine, track: of BN inside the candidates, as PyTorch's `affine` and `track_running_stats`.
         nodes: of a cell, its input included.
-        tau: the temperature of the hard mode.
-        seed: of the sample of the hard mode, the same in each call; set the attribute `seed` for another one.
+        tau: the temperature of the sample of the other modes.
+        seed: of that sample, the same in each call; set the attribute `seed` for another one.
     """
     depth = max(layers // 3, 1)
     return TinyNetwork(channels, depth, classes, nodes, mode, tau, seed, affine=affine, track=track)

@@ -67,7 +67,7 @@ class Batch {
         store_node(scratch_[thread], plan_.states() - 1, n);
       }
     });
-    pending_.any = false;
+    pending_.clear();
   }
 
   // ---- backward --------------------------------------------------------------------------------------------------------
@@ -187,7 +187,8 @@ class Batch {
   // Pools of a state, for all its edges. On a forward pass also their moments, and what remains to be done for a node.
   void begin_source(int64_t source, const State& state, bool forward) {
     const bool node_done = forward && source >= plan_.shape.inputs;
-    if (!plan_.max && !plan_.avg && !node_done) return;
+    const bool max = plan_.leaves(source, &Edge::max), avg = plan_.leaves(source, &Edge::avg);
+    if (!max && !avg && !node_done) return;
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
     double *max_sums = pool_sums_, *avg_sums = pool_sums_ + 2 * images() * plan_.padded;
@@ -197,7 +198,7 @@ class Batch {
         if (forward) add_pending(s, n);  // before the pools it refers to change
         if (node_done) store_node(s, source, n);
         const float* image_in = state.data + n * state.image;
-        if (!state.dense() && (plan_.max || plan_.avg)) {
+        if (!state.dense() && (max || avg)) {
           load_dense(plan_, state, n, s.state_grad);
           image_in = s.state_grad;
         }
@@ -205,30 +206,28 @@ class Batch {
           const Section section(s.clock, Work::pools);
           const float* in = image_in + group * pixels * kLanes;
           const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
-          if (plan_.max)
+          if (max)
             max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, forward ? nullptr : across(n, group),
                      forward ? nullptr : down(n, group));
-          if (plan_.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
+          if (avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
         }
         if (!forward || !plan_.shape.pool_norm) continue;
         const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-        if (plan_.max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
-        if (plan_.avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
+        if (max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
+        if (avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
       }
     });
-    if (forward) pending_.any = false;
+    if (forward) pending_.clear();
     if (!forward || !plan_.shape.pool_norm) return;
     for (const Edge& edge : plan_.edges)
       if (edge.source == source) {
-        if (plan_.max) settle(edge.max_norm, max_sums);
-        if (plan_.avg) settle(edge.avg_norm, avg_sums);
+        if (edge.max >= 0) settle(edge.max_norm, max_sums);
+        if (edge.avg >= 0) settle(edge.avg_norm, avg_sums);
       }
   }
 
   void forward_edge(const Edge& edge, int64_t e, const State& state) {
-    if (edge.branches.empty()) {
-      settle_pending();
-    } else {
+    if (!edge.branches.empty()) {
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         const Scratch& s = scratch_[thread];
         const Tile tile = sized(s.state, state.height, state.width);
@@ -252,7 +251,7 @@ class Batch {
           }
         }
       });
-      pending_.any = false;
+      pending_.clear();
       bool second = false;
       for (const Branch& branch : edge.branches) second |= branch.stages.size() > 1;
       settle_stage(edge, false);
@@ -297,14 +296,13 @@ class Batch {
              nullptr);
   }
 
-  // An edge whose branches are computed and not yet added to its node. That is done image by image inside the next
-  // stage, whose arithmetic hides the reading.
+  // An edge that is computed and not yet added to its node. That is done image by image inside the next stage, whose
+  // arithmetic hides the reading.
   struct Term {
     const float* data;
     std::vector<float> factor;
   };
   struct Pending {
-    bool any = false;
     std::vector<Term> terms;
     std::vector<float> constant;
     State state;
@@ -314,9 +312,8 @@ class Batch {
   };
 
   void leave(const Edge& edge, int64_t e, const State& state) {
-    Pending& left = pending_;
+    Pending left{};
     const float* w = mixing(e);
-    left.terms.clear();
     left.constant.assign(plan_.padded, 0.0f);
     const auto add = [&](const float* data, int64_t mix, int64_t norm) {
       Term term{data, std::vector<float>(plan_.padded, w[mix])};
@@ -335,35 +332,32 @@ class Batch {
     left.skip = left.has_skip ? w[edge.skip] : 0.0f;
     left.set_node = edge.source == 0;  // the first edge of every node
     left.target = node(edge.target);
-    left.any = true;
-  }
-
-  // Adds the pending edge to its node, for all images.
-  void settle_pending() {
-    if (!pending_.any) return;
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) add_pending(scratch_[thread], n);
-    });
-    pending_.any = false;
+    if (left.set_node || left.has_skip || !left.terms.empty()) pending_.push_back(std::move(left));
   }
 
   bool is_pending(const float* data) const {
-    return pending_.any && std::any_of(pending_.terms.begin(), pending_.terms.end(),
-                                       [&](const Term& term) { return term.data == data; });
+    for (const Pending& left : pending_)
+      for (const Term& term : left.terms)
+        if (term.data == data) return true;
+    return false;
   }
 
   void announce_pending(const Scratch& s, int64_t n) const {
-    if (!pending_.any) return;
     const int64_t pixels = plan_.pixels_out();
-    for (const Term& term : pending_.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
-    if (pending_.has_skip) announce(s, plan_, pending_.state, n);
-    announce(s, plan_, pending_.target + n * plan_.image_out(), pixels);
+    for (const Pending& left : pending_) {
+      for (const Term& term : left.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
+      if (left.has_skip) announce(s, plan_, left.state, n);
+      announce(s, plan_, left.target + n * plan_.image_out(), pixels);
+    }
   }
 
   void add_pending(const Scratch& s, int64_t n) const {
-    if (!pending_.any) return;
+    if (pending_.empty()) return;
     const Section section(s.clock, Work::nodes);
-    const Pending& left = pending_;
+    for (const Pending& left : pending_) add_to_node(left, n);
+  }
+
+  void add_to_node(const Pending& left, int64_t n) const {
     const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels;
     const Vector skip = set(left.skip);
     for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -671,13 +665,17 @@ class Batch {
   // Pools and identities of all edges that leave a state.
   void pools_backward(int64_t source, const State& state) {
     std::vector<int64_t> leaving;
-    bool any_skip = false;
-    for (size_t e = 0; e < plan_.edges.size(); ++e)
-      if (plan_.edges[e].source == source) {
-        leaving.push_back(e);
-        any_skip |= plan_.edges[e].skip >= 0;
-      }
-    if (!plan_.max && !plan_.avg && !any_skip) return;
+    std::vector<size_t> with_max, with_avg, with_skip;  // which of them have these candidates
+    for (size_t e = 0; e < plan_.edges.size(); ++e) {
+      const Edge& edge = plan_.edges[e];
+      if (edge.source != source) continue;
+      if (edge.max >= 0) with_max.push_back(leaving.size());
+      if (edge.avg >= 0) with_avg.push_back(leaving.size());
+      if (edge.skip >= 0) with_skip.push_back(leaving.size());
+      leaving.push_back(e);
+    }
+    const bool any_skip = !with_skip.empty();
+    if (with_max.empty() && with_avg.empty() && !any_skip) return;
     begin_source(source, state, false);
     const int64_t stride = images() * plan_.padded;
     const auto sums = [&](size_t i, int kind) { return pool_sums_ + (2 * i + kind) * stride; };
@@ -695,9 +693,9 @@ class Batch {
           const float* g = gradient(edge.target, n);
           const int64_t image = n * plan_.image_out(), to = n * plan_.padded;
           const auto mean = [&](int64_t norm) { return norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr; };
-          if (plan_.max) dot(s, g, max_ + image, mean(edge.max_norm), sums(i, 0) + to);
-          if (plan_.avg) dot(s, g, avg_ + image, mean(edge.avg_norm), sums(i, 1) + to);
-          if (any_skip && grad_.weights) dot(s, g, x, nullptr, &skip_dots[i * stride + to]);
+          if (edge.max >= 0) dot(s, g, max_ + image, mean(edge.max_norm), sums(i, 0) + to);
+          if (edge.avg >= 0) dot(s, g, avg_ + image, mean(edge.avg_norm), sums(i, 1) + to);
+          if (edge.skip >= 0 && grad_.weights) dot(s, g, x, nullptr, &skip_dots[i * stride + to]);
         }
       }
     });
@@ -723,8 +721,8 @@ class Batch {
         }
         set_mixing_gradient(e, mix, mixing_grad);
       };
-      if (plan_.max) settle_pool(0, edge.max, edge.max_norm);
-      if (plan_.avg) settle_pool(1, edge.avg, edge.avg_norm);
+      if (edge.max >= 0) settle_pool(0, edge.max, edge.max_norm);
+      if (edge.avg >= 0) settle_pool(1, edge.avg, edge.avg_norm);
       if (edge.skip >= 0 && grad_.weights) {
         total(&skip_dots[i * stride], dots.data());
         double all = 0;
@@ -744,14 +742,15 @@ class Batch {
           const int64_t plane = group * plan_.plane_out();
           // What goes back through each pool: a weighted sum of the gradients, the pooled state and a constant.
           for (int kind = 0; kind < 2; ++kind) {
-            if (!(kind == 0 ? plan_.max : plan_.avg)) continue;
+            const std::vector<size_t>& with = kind == 0 ? with_max : with_avg;
+            if (with.empty()) continue;
             const float* pooled = (kind == 0 ? max_ : avg_) + n * plan_.image_out() + plane;
             Vector slope = zero(), constant = zero();
-            for (size_t i = 0; i < leaving.size(); ++i) {
+            for (size_t i : with) {
               slope += load(pool_[2 * i + kind].b + group * kLanes);
               constant += load(pool_[2 * i + kind].d + group * kLanes);
             }
-            weighted(leaving, n, plane, plan_.pixels_out(), s.mid_grad, pooled, slope, constant,
+            weighted(leaving, with, n, plane, plan_.pixels_out(), s.mid_grad, pooled, slope, constant,
                      [&](size_t i) { return load(pool_[2 * i + kind].a + group * kLanes); });
             if (kind == 0)
               max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
@@ -759,22 +758,23 @@ class Batch {
               average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
           }
           if (any_skip)
-            weighted(leaving, n, plane, pixels, to, to, set(1.0f), zero(),
+            weighted(leaving, with_skip, n, plane, pixels, to, to, set(1.0f), zero(),
                      [&](size_t i) { return set(mixing(leaving[i])[plan_.edges[leaving[i]].skip]); });
         }
     });
   }
 
-  // to = slope * from + constant + sum over edges of factor(edge) * gradient of its target, on a plane of an image.
+  // to = slope * from + constant + sum over `which` edges of factor(edge) * gradient of its target, on a plane of an image.
   template <typename Factor>
-  RNAS_INLINE void weighted(const std::vector<int64_t>& leaving, int64_t n, int64_t plane, int64_t pixels, float* to,
-                            const float* from, Vector slope, Vector constant, const Factor& factor) const {
+  RNAS_INLINE void weighted(const std::vector<int64_t>& leaving, const std::vector<size_t>& which, int64_t n,
+                            int64_t plane, int64_t pixels, float* to, const float* from, Vector slope, Vector constant,
+                            const Factor& factor) const {
     for (int64_t p = 0; p < pixels; p += kBlock) {
       const int64_t size = std::min<int64_t>(kBlock, pixels - p);
       Vector sum[kBlock];
 #pragma GCC unroll 8
       for (int64_t q = 0; q < kBlock; ++q) sum[q] = fma(load(from + (p + std::min(q, size - 1)) * kLanes), slope, constant);
-      for (size_t i = 0; i < leaving.size(); ++i) {
+      for (size_t i : which) {
         const float* g = gradient(plan_.edges[leaving[i]].target, n) + plane + p * kLanes;
         const Vector f = factor(i);
         if (size == kBlock) {
@@ -829,7 +829,7 @@ class Batch {
   double* pool_sums_ = nullptr;  // (edges that leave a state, 2 pools, images, padded), or the pools' moments
   Winner* winners_ = nullptr;
   float *out_ = nullptr, *kept_ = nullptr, *batch_mean_ = nullptr, *batch_variance_ = nullptr;
-  Pending pending_;
+  std::vector<Pending> pending_;
   MixedGradients grad_{};
   std::vector<float*> grads_;    // of each state, dense
   std::vector<WeightSums> weight_sums_;

@@ -277,7 +277,7 @@ class Fixed {
     const PoolShape shape = pool_shape(source);
     const int64_t pixels = x.height * x.width;
     if (!linear || !masks_) load_dense(plan_, x, n, s.state_grad);
-    if (linear && !masks_ && plan_.max)
+    if (linear && !masks_ && plan_.leaves(source, &Edge::max))
       for (int64_t group = 0; group < plan_.groups; ++group) find_winners(x, source, local, mask, nullptr, group);
     if (linear) load_dense(plan_, v, n, s.state_grad);
     for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -291,7 +291,7 @@ class Fixed {
           for (int64_t p = 0; p < plan_.plane_out(); p += kLanes) store(to + p, fma(load(from + p), f, load(to + p)));
         }
       };
-      if (plan_.max) {
+      if (plan_.leaves(source, &Edge::max)) {
         if (linear)
           max_pool_linear(in, x.width * kLanes, shape, s.pool_rows, local.plane, across(mask, source, group),
                           down(mask, source, group));
@@ -299,7 +299,7 @@ class Fixed {
           find_winners(x, source, local, mask, local.plane, group);
         add(local.plane, &Edge::max, &Edge::max_norm);
       }
-      if (plan_.avg) {
+      if (plan_.leaves(source, &Edge::avg)) {
         average_pool(in, x.width * kLanes, shape, s.pool_rows, local.plane);
         add(local.plane, &Edge::avg, &Edge::avg_norm);
       }
@@ -450,7 +450,7 @@ class Fixed {
     const int64_t pixels = x.height * x.width, plane = plan_.plane_out();
     if (!masks_) {
       load_dense(plan_, x, n, s.state_grad);
-      if (plan_.max)
+      if (plan_.leaves(source, &Edge::max))
         for (int64_t group = 0; group < plan_.groups; ++group) find_winners(x, source, local, mask, nullptr, group);
       if (linear) load_dense(plan_, v, n, s.state_grad);
     }
@@ -476,7 +476,7 @@ class Fixed {
           }
         }
       };
-      // The sum over edges of gradient times factor, into mid_grad; false where there is no such edge.
+      // The sum over edges of gradient times factor, into mid_grad.
       const auto weighted = [&](int64_t Edge::*mix, int64_t Edge::*norm) {
         bool first = true;
         for (size_t e = 0; e < plan_.edges.size(); ++e) {
@@ -488,9 +488,8 @@ class Fixed {
             store(s.mid_grad + p, first ? load(g + p) * f : fma(load(g + p), f, load(s.mid_grad + p)));
           first = false;
         }
-        return !first;
       };
-      if (plan_.max) {
+      if (plan_.leaves(source, &Edge::max)) {
         if (parameters) {
           max_pool_linear(in, x.width * kLanes, shape, s.pool_rows, local.plane, across(mask, source, group),
                           down(mask, source, group));
@@ -499,7 +498,7 @@ class Fixed {
         weighted(&Edge::max, &Edge::max_norm);
         max_pool_backward(s.mid_grad, shape, s.pool_rows, across(mask, source, group), down(mask, source, group), to);
       }
-      if (plan_.avg) {
+      if (plan_.leaves(source, &Edge::avg)) {
         if (parameters) {
           average_pool(in, x.width * kLanes, shape, s.pool_rows, local.plane);
           dots(local.plane, 2, &Edge::avg);
@@ -507,9 +506,10 @@ class Fixed {
         weighted(&Edge::avg, &Edge::avg_norm);
         average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
       }
+      if (!plan_.leaves(source, &Edge::skip)) continue;
       if (parameters) dots(in, 0, &Edge::skip);
-      if (weighted(&Edge::skip, nullptr))
-        for (int64_t p = 0; p < plane; p += kLanes) add_to(to + p, load(s.mid_grad + p));
+      weighted(&Edge::skip, nullptr);
+      for (int64_t p = 0; p < plane; p += kLanes) add_to(to + p, load(s.mid_grad + p));
     }
   }
 

@@ -80,6 +80,11 @@ struct Plan {
   int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep
   bool max = false, avg = false, winograd = false;  // whether there are any
   int64_t states() const { return shape.inputs + shape.nodes; }
+  // Whether an edge from a state has this candidate.
+  bool leaves(int64_t source, int64_t Edge::*candidate) const {
+    return std::any_of(edges.begin(), edges.end(),
+                       [&](const Edge& edge) { return edge.source == source && edge.*candidate >= 0; });
+  }
   int64_t height(int64_t state) const { return state < shape.inputs ? shape.height : height_out; }
   int64_t width(int64_t state) const { return state < shape.inputs ? shape.width : width_out; }
   int64_t pixels_out() const { return height_out * width_out; }
@@ -223,7 +228,8 @@ inline Plan make_plan(const MixedShape& shape) {
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
       Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};
-      for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, shape.primitives[mix]);
+      const Primitive* primitives = shape.of_edge(plan.edges.size());
+      for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, primitives[mix]);
       plan.edges.push_back(edge);
     }
   return plan;

@@ -132,7 +132,8 @@ inline Plan make_plan(const MixedShape& shape) {
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
       Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};
-      for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, shape.primitives[mix]);
+      const Primitive* primitives = shape.of_edge(plan.edges.size());
+      for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, primitives[mix]);
       plan.edges.push_back(edge);
     }
   return plan;

@@ -3,7 +3,8 @@
 #include "rnas/types.h"
 
 // A cell of mixed edges, fused. A mixed edge computes sum_k weights[e, k] * primitive_k(x); node j is the sum of the
-// edges from all input states and all nodes before it. One input and one node make a single mixed edge.
+// edges from all input states and all nodes before it. One input and one node make a single mixed edge. An edge whose
+// primitives are all `none` is as good as no edge.
 //
 // Legend: N images, C channels, H W pixels of the input states, H' W' = ceil(H / stride), ceil(W / stride), S input
 // states, J nodes, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
@@ -40,9 +41,11 @@ enum class Primitive {
 struct MixedShape {
   int64_t batch, channels, height, width;  // N, C, H, W
   int64_t inputs, nodes, stride;           // S, J, 1 or 2
-  const Primitive* primitives;             // (K)
+  const Primitive* primitives;             // (K), or (E, K) where each edge has its own
   int64_t candidates;                      // K
   bool pool_norm;
+  bool each_edge = false;                  // whether each edge has its own; rows are filled up with Primitive::none
+  const Primitive* of_edge(int64_t edge) const { return primitives + (each_edge ? edge * candidates : 0); }
 };
 
 // What a forward pass keeps for its backward pass.
