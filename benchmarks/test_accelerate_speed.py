@@ -33,6 +33,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {
     "weights as attributes": partial(hooked.build, hooks=()),
     "NAS-Bench-201": nasbench201.build,
     "NAS-Bench-201, one hot": partial(nasbench201.build, mode="hard"),
+    "NAS-Bench-201, chosen ones": partial(nasbench201.build, mode="chosen"),
 }
 LAYOUTS = {  # of the images and weights, and whether the model is accelerated
     "eager": (torch.contiguous_format, False),

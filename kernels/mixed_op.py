@@ -433,7 +433,7 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
 
 
 def _last_node(nodes: Tensor, states: Sequence[Tensor], settings: _Settings) -> Tensor:
-    """A copy in the layout of the states, as nobody may see the rest of `nodes` change; empty where nobody wants it."""
+    """A copy in the layout of the states, as outputs of an op share no memory; empty where nobody wants it."""
     if not settings.last:
         return nodes.new_empty(0)
     channels, layout = states[0].shape[1], fused.layout(states[0])

@@ -86,7 +86,7 @@ def test_activations_are_kept_or_nothing(mode, wanted, expected, cuda_device):
 def test_what_the_kernels_do_not_keep_is_refused(keep, cuda_device):
     problem = draw(mode="train", shape=(2, 4, 6, 6)).copy(device=cuda_device)
     theta = torch.cat([tensor.reshape(-1) for tensor in problem.leaves("parameters")])
-    settings = _Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep)
+    settings = _Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False)
     with pytest.raises(ValueError):
         torch.ops.rnas.mixed_cell_forward(
             problem.states, problem.weights[None], theta, None, None, None, None, *settings

@@ -334,7 +334,7 @@ def test_the_compiled_functions_refuse_what_they_do_not_take(dtype, cuda_device,
         rest = (1e-5, False, 0, address, 0, 0, 0, torch.zeros(2**16).data_ptr(), dtype_name, 0, 0)
         weights = torch.ones(1)
         shape = (1, channels, 2, 2, 1, 1, 1, 1)
-        kernels_on_host.mixed_forward(shape, ["skip_connect"], [address, weights.data_ptr(), *tables], *rest)
+        kernels_on_host.mixed_forward(shape, [["skip_connect"]], [address, weights.data_ptr(), *tables], *rest)
 
     forward(4, 0, name)
     for arguments in ((3, 0, name), (4, 2, name), (4, 0, "float64")):
