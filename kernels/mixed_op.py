@@ -275,7 +275,7 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     nodes, through, around, edge = [], [], [], 0
     channels = call.states[0].shape[1] // call.partial
     shapes = _edges(call.primitives, len(call.states), call.nodes, call.stride, call.pool_norm, channels).shapes
-    names = call.primitives if len(call.primitives) > 1 else call.primitives * len(shapes)
+    names = _of_each_edge(call.primitives, len(shapes))
     for node in range(call.nodes):
         for state in nodes[-1:] if node else call.states:
             mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
@@ -315,8 +315,7 @@ def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: b
         tables = (weights, theta, gamma, beta, mean, variance)
         weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    names = names[:1] if len(set(names)) == 1 else names
-    primitives = ";".join([",".join(row) for row in names])
+    primitives = ";".join([",".join(row) for row in _once(names)])
     settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last)
     tables = (weights, theta, gamma, beta, mean, variance)
     out, mean, variance, _, last_node = _forward_op(list(states), *tables, *settings)
@@ -708,8 +707,8 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
     In the dtype of the parameters; rounded once to that of the states.
     """
     images, states = states[0].dtype, [state.to(theta.dtype) for state in states]
-    rows, channels = [tuple(row) for row in engine.rows(settings.primitives)], int(states[0].shape[1])
-    names = rows if len(rows) > 1 else rows * len(weights)
+    rows, channels = tuple(map(tuple, engine.rows(settings.primitives))), int(states[0].shape[1])
+    names = _of_each_edge(rows, len(weights))
     parameters, norms, at, row = [], [], 0, 0
     for node in range(settings.nodes):
         for source in range(len(states) + node):
@@ -734,7 +733,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
         weights,
         parameters,
         norms,
-        primitives=tuple(names),
+        primitives=names,
         nodes=settings.nodes,
         stride=settings.stride,
         pool_norm=settings.pool_norm,
@@ -830,8 +829,17 @@ def _rows(primitives: reference.Primitives, edges: int) -> tuple[tuple[str, ...]
         raise ValueError(
             f"primitives must be a tuple of names, or one for each of the {edges} edges; got {len(primitives)} of them"
         )
-    rows = tuple([_row(row) if row != () else ("none",) for row in primitives])
+    return _once(tuple([("none",) if row in ((), []) else _row(row) for row in primitives]))
+
+
+def _once(rows: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """One row where all are the same."""
     return rows[:1] if len(set(rows)) == 1 else rows
+
+
+def _of_each_edge(rows: tuple[tuple[str, ...], ...], edges: int) -> tuple[tuple[str, ...], ...]:
+    """The row of each edge; undoes `_once`."""
+    return rows if len(rows) > 1 else rows * edges
 
 
 def _row(primitives: Sequence[str]) -> tuple[str, ...]:
@@ -889,7 +897,7 @@ def _edges(names: tuple[tuple[str, ...], ...], inputs: int, nodes: int, stride: 
 @functools.lru_cache(maxsize=256)
 def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
     strides = [stride if source < inputs else 1 for node in range(nodes) for source in range(inputs + node)]
-    rows = names if len(names) > 1 else names * len(strides)
+    rows = _of_each_edge(names, len(strides))
     shapes = [reference.parameter_shapes(row, channels, each) for row, each in zip(rows, strides)]
     norms = [reference.norm_count(row, each, pool_norm) for row, each in zip(rows, strides)]
     return _Edges(shapes, norms)

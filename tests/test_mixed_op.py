@@ -254,6 +254,20 @@ def test_the_same_candidates_for_every_edge_are_common_ones():
     assert torch.equal(own.run(), problem.run())
 
 
+def test_an_edge_without_candidates_is_one_of_none():
+    problem = draw(space="no parameters", cell=(1, 2, 1), shape=(2, 4, 5, 5), mode="train")
+    problem.norms = [problem.norms[0], [], problem.norms[2]]
+    results = []
+    for absent in ((), [], ("none",)):
+        each = problem.copy()
+        each.primitives = (problem.primitives, absent, problem.primitives)
+        results.append(each.run())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    problem.primitives = (problem.primitives, ())
+    with pytest.raises(ValueError, match="one for each of the 3 edges; got 2"):
+        problem.run()
+
+
 def test_an_absent_candidate_passes_no_nan_on():
     # An edge without a pool or identity must not multiply the gradient of its node by zero.
     problem = draw(space="no parameters", cell=(1, 2, 1), shape=(2, 4, 5, 5), mode="train")
