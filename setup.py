@@ -9,12 +9,14 @@ Environment:
   FORCE_CUDA              1: a missing nvcc is an error; 0: leave CUDA out
   TORCH_CUDA_ARCH_LIST    "8.0;9.0;10.0+PTX", with semicolons or spaces (default: 8.0, 9.0, 10.0 and PTX of the last)
   MAX_JOBS                compile jobs at a time
+  CMAKE_ARGS              further options of cmake, such as -DRNAS_LEVEL=baseline for a quick build
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,6 +131,7 @@ class BuildKernels(build_ext):
             options["CMAKE_CUDA_ARCHITECTURES"] = ";".join(cuda_architectures(nvcc))
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         configure = [f"-D{name}={value}" for name, value in options.items()]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         output.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", work, "-G", "Ninja", *configure], check=True)
         subprocess.run(["cmake", "--build", work, *jobs], check=True)

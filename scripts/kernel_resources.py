@@ -1,10 +1,15 @@
 """Registers, shared memory and spills of every GPU kernel, for each architecture, as the assembler reports them.
 
     python scripts/kernel_resources.py [--check] [--arch 80 90 100] [FILE.cu or FILE.py ...]
+    python scripts/kernel_resources.py --check --built MODULE
     python scripts/kernel_resources.py --write
 
 Compiles the CUDA kernels of csrc/cuda with nvcc and those of kernels/triton with triton, which brings its assembler;
 without a GPU. What is not installed is left out, and said.
+
+--built reads the CUDA kernels' numbers out of a compiled module, rnas/_cuda*.so, in no time; it has to be of these
+sources. A module does not tell of spills, but of a kernel's memory of its own: any counts as one. It needs cuobjdump,
+which the CUDA toolkit or triton brings.
 
 --write keeps the numbers in csrc/cuda/resources.json, with the versions of the compilers. --check compares with them;
 its exit status is 1 where a kernel
@@ -41,6 +46,7 @@ TRITON = ROOT / "kernels" / "triton"
 RECORD = CSRC / "cuda" / "resources.json"
 ARCHITECTURES = ("80", "90", "100")
 REGISTERS = 8  # a growth beyond this many fails
+RESERVED = 1024  # bytes of shared memory that the system has of each block from sm_90 on; a module counts them
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,49 @@ def compile_cuda(source: Path, arch: str) -> list[Kernel]:
     kernels = parse(title(source), done.stderr)
     names = short_names([kernel.name for kernel in kernels])
     return [replace(kernel, name=names[kernel.name]) for kernel in kernels]
+
+
+def find_cuobjdump() -> str | None:
+    """The program that takes modules apart: that of the toolkit, or the one that triton brings."""
+    found = [shutil.which("cuobjdump"), str(Path(find_nvcc() or "").resolve().parent / "cuobjdump")]
+    if spec := importlib.util.find_spec("triton"):
+        found.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return next((path for path in found if path and os.access(path, os.X_OK)), None)
+
+
+def read_module(module: Path, architectures: list[str], record: dict) -> list[Kernel]:
+    """The CUDA kernels of a compiled module. Their files are those of the record."""
+    command = [find_cuobjdump(), "-res-usage", str(module)]
+    kernels = parse_module(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    missing = {f"sm_{arch}" for arch in architectures} - {kernel.arch for kernel in kernels}
+    if missing:
+        sys.exit(f"kernel_resources: {module.name} holds nothing for {', '.join(sorted(missing))}")
+    names = short_names(sorted({kernel.name for kernel in kernels}))
+    files: dict[str, list[str]] = {}
+    for file, found in record["kernels"].items():
+        for name in found:
+            files.setdefault(name, []).append(file)
+    made = [
+        replace(kernel, name=names[kernel.name], file=file)
+        for kernel in kernels
+        if kernel.arch.removeprefix("sm_") in architectures
+        for file in files.get(names[kernel.name], [module.name])
+    ]
+    return list(dict.fromkeys(made))
+
+
+def parse_module(listing: str) -> list[Kernel]:
+    """The kernels in the output of `cuobjdump -res-usage`."""
+    kernels = []
+    for part in listing.split("arch = ")[1:]:
+        arch = part.split()[0]
+        for name, numbers in re.findall(r"Function (\S+):\s+(REG:.*)", part):
+            register, stack, shared, local = (
+                int(re.search(rf"{word}:(\d+)", numbers)[1]) for word in ("REG", "STACK", "SHARED", "LOCAL")
+            )
+            reserved = RESERVED if int(re.sub(r"\D", "", arch)) >= 90 else 0
+            kernels.append(Kernel("", name, arch, register, max(0, shared - reserved), stack, stack + local, 0))
+    return kernels
 
 
 def compile_triton(source: Path, architectures: list[str]) -> list[Kernel]:
@@ -251,15 +300,20 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help="architectures (default: 80 90 100)")
     parser.add_argument("--check", action="store_true", help="fail where a kernel spills or outgrows the record")
     parser.add_argument("--write", action="store_true", help="renew the record")
+    parser.add_argument("--built", type=Path, metavar="MODULE", help="a compiled rnas._cuda, read instead of compiling")
     parser.add_argument("--record", type=Path, default=RECORD, help="the record (default: csrc/cuda/resources.json)")
     options = parser.parse_args()
-    if options.write and (options.files or options.check or options.arch != list(ARCHITECTURES)):
-        parser.error("--write takes every kernel and architecture; give it neither FILE nor --arch nor --check")
+    if options.write and (options.files or options.check or options.built or options.arch != list(ARCHITECTURES)):
+        parser.error("--write takes every kernel and architecture; give it neither FILE nor --arch, --check, --built")
     compilers = versions()
     if options.write and len(compilers) < 2:
         sys.exit("kernel_resources: the record needs nvcc (on PATH or under CUDA_HOME) and triton")
-    files = options.files or [*sorted((CSRC / "cuda").rglob("*.cu")), *sorted(TRITON.glob("*.py"))]
+    record = json.loads(options.record.read_text()) if options.record.exists() else {"compilers": {}, "kernels": {}}
+    sources = [] if options.built else sorted((CSRC / "cuda").rglob("*.cu"))
+    files = options.files or [*sources, *sorted(TRITON.glob("*.py"))]
     kernels = compile_all(files, options.arch, compilers)
+    if options.built:
+        kernels += read_module(options.built, options.arch, record)
     if not kernels:
         print("no kernel was found")
         return 1
@@ -268,7 +322,6 @@ def main() -> int:
         write(recorded(kernels, compilers), options.record)
     if not options.check:
         return 0
-    record = json.loads(options.record.read_text()) if options.record.exists() else {"compilers": {}, "kernels": {}}
     failures, notes = compare(kernels, compilers, record)
     for heading, lines in (("to know", notes), ("FAILED", failures)):
         if lines:

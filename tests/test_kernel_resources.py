@@ -69,9 +69,53 @@ def test_names_are_short_and_differ(resources):
     assert resources.short_names(list(mangled)) == mangled
 
 
+def built(resources):
+    """The arguments that read the kernels of the installed module, where that is possible; else they are compiled."""
+    spec = importlib.util.find_spec("rnas._cuda")
+    if spec is None or resources.find_cuobjdump() is None:
+        return []
+    command = [resources.find_cuobjdump(), "-lelf", spec.origin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return ["--built", spec.origin] if all(f"sm_{arch}." in listing for arch in resources.ARCHITECTURES) else []
+
+
+LISTING = """Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z4goodPf:
+  REG:40 STACK:0 SHARED:128 LOCAL:0 CONSTANT[0]:3072 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_90
+
+Resource usage:
+ Function _Z3badPf:
+  REG:255 STACK:16 SHARED:1088 LOCAL:8 CONSTANT[2]:64 CONSTANT[0]:936 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_reads_the_kernels_of_a_module(resources):
+    good, bad = resources.parse_module(LISTING)
+    assert (good.name, good.arch, good.registers, good.shared, good.spills) == ("_Z4goodPf", "sm_80", 40, 128, False)
+    assert (bad.name, bad.arch, bad.registers, bad.shared, bad.spills) == ("_Z3badPf", "sm_90", 255, 64, True)
+
+
+def test_a_module_without_an_architecture_is_refused(resources, monkeypatch):
+    monkeypatch.setattr(resources, "find_cuobjdump", lambda: "cat")
+    monkeypatch.setattr(resources.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, LISTING, ""))
+    with pytest.raises(SystemExit, match="holds nothing for sm_100"):
+        resources.read_module(Path("_cuda.so"), ["80", "90", "100"], {"kernels": {}})
+
+
 @pytest.mark.slow
-def test_no_kernel_spills_or_outgrows_the_record():
-    done = run("--check")
+def test_no_kernel_spills_or_outgrows_the_record(resources):
+    done = run("--check", *built(resources))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pgd_step.cu" in done.stdout and "sm_100" in done.stdout
     assert ("l2_kernel<fp32, per sample, unaligned>" in done.stdout) == HAS_TRITON
