@@ -42,6 +42,9 @@ class Cpu:
     TAKES_LAST = True
     """Whether a backward pass takes the gradient of the last node alone."""
 
+    READS_NODES = False
+    """Whether a backward pass reads the nodes that the forward pass has returned, rather than what is kept of them."""
+
     @property
     def module(self) -> ModuleType:
         """The compiled module."""
@@ -100,6 +103,9 @@ class Cuda:
 
     TAKES_LAST = False
     """As `Cpu.TAKES_LAST`."""
+
+    READS_NODES = True
+    """As `Cpu.READS_NODES`."""
 
     MOST_CHANNELS = 960
     """What a block's shared memory holds: kMostChannels in csrc/cuda/mixed/plan.h."""

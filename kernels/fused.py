@@ -83,20 +83,70 @@ def empty_cache() -> None:
 
 def pixels_first(tensor: Tensor) -> Tensor:
     """(N, C, H, W) as a dense (N, H, W, C); no copy where it is channels_last."""
-    return tensor.permute(0, 2, 3, 1).contiguous()
+    return arranged(tensor, torch.channels_last).permute(0, 2, 3, 1).contiguous()
+
+
+def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Images (N, C, H, W) in a memory format, themselves where they are; differentiable.
+
+    Equivalent to: x.contiguous(memory_format=layout)
+    """
+    if x.is_contiguous(memory_format=layout) or _matrices(x, layout) is None:
+        return x.contiguous(memory_format=layout)
+    return _Arranged.apply(x, layout) if torch.is_grad_enabled() and x.requires_grad else _transposed(x, layout)
+
+
+def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
+    """Rows, columns and what lies between two rows, where the images are matrices that compiled code transposes."""
+    if x.numel() < _SMALLEST or not x.is_cpu or x.dtype != torch.float32 or is_watched((x,)):
+        return None
+    _, channels, height, width = x.shape
+    _, channel, row, pixel = x.stride()
+    if layout == torch.channels_last:
+        fits, made = pixel == 1 and row == width, (channels, height * width, channel)
+    else:
+        fits, made = channel == 1 and row == width * pixel, (height * width, channels, pixel)
+    return made if fits and not isinstance(backend.load("cpu"), str) else None
+
+
+_SMALLEST = 2**15
+"""Elements from which on a call of compiled code pays."""
+
+
+def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
+    rows, columns, between = _matrices(x, layout)
+    n, channels, height, width = x.shape
+    last = layout == torch.channels_last
+    out = empty_image(x, channels, height, width) if last else empty(x, x.shape)
+    place = (x.data_ptr(), x.stride(0), between, out.data_ptr())
+    backend.module("cpu").transpose(n, rows, columns, *place, torch.get_num_threads())
+    return out
+
+
+class _Arranged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout):
+        return _transposed(x, layout)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width), channels_last."""
     shape = (like.shape[0], height, width, channels)
-    return empty(like, shape).permute(0, 3, 1, 2)
+    return empty(like, shape).permute(0, 3, 1, 2).detach()
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty tensor of the dtype and on the device of `like`, from the pool where nobody is watching."""
+    """An empty tensor of the dtype and on the device of `like`, from the pool where nobody is watching.
+
+    No view of another, as far as autograd is concerned: results of an op may be changed in place.
+    """
     if not like.is_cpu or is_watched((like,)):
         return like.new_empty(shape)
-    return POOL.take(like.element_size() * math.prod(shape)).view(like.dtype).view(shape)
+    return POOL.take(like.element_size() * math.prod(shape)).view(like.dtype).view(shape).detach()
 
 
 def addresses(tensors) -> list[int]:

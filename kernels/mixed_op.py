@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, engine, fused
+from rnas.kernels import arguments, backend, engine, fused, partial
 from rnas.kernels.reference import mixed_op as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 
@@ -44,7 +44,8 @@ def mixed_op(
             `norm_count(primitives, stride, pool_norm)` says. Each is used as if it were called: its training flag
             decides between batch and running statistics, and in training mode its running averages move.
         primitives: the names of the K candidates, each at most once: none, skip_connect (at stride 2 FactorizedReduce),
-            max_pool_3x3, avg_pool_3x3, sep_conv_3x3, sep_conv_5x5, dil_conv_3x3, dil_conv_5x5, conv_1x1, conv_3x3.
+            max_pool_3x3, avg_pool_3x3, sep_conv_3x3, sep_conv_5x5, dil_conv_3x3, dil_conv_5x5, conv_1x1, conv_3x3; and
+            ones, an image of ones: its weight is a number that is added, as GDAS adds those of unsampled candidates.
         stride: 1 or 2.
         pool_norm: whether each pool is followed by a BN, as in DARTS.
         partial: K of PC-DARTS: the first C / K channels go through the candidates, the rest go around them (at stride 2
@@ -79,8 +80,8 @@ def mixed_op(
 
     Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), equation 2; Xu et al., PC-DARTS (arXiv 1907.05737), section 3.1.
     """
-    _check_state("x", x)
-    names = _row(primitives)
+    arguments.check_state("x", x)
+    names = arguments.row_of(primitives)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a tensor of shape ({len(names)},), got {type(weights).__name__}")
     if weights.dim() != 1:
@@ -159,7 +160,7 @@ def mixed_cell(
         edge_weights=edge_weights,
         last=last and nodes != 1,
     )
-    return found.all.contiguous(memory_format=fused.layout(states[0])) if found.last is None else found.last
+    return fused.arranged(found.all, fused.layout(states[0])) if found.last is None else found.last
 
 
 class Nodes(NamedTuple):
@@ -175,17 +176,17 @@ def cell_nodes(
     states, weights, parameters, norms, *, primitives, nodes, stride, pool_norm, partial, edge_weights, last
 ) -> Nodes:
     """As `mixed_cell`, for who may need the other nodes beside the last."""
-    states = _check_states(states)
-    _check_options(nodes, stride)
+    states = arguments.check_states(states)
+    arguments.check_options(nodes, stride)
     x = states[0]
-    channels = _check_partial(partial, int(x.shape[1]))
-    names = _rows(primitives, nodes * len(states) + nodes * (nodes - 1) // 2)
-    edges = _edges(names, len(states), nodes, stride, bool(pool_norm), channels)
-    _check_weights(x, weights, names, len(edges.shapes))
-    _check_groups(parameters, norms, len(edges.shapes))
-    read = _read(x, channels, parameters, norms, edges)
+    channels = arguments.check_partial(partial, int(x.shape[1]))
+    names = arguments.rows_of(primitives, nodes * len(states) + nodes * (nodes - 1) // 2)
+    edges = arguments.edges_of(names, len(states), nodes, stride, bool(pool_norm), channels)
+    arguments.check_weights(x, weights, names, len(edges.shapes))
+    arguments.check_groups(parameters, norms, len(edges.shapes))
+    read = arguments.read_parameters(x, channels, parameters, norms, edges)
     if edge_weights is not None:
-        _check_edge_weights(x, edge_weights, len(edges.shapes))
+        arguments.check_edge_weights(x, edge_weights, len(edges.shapes))
     options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last))
     call = _Call(states, weights, parameters, norms, *options, *read)
     on = engine.of(x)
@@ -208,7 +209,7 @@ def arrange(x: Tensor) -> Tensor:
     Equivalent to: x.contiguous(memory_format=torch.channels_last) where a compiled kernel serves x, else x itself.
     """
     serving, _ = OP.decide(x.device, x.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if serving in ("cpu", "cuda") else x
+    return fused.arranged(x, torch.channels_last) if serving in ("cpu", "cuda") else x
 
 
 # ---- what the fused op takes -----------------------------------------------------------------------------------------
@@ -270,18 +271,19 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     weights: those of the candidates times those of the edges.
     """
     parameters, norms = list(call.parameters), list(call.norms)
-    scales = None if call.edge_weights is None else call.edge_weights.unbind()
+    scales = call.edge_weights
     layout = fused.layout(call.states[0])  # kept, as most channels only go around
     nodes, through, around, edge = [], [], [], 0
     channels = call.states[0].shape[1] // call.partial
-    shapes = _edges(call.primitives, len(call.states), call.nodes, call.stride, call.pool_norm, channels).shapes
-    names = _of_each_edge(call.primitives, len(shapes))
+    options = (call.nodes, call.stride, call.pool_norm, channels)
+    shapes = arguments.edges_of(call.primitives, len(call.states), *options).shapes
+    names = arguments.of_each_edge(call.primitives, len(shapes))
     for node in range(call.nodes):
         for state in nodes[-1:] if node else call.states:
             mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
-            through.append(mixed.contiguous(memory_format=torch.channels_last))  # once for all edges that leave it
+            through.append(fused.arranged(mixed, torch.channels_last))  # once for all edges that leave it
             around.append(other)
-        others = _weighted_sum(around, None if scales is None else scales[edge : edge + len(around)])
+        first = edge
         total, inputs = 0, len(call.states) if call.stride == 2 else len(through)
         for sources, stride in ((through[:inputs], call.stride), (through[inputs:], 1)):
             if sources:
@@ -293,17 +295,8 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
                 options = (names[rows], 1, stride, False, call)
                 total = total + _cell(sources, weights[rows, :longest], theta, read, *options).all
                 edge = rows.stop
-        nodes.append(reference.join_channels(total.contiguous(memory_format=layout), others))
+        nodes.append(partial.join(total, around, None if scales is None else scales[first:edge], call.partial, layout))
     return nodes
-
-
-def _weighted_sum(tensors: list[Tensor], weights: Sequence[Tensor] | None) -> Tensor:
-    if weights is None:
-        return sum(tensors[1:], tensors[0])
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:]):
-        total = torch.addcmul(total, tensor, weight)
-    return total
 
 
 def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: bool, call: _Call) -> Nodes:
@@ -315,7 +308,7 @@ def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: b
         tables = (weights, theta, gamma, beta, mean, variance)
         weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    primitives = ";".join([",".join(row) for row in _once(names)])
+    primitives = ";".join([",".join(row) for row in arguments.once(names)])
     settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last)
     tables = (weights, theta, gamma, beta, mean, variance)
     out, mean, variance, _, last_node = _forward_op(list(states), *tables, *settings)
@@ -436,7 +429,9 @@ def _last_node(nodes: Tensor, states: Sequence[Tensor], settings: _Settings) -> 
     if not settings.last:
         return nodes.new_empty(0)
     channels, layout = states[0].shape[1], fused.layout(states[0])
-    return nodes[:, -channels:].clone(memory_format=layout)
+    last = nodes[:, -channels:]
+    made = fused.arranged(last, layout)
+    return last.clone(memory_format=layout) if made is last else made
 
 
 def _of_all_nodes(gradient: Tensor, channels: int) -> Tensor:
@@ -492,9 +487,7 @@ def _backward(
     of_states, *gradients = _gradients(states, weights, theta, gamma, beta, wanted)
     dtype = on.image_dtype(states[0])
     raw = None if of_states is None else of_states.to(dtype)
-    masks = settings.keep == fused.MASKS
-    nodes = None if masks else _nodes(out, kept, dtype, settings)
-    *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
+    images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
     if not on.TAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
@@ -520,6 +513,16 @@ def _backward(
     return [gradient for gradient in (of_states, *gradients) if gradient is not None]
 
 
+def _read_images(on, states, out, kept, dtype: torch.dtype, settings: _Settings):
+    """The states and the nodes as a backward pass reads them; None where it does not."""
+    if settings.keep == fused.MASKS:
+        return [None] * len(states), None
+    if not on.READS_NODES:
+        return on.images(states, dtype), None
+    *images, nodes = on.images([*states, _nodes(out, kept, dtype, settings)], dtype)
+    return images, nodes
+
+
 def _addresses_of_states(images: Tensor | None, wanted: Sequence[bool]) -> list[int]:
     if images is None:
         return []
@@ -538,16 +541,15 @@ def _double_backward(
 ):
     settings, on = _Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
-    masks, dtype = settings.keep == fused.MASKS, on.image_dtype(states[0])
+    dtype = on.image_dtype(states[0])
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
-    nodes = None if masks else _nodes(out, kept, dtype, settings)
-    *images, out = [None] * (len(states) + 1) if masks else on.images([*states, nodes], dtype)
+    images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
     all_channels, channels = settings.nodes * shape[1], grad_out.shape[1]
     grad_grad_out = fused.empty_image(grad_out, all_channels, sizes.height_out, sizes.width_out)
     grad_out, *along = on.images([_of_all_nodes(grad_out, all_channels), *direction.unbind()], dtype)
     raw = grad_grad_out.to(dtype)
-    along_kept = None if masks else on.memory(sizes.kept_linear)
+    along_kept = None if settings.keep == fused.MASKS else on.memory(sizes.kept_linear)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_double_backward(
         shape,
@@ -587,7 +589,8 @@ class _Forward(torch.autograd.Function):
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
-        saved = [out, kept, weights, theta, gamma, beta, *statistics, *states]
+        nodes = out if engine.of(out).READS_NODES else fused.shape_of(out)  # which others may change in place
+        saved = [nodes, kept, weights, theta, gamma, beta, *statistics, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
             tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
             saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
@@ -708,7 +711,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings: _Se
     """
     images, states = states[0].dtype, [state.to(theta.dtype) for state in states]
     rows, channels = tuple(map(tuple, engine.rows(settings.primitives))), int(states[0].shape[1])
-    names = _of_each_edge(rows, len(weights))
+    names = arguments.of_each_edge(rows, len(weights))
     parameters, norms, at, row = [], [], 0, 0
     for node in range(settings.nodes):
         for source in range(len(states) + node):
@@ -789,190 +792,3 @@ OP = backend.Op(
         "cuda": backend.Implementation(_fused, (torch.float32, *fused.HALVES)),
     },
 )
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _check_state(name: str, state: Tensor) -> None:
-    if not isinstance(state, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (N, C, H, W), got {type(state).__name__}")
-    if not state.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {state.dtype}; convert with .float()")
-    if state.dim() != 4 or 0 in state.shape[1:]:
-        raise ValueError(f"{name} must have shape (N, C, H, W) with C, H, W of at least 1; got {tuple(state.shape)}")
-
-
-def _check_states(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    if isinstance(states, Tensor) or not isinstance(states, Sequence):
-        raise TypeError(f"states must be a sequence of tensors of shape (N, C, H, W), got {type(states).__name__}")
-    if not states:
-        raise ValueError("states must hold at least one tensor of shape (N, C, H, W), got none")
-    first, taken = states[0], None
-    for index, state in enumerate(states):
-        _check_state(f"states[{index}]", state)
-        if state.shape != first.shape:
-            raise ValueError(f"states must have one shape, {tuple(first.shape)}; states[{index}]: {tuple(state.shape)}")
-        taken = taken or fused.dtypes_beside(first)
-        if state.dtype not in taken:
-            raise TypeError(f"states must have one dtype, {first.dtype}; states[{index}] has {state.dtype}")
-        if state.device != first.device:
-            raise ValueError(f"states must be on one device, {first.device}; states[{index}] is on {state.device}")
-    return tuple(states)
-
-
-def _rows(primitives: reference.Primitives, edges: int) -> tuple[tuple[str, ...], ...]:
-    """The primitives of a cell, checked: one row where they are common to all edges, else one for each."""
-    if not isinstance(primitives, (list, tuple)) or all([isinstance(name, str) for name in primitives]):
-        return (_row(primitives),)
-    if len(primitives) != edges:
-        raise ValueError(
-            f"primitives must be a tuple of names, or one for each of the {edges} edges; got {len(primitives)} of them"
-        )
-    return _once(tuple([("none",) if row in ((), []) else _row(row) for row in primitives]))
-
-
-def _once(rows: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """One row where all are the same."""
-    return rows[:1] if len(set(rows)) == 1 else rows
-
-
-def _of_each_edge(rows: tuple[tuple[str, ...], ...], edges: int) -> tuple[tuple[str, ...], ...]:
-    """The row of each edge; undoes `_once`."""
-    return rows if len(rows) > 1 else rows * edges
-
-
-def _row(primitives: Sequence[str]) -> tuple[str, ...]:
-    """The primitives of an edge, checked, as a tuple."""
-    is_names = isinstance(primitives, (list, tuple)) and all([isinstance(name, str) for name in primitives])
-    if not is_names:
-        raise TypeError(f"primitives must be a tuple of str, got {primitives!r:.80}")
-    if any([name not in PRIMITIVES for name in primitives]):
-        unknown = ", ".join(repr(name) for name in primitives if name not in PRIMITIVES)
-        raise ValueError(f"primitives must be among {', '.join(PRIMITIVES)}; got {unknown}")
-    if not primitives or len(set(primitives)) != len(primitives):
-        raise ValueError(f"primitives must name at least one operation and each once; got {primitives}")
-    return tuple(primitives)
-
-
-def _check_options(nodes: int, stride: int) -> None:
-    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
-        raise ValueError(f"nodes must be an integer of at least 1, got {nodes!r}")
-    if isinstance(stride, bool) or not isinstance(stride, int) or stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-
-
-def _check_partial(partial: int, channels: int) -> int:
-    """How many of the channels go through the candidates."""
-    if isinstance(partial, bool) or not isinstance(partial, int) or partial < 1 or channels % partial:
-        raise ValueError(f"partial must be an integer that divides the {channels} channels, got {partial!r}")
-    return channels // partial
-
-
-def _check_edge_weights(x: Tensor, edge_weights: Tensor, edges: int) -> None:
-    if not isinstance(edge_weights, Tensor):
-        raise TypeError(f"edge_weights must be a tensor of shape ({edges},), got {type(edge_weights).__name__}")
-    if tuple(edge_weights.shape) != (edges,):
-        raise ValueError(
-            f"edge_weights must have shape ({edges},), one number per edge; got {tuple(edge_weights.shape)}"
-        )
-    if edge_weights.dtype not in fused.dtypes_beside(x, mixing=True):
-        raise TypeError(f"edge_weights must have the dtype of the states, {x.dtype}; got {edge_weights.dtype}")
-    if edge_weights.device != x.device:
-        raise ValueError(f"edge_weights must be on the device of the states, {x.device}; got {edge_weights.device}")
-
-
-class _Edges(NamedTuple):
-    """What the edges of a cell have to come with."""
-
-    shapes: list[list[tuple[int, ...]]]  # of the parameters of each edge
-    norms: list[int]  # how many each edge has
-
-
-@backend.constant_when_traced
-def _edges(names: tuple[tuple[str, ...], ...], inputs: int, nodes: int, stride: int, pool_norm, channels) -> _Edges:
-    return _edges_cached(names, inputs, nodes, stride, pool_norm, channels)
-
-
-@functools.lru_cache(maxsize=256)
-def _edges_cached(names, inputs, nodes, stride, pool_norm, channels) -> _Edges:
-    strides = [stride if source < inputs else 1 for node in range(nodes) for source in range(inputs + node)]
-    rows = _of_each_edge(names, len(strides))
-    shapes = [reference.parameter_shapes(row, channels, each) for row, each in zip(rows, strides)]
-    norms = [reference.norm_count(row, each, pool_norm) for row, each in zip(rows, strides)]
-    return _Edges(shapes, norms)
-
-
-def _check_weights(x: Tensor, weights: Tensor, names: tuple[tuple[str, ...], ...], edges: int) -> None:
-    count = max(map(len, names))
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor of shape ({edges}, {count}), got {type(weights).__name__}")
-    if tuple(weights.shape) != (edges, count):
-        # An edge alone was given a vector.
-        cut = 1 if edges == 1 and weights.dim() == 2 else 0
-        found, wanted = tuple(weights.shape)[cut:], (edges, count)[cut:]
-        raise ValueError(f"weights must have shape {wanted}, one number per edge and primitive; got {found}")
-    if weights.dtype not in fused.dtypes_beside(x, mixing=True):
-        raise TypeError(f"weights must have the dtype of the states, {x.dtype}; got {weights.dtype}")
-    if weights.device != x.device:
-        raise ValueError(f"weights must be on the device of the states, {x.device}; got {weights.device}")
-
-
-def _check_groups(parameters, norms, edges: int) -> None:
-    for name, given, unit in (("parameters", parameters, "tensors"), ("norms", norms, "BN modules")):
-        if not hasattr(given, "__len__"):
-            raise TypeError(f"{name} must be a sequence of {unit} for each edge, got {type(given).__name__}")
-        if len(given) != edges:
-            raise ValueError(f"{name} must hold one sequence for each of the {edges} edges, got {len(given)}")
-        for edge, members in enumerate(given):
-            if not hasattr(members, "__len__"):
-                where = _of_edge(edge, edges)
-                raise TypeError(f"{name}{where} must be a sequence of {unit}, got {type(members).__name__}")
-
-
-def _read(x: Tensor, channels: int, parameters, norms, expected: _Edges):
-    """The parameters and norms, checked and read: by compiled code where they are as usual, else one by one."""
-    edges, arrays = len(expected.shapes), None
-    if x.is_cpu and x.dtype == torch.float32:
-        arrays = fused.read_arrays(list(parameters), expected.shapes)
-    if arrays is None:
-        for edge, (members, shapes) in enumerate(zip(parameters, expected.shapes)):
-            _check_parameters(x, members, shapes, _of_edge(edge, edges))
-    modules = [norm for edge in norms for norm in edge]
-    read = fused.compiled_norms(modules, channels)
-    if read is None or [len(edge) for edge in norms] != expected.norms:
-        for edge, (members, count) in enumerate(zip(norms, expected.norms)):
-            _check_norms(channels, members, count, _of_edge(edge, edges))
-    read = fused.Norms(modules) if read is None else read
-    return arrays, read
-
-
-def _of_edge(edge: int, edges: int) -> str:
-    return f" of edge {edge}" if edges > 1 else ""
-
-
-def _check_parameters(x: Tensor, parameters: Sequence[Tensor], shapes: list[tuple[int, ...]], where: str) -> None:
-    if len(parameters) != len(shapes):
-        raise ValueError(f"parameters{where} must be {len(shapes)} tensors, got {len(parameters)}")
-    taken = fused.dtypes_beside(x)
-    for index, (tensor, shape) in enumerate(zip(parameters, shapes)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"parameters[{index}]{where} must be a tensor, got {type(tensor).__name__}")
-        if tensor.shape != shape:
-            raise ValueError(f"parameters[{index}]{where} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in taken:
-            raise TypeError(
-                f"parameters[{index}]{where} must have the dtype of the states, {x.dtype}; got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"parameters[{index}]{where} must be on {x.device}, got {tensor.device}")
-
-
-def _check_norms(channels: int, norms: Sequence[nn.BatchNorm2d], count: int, where: str) -> None:
-    if len(norms) != count:
-        raise ValueError(f"norms{where} must be {count} BN modules, got {len(norms)}")
-    for index, norm in enumerate(norms):
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise TypeError(f"norms[{index}]{where} must be an nn.BatchNorm2d, got {type(norm).__name__}")
-        if norm.num_features != channels:
-            raise ValueError(f"norms[{index}]{where} must have {channels} features, got {norm.num_features}")

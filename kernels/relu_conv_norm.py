@@ -45,7 +45,7 @@ def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     if norms.on_batch and n * h * w == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
     run = OP.choose(x.device, x.dtype, fused.obstacle(x, norms))
-    return run(x, weight, norm, norms).contiguous(memory_format=fused.layout(x))
+    return fused.arranged(run(x, weight, norm, norms), fused.layout(x))
 
 
 def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:
@@ -85,7 +85,7 @@ def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.Batc
     else:
         weight = torch.block_diag(even.flatten(1), odd.flatten(1))[:, :, None, None]
         out = _fused(pixels.gather(x), weight, norm, norms)
-    return out.contiguous(memory_format=fused.layout(x))
+    return fused.arranged(out, fused.layout(x))
 
 
 def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -126,7 +126,7 @@ def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 
     else:
         shape = pixels.PatchShape(*kernel, stride, padding, height, width)
         out = _fused(pixels.patches(x, shape), weight.reshape(k, -1, 1, 1), norm, norms, relu=False)
-    return out.contiguous(memory_format=fused.layout(x))
+    return fused.arranged(out, fused.layout(x))
 
 
 def _reference(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms) -> Tensor:

@@ -52,6 +52,7 @@ STAGE = on_host(
      "if (pixel % tiling.tile_width < tile.width) sum", "sum"),
     ("stage: one part for another", ALONE, "void make_outputs(", "first ? store<V>(to, value) : add_to<V>(to, value)",
      "store<V>(to, value)"),
+    ("stage: ones are halves", ALONE, "", "return filled<V>(1.0f)", "return filled<V>(0.5f)"),
     ("stage: a direction through a closed ReLU", TWICE, "Vec<V> at(const T* row, int x)",
      "value.v[k] > 0.0f ? (normed_", "true ? (normed_"),
     ("stage: the direction of another winner", TWICE, "", "+ winner[k] / 3", "+ 1"),
@@ -105,6 +106,8 @@ FORWARD_PASS = on_host(
 
 BACKWARD_PASS = on_host(
     "mixed/backward_pass.h",
+    ("cell: ones have the sums of an identity", VALUES, "void last_norms(", "-1, memory.partials[3]",
+     "-1, memory.partials[2]"),
     ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),
 )  # fmt: skip
 

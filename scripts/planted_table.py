@@ -44,6 +44,9 @@ LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivati
 WIDE_DENSE = "mixed_op every_simd_level_with_candidates"
 OWN = "mixed_op every_edge_with_candidates_of_its_own"
 LAST = "mixed_op last_node_alone or all_nodes_and_of_the_last"
+ONES = f"{ALONE} and ones"
+JOIN = "partial values_and_gradients or any_number_of_edges"
+ARRANGED = "partial arranged_as_pytorch"
 UNUSUAL = "fused compiled_code_leaves"
 STEM = "conv_norm modes_and_layouts and contiguous or kernels"
 PATCHES = "conv_norm patches_are_those_of_unfold"
@@ -257,6 +260,11 @@ BATCH = rows(
     ("batch: last pixels of a term", EDGE, "void add_to_node(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
      "for (int64_t i = 1; i < size; ++i) sum[i] = fma("),
     ("batch: every edge sets its node", CELL, "void add_to_node(", "left.set_node ? v : v + load(to)", "v"),
+    ("batch: ones added nowhere", ONES, "void leave(", " || edge.ones >= 0 ||", " ||"),
+    ("batch: ones without their weight", ONES, "void leave(", "+= w[edge.ones]", "+= 1.0f"),
+    ("batch: ones without a gradient", ONES, "void backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
+    ("batch: another node kept", CELL, "float* node(", "kept(node, 0)", "kept(0, 0)"),
+    ("batch: mids over the nodes", CELL, "float* mid(", "plan_.kept_nodes() + edge", "edge"),
     ("batch: an edge without candidates does not set its node", OWN, "void leave(", "left.set_node || left.has_skip",
      "left.has_skip"),
     ("batch: one edge is pending", OWN, "void add_pending(", "for (const Pending& left : pending_) add_to_node(left",
@@ -290,6 +298,14 @@ BATCH = rows(
 
 FIXED = rows(
     "cpu/mixed/fixed.h",
+    ("fixed: ones without their weight", ONES, "void prepare(", "+= mixing(e)[edge.ones]", "+= 1.0f"),
+    ("fixed: ones without a gradient", ONES, "void finish_parameters(", "if (edge.ones >= 0) settle",
+     "if (false) settle"),
+    ("fixed: ones move along a direction", "mixed_op second_derivatives_with_candidates", "void finish_parameters(",
+     "linear ? std::vector<double>(padded) : grad_sum", "grad_sum"),
+    ("fixed: another node kept", CELL, "float* node_of(", "kept(all, node, n)", "kept(all, 0, n)"),
+    ("fixed: mids over the nodes", CELL, "float* kept_mid(", "plan_.kept_nodes() + ", ""),
+    ("fixed: every image in the workspace", MASKS, "State state_of(", "node.image = 0", "(void)node"),
     ("fixed: constants without their weight", EDGE, "void prepare(", "+= mixing(e)[mix] * norms_.row", "+= norms_.row"),
     ("fixed: no constant of the average pool", EDGE, "void prepare(", "add(edge.avg, edge.avg_norm);", ""),
     ("fixed: the mixing weight on both stages", EDGE, "void prepare(", "(last ? mixing(e)[branch.mix] : 1.0f)",
@@ -426,6 +442,36 @@ GATHERED = rows(
      "to[c * s.strides[1] + x * s.strides[3]] = 0", "(void)to"),
 )  # fmt: skip
 
+JOINED = rows(
+    "cpu/join_channels.cpp",
+    ("join: no shuffle", JOIN, "Join(const JoinShape&", "order_[c * shape.groups + group]", "order_[group * each + c]"),
+    ("join: mixed always first", JOIN, "Join(const JoinShape&", "shape.mixed_first ? shape.mixed : 0", "shape.mixed"),
+    ("join: no scales", JOIN, "float scale(", "scales_ ? scales_[e] : 1.0f", "1.0f"),
+    ("join: of the first image", JOIN, "const float* around(", "+ n * arounds_[e].image", ""),
+    ("join: planes as the first edge's lie", JOIN, "void planes(", "from * arounds_[e].step",
+     "from * arounds_[0].step"),
+    ("join: a plane in parts of the first", JOIN, "void planes(", "arounds_[e].step + begin", "arounds_[e].step"),
+    ("join: gradients without scales", JOIN, "void spread(", "g * set(scale(e))", "g"),
+    ("join: of the last edge's products", JOIN, "void spread(", "products[e] = fma(", "products[0] = fma("),
+    ("join: sums of the last part alone", JOIN, "void add_up(", "sums[e] += each", "sums[e] = each"),
+    ("join: sums of the last image alone", JOIN, "void backward(", "sum += sums[", "sum = sums["),
+    ("join: gradients of mixed in the order of the result", JOIN, "void rows_backward(",
+     "buffer[order_[c]] = gradient[c]", "buffer[c] = gradient[c]"),
+    ("join: planes of mixed gradients", JOIN, "void planes_backward(", "order_[c] - mixed_begin_] =", "0] ="),
+)  # fmt: skip
+
+TRANSPOSED = rows(
+    "cpu/once/transpose.cpp",
+    ("transpose: within a block", ARRANGED, "void four_by_four(", "shuffle(a, b, right), shuffle(c, d, left)",
+     "shuffle(c, d, left), shuffle(a, b, right)"),
+    ("transpose: rows next to each other", ARRANGED, "void transpose(", "channel * row + pixel",
+     "channel * columns + pixel"),
+    ("transpose: pixels next to each other", ARRANGED, "void transpose(", "pixel * row + channel",
+     "pixel * columns + channel"),
+    ("transpose: images next to each other", ARRANGED, "void transpose(", "n * image", "n * rows * columns"),
+    ("transpose: whole blocks alone", ARRANGED, "void transpose(", "p < last_pixel; ++p", "p < pixel; ++p"),
+)  # fmt: skip
+
 OBJECTS = rows(
     "bind/objects.cpp",
     ("objects: a hook unseen", UNUSUAL, "bool Reader::read(", " || !is_empty_dict(item(own, n.hooks))", ""),
@@ -447,4 +493,4 @@ SHAPE = rows(
 )  # fmt: skip
 
 PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
-PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *OBJECTS]
+PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *TRANSPOSED, *OBJECTS]

@@ -32,10 +32,11 @@ export RNAS_CPU_MODULE="$(echo "$folder"/build/_cpu*.so)"
 export RNAS_CUDA_ON_HOST_MODULE="$(echo "$folder"/cuda/_cuda_on_host*.so)"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-"$python" -m pytest -q -p scripts.sanitized_module tests/test_mixed_op.py tests/test_relu_conv_norm.py \
-  tests/test_conv_norm.py tests/test_pgd_step.py tests/test_fused.py tests/test_profile.py -k "not compiles and not opcheck" "$@"
+"$python" -m pytest -q -n "${WORKERS:-2}" -p scripts.sanitized_module tests/test_mixed_op.py tests/test_relu_conv_norm.py \
+  tests/test_conv_norm.py tests/test_partial.py tests/test_pgd_step.py tests/test_fused.py tests/test_profile.py \
+  -k "not compiles and not opcheck" "$@"
 # The CUDA kernels as plain C++: what they read and write, thread by thread.
-"$python" -m pytest -q tests/test_mixed_op_cuda.py \
+"$python" -m pytest -q -n "${WORKERS:-2}" tests/test_mixed_op_cuda.py \
   -k "test_values_and_all_gradients or test_every_primitive_alone or test_second_derivatives or test_any_alignment"
-"$python" -m pytest -q tests/test_mixed_op_cuda_halves.py \
+"$python" -m pytest -q -n "${WORKERS:-2}" tests/test_mixed_op_cuda_halves.py \
   -k "(test_values_and_all_gradients and converted) or test_second_derivatives_of_a_cell or test_any_alignment"

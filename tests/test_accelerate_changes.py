@@ -789,11 +789,14 @@ def test_importing_rnas_does_not_import_the_fusion():
 
 
 class Cell(nn.Module):
-    """Two states, nodes of edges with the candidates that `edges` names, and what `give` makes of the nodes."""
+    """Two states, nodes of edges with the candidates that `edges` names, and what `give` makes of the nodes.
 
-    def __init__(self, edges: list[list[tuple[str, ...]]], give, stride: int = 1) -> None:
+    add: what becomes of each node, from the sum of its edges and its index.
+    """
+
+    def __init__(self, edges: list[list[tuple[str, ...]]], give, stride: int = 1, add=lambda x, node: x) -> None:
         super().__init__()
-        self.give = give
+        self.give, self.add = give, add
         self.nodes = nn.ModuleList(
             nn.ModuleList(smooth.Edge(names, 8, stride if j < 2 else 1, True) for j, names in enumerate(node))
             for node in edges
@@ -801,9 +804,9 @@ class Cell(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         states = [first, second]
-        for node in self.nodes:
+        for index, node in enumerate(self.nodes):
             edges = [edge(x, torch.linspace(1, 2, len(edge.candidates))) for edge, x in zip(node, states)]
-            states.append(sum(edges))
+            states.append(self.add(sum(edges), index))
         return self.give(states[2:])
 
 
@@ -850,6 +853,79 @@ def test_a_state_that_only_zeros_leave_has_no_gradient():
         cell = copy.deepcopy(plain)
         rnas.accelerate(cell)
         assert_same(cell, plain, images(8), images(8, seed=1))
+
+
+class Zeros(nn.Module):
+    """The candidate none with a graph: a gradient of zeros."""
+
+    def forward(self, x: Tensor, keep: None = None) -> Tensor:
+        return x * 0.0
+
+
+def test_a_state_that_only_zeros_with_a_graph_leave_has_a_gradient_of_zeros():
+    plain = Cell([[("sep3", "skip"), ("skip",)], [("dil3",), ("skip",), ("none",)]], lambda nodes: nodes[-1].exp())
+    plain.nodes[1][2].candidates["none"] = Zeros()
+    cell = copy.deepcopy(plain)
+    report = rnas.accelerate(cell)
+    assert_same(cell, plain, images(8), images(8, seed=1))
+    assert report.counts.cells == 1 and report.counts.alone == 0
+
+
+ADDED = {
+    "numbers": lambda x, node, p: x + p[node],
+    "of the first node": lambda x, node, p: x + p[0] if node == 0 else x,
+    "of the last node, several": lambda x, node, p: p[0] + p[1] * (p[0] - x) - p[1] if node == 1 else x,
+    "with dimensions": lambda x, node, p: x + p[node].view(1, 1, 1, 1),
+    "of each channel": lambda x, node, p: x + torch.stack([p[node]] * 8).view(8, 1, 1),
+    "of images": lambda x, node, p: x + p[node].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("give", ["all", "the last"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("added", ADDED)
+def test_numbers_added_to_nodes_are_part_of_a_whole_cell(added, training, give):
+    numbers = nn.Parameter(torch.tensor([0.5, -1.5]))
+    plain = Cell(
+        PRUNED,
+        lambda nodes: torch.cat(nodes, 1) if give == "all" else nodes[-1].exp(),
+        add=lambda x, node: ADDED[added](x, node, numbers),
+    ).train(training)
+    plain.numbers = numbers
+    cell = copy.deepcopy(plain)
+    cell.add = lambda x, node: ADDED[added](x, node, cell.numbers)
+    report = rnas.accelerate(cell)
+    assert_same(cell, plain, images(8, size=8), images(8, size=8, seed=1))
+    assert report.counts.cells == (0 if "channel" in added or "images" in added else 1)
+    before = cell(images(8), images(8)).sum()
+    cell.numbers.grad = None
+    before.backward()
+    assert cell.numbers.grad.abs().sum() > 1
+
+
+def test_a_number_that_changes_before_a_cell_is_computed_raises():
+    number = torch.tensor(1.0)
+
+    def give(nodes):
+        number.add_(1)
+        return nodes[-1].exp()
+
+    cell = Cell(PRUNED, give, add=lambda x, node: x + number)
+    rnas.accelerate(cell)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        cell(images(8), images(8))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_cell_returns_may_be_changed_in_place(layout, training):
+    states = [images(8, n=4, size=32, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+    for give in (lambda nodes: torch.cat(nodes, 1).mul_(2).relu_(), lambda nodes: nodes[-1].contiguous().mul_(2)):
+        plain = Cell(PRUNED, give).train(training)
+        cell = copy.deepcopy(plain)
+        report = rnas.accelerate(cell)
+        assert_same(cell, plain, *states)
+        assert report.counts.cells == 1
 
 
 def test_a_single_candidate_of_a_class_that_holds_none_elsewhere_is_left_alone():

@@ -32,7 +32,7 @@ SPACES = {  # name: primitives, pool_norm
     "nas-bench-201": (NAS_BENCH_201, False),
     "skip and sep": (("skip_connect", "sep_conv_3x3"), True),
     "no parameters": (("avg_pool_3x3", "skip_connect", "max_pool_3x3"), True),
-    "another order": (("dil_conv_5x5", "conv_3x3", "max_pool_3x3", "dil_conv_3x3", "sep_conv_5x5"), False),
+    "another order": (("dil_conv_5x5", "conv_3x3", "ones", "max_pool_3x3", "dil_conv_3x3", "sep_conv_5x5"), False),
 }
 CELLS = {  # name: input states, nodes, stride
     "normal": (2, 4, 1),

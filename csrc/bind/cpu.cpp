@@ -6,9 +6,11 @@
 #include "bind/mixed.h"
 #include "bind/objects.h"
 #include "bind/pool.h"
+#include "rnas/join_channels.h"
 #include "rnas/pgd_step.h"
 #include "rnas/profile.h"
 #include "rnas/relu_conv_norm.h"
+#include "rnas/transpose.h"
 #include "simd/simd.h"
 
 namespace py = pybind11;
@@ -49,6 +51,23 @@ static ReluConvNorm relu_conv_norm(int64_t pixels, int64_t channels_in, int64_t 
   if (a.size() != 6) throw std::invalid_argument("6 addresses");
   const auto at = [&](int each) { return pointer<const float>(a[each]); };
   return {pixels, channels_in, channels_out, at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics, relu};
+}
+
+// sizes: batch, pixels, mixed, around, groups, edges.
+static JoinShape join_shape(const bind::Sizes& sizes, bool mixed_first, bool channels_last) {
+  if (sizes.size() != 6) throw std::invalid_argument("6 sizes");
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], mixed_first, channels_last};
+}
+
+// steps: of each edge, from image to image and within one.
+static std::vector<Around> what_goes_around(const bind::Addresses& arounds, const bind::Sizes& steps,
+                                            const JoinShape& shape) {
+  if (static_cast<int64_t>(arounds.size()) != shape.edges || steps.size() != 2 * arounds.size())
+    throw std::invalid_argument("an address and two steps for each edge");
+  std::vector<Around> made;
+  for (size_t e = 0; e < arounds.size(); ++e)
+    made.push_back({pointer<const float>(arounds[e]), steps[2 * e], steps[2 * e + 1]});
+  return made;
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -155,6 +174,41 @@ PYBIND11_MODULE(_cpu, m) {
                                    pointer(direction_kept), grad.gradients, pointer(workspace), threads);
       },
       "rnas/mixed_op.h");
+
+  m.def(
+      "transpose",
+      [](int64_t batch, int64_t rows, int64_t columns, uintptr_t from, int64_t image, int64_t row, uintptr_t to,
+         int threads) {
+        py::gil_scoped_release release;
+        cpu::transpose(batch, rows, columns, pointer<const float>(from), image, row, pointer<float>(to), threads);
+      },
+      "rnas/transpose.h");
+  m.def(
+      "join_channels",
+      [](const Sizes& sizes, bool mixed_first, bool channels_last, uintptr_t mixed, const Addresses& arounds,
+         const Sizes& steps, uintptr_t scales, uintptr_t out, int threads) {
+        const JoinShape shape = join_shape(sizes, mixed_first, channels_last);
+        const std::vector<Around> around = what_goes_around(arounds, steps, shape);
+        py::gil_scoped_release release;
+        cpu::join_channels(shape, pointer<const float>(mixed), around.data(), pointer<const float>(scales),
+                           pointer<float>(out), threads);
+      },
+      "rnas/join_channels.h");
+  m.def(
+      "join_channels_backward",
+      [](const Sizes& sizes, bool mixed_first, bool channels_last, const Addresses& arounds, const Sizes& steps,
+         uintptr_t scales, uintptr_t grad_out, uintptr_t grad_mixed, const Addresses& grad_arounds,
+         uintptr_t grad_scales, int threads) {
+        const JoinShape shape = join_shape(sizes, mixed_first, channels_last);
+        const std::vector<Around> around = what_goes_around(arounds, steps, shape);
+        std::vector<float*> gradients;
+        for (uintptr_t each : grad_arounds) gradients.push_back(pointer<float>(each));
+        if (gradients.size() != around.size()) throw std::invalid_argument("a gradient, or 0, for each edge");
+        py::gil_scoped_release release;
+        cpu::join_channels_backward(shape, around.data(), pointer<const float>(scales), pointer<const float>(grad_out),
+                                    pointer<float>(grad_mixed), gradients.data(), pointer<float>(grad_scales), threads);
+      },
+      "rnas/join_channels.h");
 
   for (bool gather : {true, false})
     m.def(

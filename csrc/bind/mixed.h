@@ -20,8 +20,8 @@ using Addresses = std::vector<uintptr_t>;
 
 inline Primitive primitive(const std::string& name) {
   static const char* const kNames[] = {"none",         "skip_connect", "max_pool_3x3", "avg_pool_3x3", "sep_conv_3x3",
-                                       "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "conv_1x1",     "conv_3x3"};
-  for (int each = 0; each < 10; ++each)
+                                       "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "conv_1x1",     "conv_3x3",     "ones"};
+  for (int each = 0; each < 11; ++each)
     if (name == kNames[each]) return static_cast<Primitive>(each);
   throw std::invalid_argument("unknown primitive " + name);
 }

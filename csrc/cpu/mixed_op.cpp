@@ -29,11 +29,12 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
   sizes.width_out = plan.width_out;
   sizes.kept_masks = shape.batch * MaskLayout(plan).size * sizeof(Bits);
   const int64_t activation = shape.batch * plan.image_out() * sizeof(float);
-  sizes.kept_linear = plan.kept * activation;
-  sizes.kept_activations = (plan.kept + plan.costly) * activation;
-  sizes.kept_outputs = (plan.kept + plan.outputs) * activation;
-  sizes.workspace = std::max(Batch(plan, none, nullptr, threads, true).workspace(),
-                             Fixed(plan, none, nullptr, threads).workspace());
+  sizes.kept_linear = (plan.kept_nodes() + plan.kept) * activation;
+  sizes.kept_activations = sizes.kept_linear + plan.costly * activation;
+  sizes.kept_outputs = sizes.kept_linear + plan.outputs * activation;
+  sizes.workspace = std::max({Batch(plan, none, nullptr, threads, false).workspace(),
+                              Batch(plan, none, nullptr, threads, true).workspace(),
+                              Fixed(plan, none, nullptr, threads).workspace()});
   return sizes;
 }
 
@@ -46,24 +47,23 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
     Fixed(plan, in, workspace, threads).forward(keep, out, kept);
 }
 
-void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
+void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
   const Plan plan = make_plan(shape);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   if (in.batch_statistics)
-    Batch(plan, in, workspace, threads, true).backward(keep, out, static_cast<const float*>(kept), grad_out, grad);
+    Batch(plan, in, workspace, threads, true).backward(keep, static_cast<const float*>(kept), grad_out, grad);
   else
-    Fixed(plan, in, workspace, threads).backward(keep, out, kept, grad_out, grad);
+    Fixed(plan, in, workspace, threads).backward(keep, kept, grad_out, grad);
 }
 
-void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
-                           const void* kept, const float* grad_out, const void* const* direction,
-                           float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
-                           int threads) {
+void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
+                           const float* grad_out, const void* const* direction, float* grad_grad_out,
+                           void* direction_kept, const MixedGradients& grad, void* workspace, int threads) {
   const Plan plan = make_plan(shape);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   Fixed(plan, in, workspace, threads)
-      .double_backward(keep, out, kept, grad_out, direction, grad_grad_out, direction_kept, grad);
+      .double_backward(keep, kept, grad_out, direction, grad_grad_out, direction_kept, grad);
 }
 
 }  // namespace rnas::cpu::RNAS_LEVEL

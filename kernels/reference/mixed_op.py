@@ -18,7 +18,7 @@ SEPARABLE = {  # name: kernel size, dilation, how many times (ReLU, depthwise, p
 }
 DENSE = {"conv_1x1": 1, "conv_3x3": 3}  # name: kernel size of (ReLU, convolution, BN)
 POOLS = ("max_pool_3x3", "avg_pool_3x3")
-PRIMITIVES = ("none", "skip_connect", *POOLS, *SEPARABLE, *DENSE)
+PRIMITIVES = ("none", "skip_connect", *POOLS, *SEPARABLE, *DENSE, "ones")
 
 Primitives = tuple[str, ...] | tuple[tuple[str, ...], ...]
 """Names of candidates: common to all edges of a cell, or a row for each."""
@@ -138,6 +138,8 @@ def _primitive(
     """One candidate; it takes what it needs from `parameters` and `norms`."""
     if name == "none":
         return torch.zeros_like(x[:, :, ::stride, ::stride])
+    if name == "ones":
+        return torch.ones_like(x[:, :, ::stride, ::stride])
     if name == "skip_connect":
         if stride == 1:
             return x

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +53,29 @@ def seen(held: Held) -> Tensor:
 def scale_of(scale: Scale) -> Tensor | float:
     """The number or tensor that a sum is multiplied with."""
     return seen(scale) if type(scale) is Held else scale
+
+
+def product(scales: tuple[Scale, ...]) -> Tensor | float:
+    """Of all of them; of none 1."""
+    first, *others = map(scale_of, scales or (1.0,))
+    for scale in others:
+        first = scale * first
+    return first
+
+
+def stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
+    """(len(scales),) in the dtype of `like`, in float32 for those of 16 bits, where a number multiplies in float32."""
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    tensors, numbers = [], {}
+    for scale in scales:
+        if not isinstance(scale, Tensor):
+            if scale not in numbers:
+                numbers[scale] = like.new_tensor(scale, dtype=dtype)
+            scale = numbers[scale]
+        elif scale.dim():
+            scale = scale.reshape(())
+        tensors.append(scale if scale.dtype == dtype else scale.to(dtype))
+    return torch.stack(tensors)
 
 
 class Call:

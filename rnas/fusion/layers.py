@@ -20,6 +20,8 @@ class Guess:
     """Of the input."""
     pool_norm: bool = False
     """Whether a pool has a BN behind it."""
+    has_gradient: bool = True
+    """Whether a gradient gets to the input, of zeros as it may be."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels import fused
 from ..kernels.mixed_op import PRIMITIVES, Nodes, cell_nodes
 from ..kernels.reference.mixed_op import SEPARABLE
-from .calls import Call, Group, Scale, hold, scale_of, seen
+from .calls import Call, Group, Scale, hold, product, scale_of, seen, stacked
 from .deferred import Deferred, is_open, is_raw, value_of
 from .parts import Slice
 
@@ -70,7 +70,7 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     """
     if _shared(group for node in nodes for group in node._rnas_groups):
         return None
-    if any(node._rnas_addends or node._rnas_finish is not None for node in nodes):
+    if any(node._rnas_finish is not None or not _are_numbers(node._rnas_addends) for node in nodes):
         return None
     made = [[_as_edge(group, empty=True) for group in node._rnas_groups] for node in nodes]
     if any(edge is None for into in made for edge in into):
@@ -87,18 +87,20 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
         return None
     if len({_shape(each) for each in inputs}) != 1 or len(_pool_norms(found)) > 1:
         return None
-    # A state from which only the candidate `none` leaves may have no gradient at all.
-    used = {id(edge.x) for edge in found if edge.primitives != ("none",)}
+    # A state from which only candidates `none` leave may have no gradient at all.
+    used = {id(edge.x) for edge in found if any(call.plan.guess.has_gradient for call in edge.calls)}
     if any(id(each) not in used for each in (*inputs, *(nodes[:-1] if last else ()))):
         return None
     states = [value_of(each) for each in inputs]
-    result, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last), fused.layout(states[0])
+    addends = [node._rnas_addends for node in nodes]
+    result, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), fused.layout(states[0])
     scope.counts.cells += 1
     scope.counts.edges += len(found)
-    out = result.all if last else result.all.contiguous(memory_format=layout)
+    out = result.all if last else fused.arranged(result.all, layout)
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
-        node._rnas_groups, node._rnas_finish = (), Slice(hold(out), index * channels, channels, layout)
+        node._rnas_groups, node._rnas_addends = (), ()
+        node._rnas_finish = Slice(hold(out), index * channels, channels, layout)
     return result.last if last else out
 
 
@@ -115,6 +117,11 @@ def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None]
             return None
         edges += [by_source.get(id(source)) for source in sources]
     return edges
+
+
+def _are_numbers(addends) -> bool:
+    """Whether what is added to a node is the same everywhere."""
+    return all([held.tensor.numel() == 1 and type(held.tensor) is not Deferred for _, held in addends])
 
 
 def _pool_norms(edges: Iterable[Edge]) -> set[bool]:
@@ -165,7 +172,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
         made = _fused(states, edges, 1, edges[0].stride, last=False).all
-        made = made.contiguous(memory_format=fused.layout(states[0]))
+        made = fused.arranged(made, fused.layout(states[0]))
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -265,8 +272,10 @@ def is_alias(x: Deferred) -> bool:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _fused(states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool) -> Nodes:
-    """What a cell of these edges computes; None: there is none."""
+def _fused(
+    states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool, addends=()
+) -> Nodes:
+    """What a cell of these edges computes; None: there is none. addends: numbers that are added to each node."""
     calls = [() if edge is None else edge.calls for edge in edges]
     for call in chain.from_iterable(calls):
         seen(call.held)
@@ -275,17 +284,21 @@ def _fused(states: list[Tensor], edges: Sequence[Edge | None], nodes: int, strid
     like, most = states[0], max(map(len, calls))
     scales = [() if edge is None else edge.scales for edge in edges]
     rows = [[*[1.0 if each is None else scale_of(each) for each in row], *[0.0] * (most - len(row))] for row in scales]
-    weights = _stacked([*chain.from_iterable(rows)], like).view(len(edges), -1)
+    weights = stacked([*chain.from_iterable(rows)], like).view(len(edges), -1)
     if any(edge is not None and edge.outer for edge in edges):
-        outer = [1.0 if edge is None else _product(edge.outer) for edge in edges]
-        weights = weights * _stacked(outer, like)[:, None]
+        outer = [1.0 if edge is None else product(edge.outer) for edge in edges]
+        weights = weights * stacked(outer, like)[:, None]
+    names = [() if edge is None else edge.primitives for edge in edges]
+    if any(addends):
+        weights = torch.cat([_of_first_edges(addends, len(states), like)[:, None], weights], dim=1)
+        names = [("ones", *row) for row in names]
     pool_norms = _pool_norms(edge for edge in edges if edge is not None)
     return cell_nodes(
         states,
         weights,
         [[weight for call in row for weight in call.plan.weights()] for row in calls],
         [[norm for call in row for norm in call.plan.layers.norms] for row in calls],
-        primitives=tuple([() if edge is None else edge.primitives for edge in edges]),
+        primitives=tuple(names),
         nodes=nodes,
         stride=stride,
         pool_norm=pool_norms.pop() if pool_norms else True,
@@ -295,26 +308,13 @@ def _fused(states: list[Tensor], edges: Sequence[Edge | None], nodes: int, strid
     )
 
 
-def _product(scales: tuple[Scale, ...]) -> Tensor | float:
-    total: Tensor | float = 1.0
-    for scale in scales:
-        total = scale_of(scale) * total
-    return total
-
-
-def _stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
-    """(len(scales),) in the dtype of `like`, in float32 for those of 16 bits, where a number multiplies in float32."""
-    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    tensors, numbers = [], {}
-    for scale in scales:
-        if not isinstance(scale, Tensor):
-            if scale not in numbers:
-                numbers[scale] = like.new_tensor(scale, dtype=dtype)
-            scale = numbers[scale]
-        elif scale.dim():
-            scale = scale.reshape(())
-        tensors.append(scale if scale.dtype == dtype else scale.to(dtype))
-    return torch.stack(tensors)
+def _of_first_edges(addends, inputs: int, like: Tensor) -> Tensor:
+    """(E,): what is added to each node, at its first edge; zeros elsewhere."""
+    numbers: list[Tensor | float] = []
+    for node, terms in enumerate(addends):
+        total = stacked([product((*scales, held)) for scales, held in terms], like).sum() if terms else 0.0
+        numbers += [total, *[0.0] * (inputs + node - 1)]
+    return stacked(numbers, like)
 
 
 def alone(call: Call) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calls import UNKNOWN, Held, Scale, hold, scale_of, seen
+from ..kernels.partial import join, weighted_sum
+from .calls import UNKNOWN, Held, Scale, hold, product, seen, stacked
 from .deferred import HANDLERS, Deferred, Finish, is_open, value_of
 
 # What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
@@ -46,25 +47,19 @@ class Around(Finish):
 
     def finished(self, total: Tensor, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
-        around = None
-        for scales, held in self.tensors:
-            tensor = scope.pooled(held.tensor) if is_open(held.tensor) else value_of(seen(held))
-            scale = scale_of(scales[0]) if scales else None
-            for each in scales[1:]:
-                scale = scale * scale_of(each)
-            if around is None:
-                around = tensor if scale is None else scale * tensor
-            elif isinstance(scale, Tensor):
-                around = torch.addcmul(around, tensor, scale)
-            else:
-                around = torch.add(around, tensor, alpha=1 if scale is None else scale)
+        held = [each for _, each in self.tensors]
+        arounds = [scope.pooled(each.tensor) if is_open(each.tensor) else value_of(seen(each)) for each in held]
+        scales = None
+        if any(each for each, _ in self.tensors):
+            scales = stacked([product(each) for each, _ in self.tensors], arounds[0])
+        if self.stage == SHUFFLED:
+            return join(total, arounds, scales, self.groups, layout(arounds[0]), self.first)
+        around = weighted_sum(arounds, scales)
         total = total.contiguous(memory_format=layout(around))  # most channels only go around
         total = torch.cat([total, around] if self.first else [around, total], dim=1)
         n, channels, height, width = total.shape
         if self.stage == JOINED:
             return total
-        if self.stage == SHUFFLED:
-            return F.channel_shuffle(total, self.groups)
         total = total.reshape(n, self.groups, channels // self.groups, height, width)
         return total if self.stage == SPLIT else total.transpose(1, 2)
 

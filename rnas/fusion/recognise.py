@@ -155,9 +155,10 @@ def _guess_pool(pools: list[nn.Module], layers: Layers) -> Guess:
 
 def _guess_empty(module: nn.Module, extras: list[None]) -> list[Guess]:
     """A module without layers: the identity, zeros or a pool, at any number of channels."""
-    x = images(2, 6, 6, seed=0)
+    x, made = images(2, 6, 6, seed=0).requires_grad_(), randomised(module)
     try:
-        out = randomised(module)(x, *extras)
+        out = made(x * 1, *extras)
+        has_gradient = isinstance(out, Tensor) and out.requires_grad and made.eval()(x * 1, *extras).requires_grad
     except Exception as error:  # whatever a foreign forward raises
         raise Foreign(f"its forward raised {failed(error)}") from None
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2] or out.shape[2:] not in _HALVED:
@@ -165,7 +166,7 @@ def _guess_empty(module: nn.Module, extras: list[None]) -> list[Guess]:
     if out.shape == x.shape and torch.equal(out, x):
         return [Guess("skip_connect", 1, 0)]
     if bool((out == 0).all()):
-        return [Guess("none", 6 // out.shape[2], 0)]
+        return [Guess("none", 6 // out.shape[2], 0, has_gradient=has_gradient)]
     return _pools(0, False)
 
 

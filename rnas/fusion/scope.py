@@ -157,7 +157,7 @@ class Scope:
             return x
         key = (id(x), 0 if x.is_inference() else x._version)
         if key not in self._arranged:
-            self._arranged[key] = (x, x.contiguous(memory_format=torch.channels_last))
+            self._arranged[key] = (x, fused.arranged(x, torch.channels_last))
         return self._arranged[key][1]
 
     def pool(self, module: nn.Module, x: Tensor, shape: torch.Size) -> Deferred | None:

@@ -22,7 +22,7 @@ class Batch {
       y_.push_back(arena_.take<float>(n * image));
       sums_.push_back(arena_.take<double>(2 * n * plan.padded));
     }
-    for (int64_t node = 0; node < plan.shape.nodes; ++node) nodes_.push_back(arena_.take<float>(n * image));
+    for (int64_t node = 0; node < plan.shape.nodes && !backward; ++node) nodes_.push_back(arena_.take<float>(n * image));
     max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
     avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
     pool_sums_ = arena_.take<double>(2 * 2 * plan.shape.nodes * n * plan.padded);
@@ -72,11 +72,10 @@ class Batch {
 
   // ---- backward --------------------------------------------------------------------------------------------------------
 
-  void backward(Keep keep, const float* out, const float* kept, const float* grad_out, const MixedGradients& grad) {
+  void backward(Keep keep, const float* kept, const float* grad_out, const MixedGradients& grad) {
     set_norms(plan_, in_, norms_);
     pack_all(true);
     keep_ = keep;
-    out_ = const_cast<float*>(out);
     kept_ = const_cast<float*>(kept);
     grad_ = grad;
     for (const WeightSums& sums : weight_sums_) {
@@ -109,7 +108,13 @@ class Batch {
     return dense_state(node(state), plan_, h, w);
   }
 
-  float* node(int64_t state) const { return nodes_[state - plan_.shape.inputs]; }
+  // A node, dense: kept, or in the workspace. The last one is never kept; a backward pass has none of it.
+  float* node(int64_t state) const {
+    const int64_t node = state - plan_.shape.inputs;
+    if (kept_ && node < plan_.kept_nodes()) return kept(node, 0);
+    return nodes_.empty() ? nullptr : nodes_[node];
+  }
+  float* kept(int64_t which, int64_t n) const { return kept_ + (which * images() + n) * plan_.image_out(); }
   // A finished node, to where the caller wants it.
   void store_node(const Scratch& s, int64_t state, int64_t n) const {
     const Section section(s.clock, Work::nodes);
@@ -119,7 +124,7 @@ class Batch {
   }
   // What enters the second stage of a branch. Where it is not kept, the output will take its place.
   float* mid(const Edge& edge, size_t b, int64_t n) const {
-    return kept_ ? kept_ + (edge.branches[b].kept * images() + n) * plan_.image_out() : spare(b, n);
+    return kept_ ? kept(plan_.kept_nodes() + edge.branches[b].kept, n) : spare(b, n);
   }
   // Which of the kept outputs a branch's is, -1 where it is not kept.
   int64_t output_of(const Branch& branch) const {
@@ -128,7 +133,7 @@ class Batch {
   // The output of a branch, kept or in the workspace.
   float* y(const Edge& edge, size_t b, int64_t n) const {
     const int64_t output = output_of(edge.branches[b]);
-    return output >= 0 ? kept_ + ((plan_.kept + output) * images() + n) * plan_.image_out() : spare(b, n);
+    return output >= 0 ? kept(plan_.kept_nodes() + plan_.kept + output, n) : spare(b, n);
   }
   // Where the first convolution of a branch goes.
   float* first_output(const Edge& edge, size_t b, int64_t n) const {
@@ -327,12 +332,13 @@ class Batch {
       add(y(edge, b, 0), edge.branches[b].mix, edge.branches[b].last().norm);
     if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
     if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
+    for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) left.constant[c] += w[edge.ones];
     left.state = state;
     left.has_skip = edge.skip >= 0;
     left.skip = left.has_skip ? w[edge.skip] : 0.0f;
     left.set_node = edge.source == 0;  // the first edge of every node
     left.target = node(edge.target);
-    if (left.set_node || left.has_skip || !left.terms.empty()) pending_.push_back(std::move(left));
+    if (left.set_node || left.has_skip || edge.ones >= 0 || !left.terms.empty()) pending_.push_back(std::move(left));
   }
 
   bool is_pending(const float* data) const {
@@ -400,16 +406,11 @@ class Batch {
   }
 
   void begin_gradients(const float* grad_out) {
-    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, h = plan_.height_out, w = plan_.width_out;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Section section(scratch_[thread].clock, Work::nodes);
       for (int64_t n = begin; n < end; ++n)
-        for (int64_t state = 0; state < plan_.states(); ++state) {
+        for (int64_t state = 0; state < plan_.states(); ++state)
           begin_gradient(plan_, grad_out, grad_.of_last, state, n, gradient(state, n));
-          if (state >= plan_.shape.inputs && state + 1 < plan_.states())  // the last node is no source
-            load_dense(plan_, State{out_ + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w}, n,
-                       node(state) + n * plan_.image_out());
-        }
     });
   }
 
@@ -470,9 +471,10 @@ class Batch {
   }
 
   void backward_edge(const Edge& edge, int64_t e, const State& state) {
+    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
+    if (edge.ones >= 0) set_mixing_gradient(e, edge.ones, std::accumulate(grad_sum, grad_sum + plan_.padded, 0.0));
     if (edge.branches.empty()) return;
     const float* w = mixing(e);
-    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     const size_t branches = edge.branches.size();
 
     // The products of outputs and gradient; the outputs that were not kept are computed again.
@@ -824,7 +826,7 @@ class Batch {
   std::vector<Scratch> scratch_;
   std::vector<float*> y_;        // per branch of an edge: its output, later the gradient in front of its second ReLU
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
-  std::vector<float*> nodes_;    // the nodes, dense: the caller's lie side by side, far apart for the loops
+  std::vector<float*> nodes_;    // in a forward pass the nodes, dense: the caller's lie side by side, too far apart
   float *max_ = nullptr, *avg_ = nullptr;
   double* pool_sums_ = nullptr;  // (edges that leave a state, 2 pools, images, padded), or the pools' moments
   Winner* winners_ = nullptr;

@@ -73,9 +73,8 @@ class Fixed {
 
   // ---- backward --------------------------------------------------------------------------------------------------------
 
-  void backward(Keep keep, const float* out, const void* kept, const float* grad_out, const MixedGradients& grad) {
+  void backward(Keep keep, const void* kept, const float* grad_out, const MixedGradients& grad) {
     prepare();
-    out_ = const_cast<float*>(out);
     grad_out_ = grad_out;
     grad_ = grad;
     kept_ = keep >= Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
@@ -83,10 +82,9 @@ class Fixed {
     run_backward(false);
   }
 
-  void double_backward(Keep keep, const float* out, const void* kept, const float* grad_out, const void* const* direction,
+  void double_backward(Keep keep, const void* kept, const float* grad_out, const void* const* direction,
                        float* grad_grad_out, void* direction_kept, const MixedGradients& grad) {
     prepare();
-    out_ = const_cast<float*>(out);
     grad_out_ = grad_out;
     grad_ = grad;
     kept_ = keep >= Keep::activations ? static_cast<float*>(const_cast<void*>(kept)) : nullptr;
@@ -117,11 +115,24 @@ class Fixed {
   float* kept(float* all, int64_t index, int64_t n) const { return all + (index * images() + n) * plan_.image_out(); }
   Bits* masks(int64_t n, const Local& local) const { return masks_ ? masks_ + n * layout_.size : local.masks; }
 
-  State state_of(int64_t state, const void* const* inputs, const float* nodes) const {
+  // What a branch keeps in front of its second ReLU.
+  float* kept_mid(float* all, const Branch& branch, int64_t n) const {
+    return kept(all, plan_.kept_nodes() + branch.kept, n);
+  }
+  // A node of image n, dense, in a forward pass: kept, or in the workspace. linear: its direction.
+  float* node_of(int64_t state, int64_t n, const Local& local, bool linear) const {
+    float* const all = linear ? direction_kept_ : kept_;
+    const int64_t node = state - plan_.shape.inputs;
+    return all && node < plan_.kept_nodes() ? kept(all, node, n) : local.states[state];
+  }
+  // A state that edges leave, or its direction. What is not kept of a node is there in a forward pass alone.
+  State state_of(int64_t state, const Local& local, bool linear) const {
     const int64_t h = plan_.height(state), w = plan_.width(state), c = plan_.shape.channels;
-    if (state < plan_.shape.inputs) return {static_cast<const float*>(inputs[state]), h * w * c, c, h, w};
-    const int64_t pixel = plan_.shape.nodes * c;
-    return {nodes + (state - plan_.shape.inputs) * c, h * w * pixel, pixel, h, w};
+    if (state < plan_.shape.inputs)
+      return {static_cast<const float*>((linear ? direction_ : in_.states)[state]), h * w * c, c, h, w};
+    State node = dense_state(node_of(state, 0, local, linear), plan_, h, w);
+    if (!(linear ? direction_kept_ : kept_)) node.image = 0;
+    return node;
   }
 
   PoolShape pool_shape(int64_t state) const {
@@ -148,6 +159,7 @@ class Fixed {
       for (const Branch& branch : edge.branches) add(branch.mix, branch.last().norm);
       add(edge.max, edge.max_norm);
       add(edge.avg, edge.avg_norm);
+      for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) constant[c] += mixing(e)[edge.ones];
     }
     parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
       std::vector<float> scale(plan_.padded);
@@ -197,12 +209,13 @@ class Fixed {
     for (int64_t node = 0; node < plan_.shape.nodes; ++node)
       for (int64_t group = 0; group < plan_.groups; ++group) {
         const Vector constant = linear ? zero() : load(constants_ + node * plan_.padded + group * kLanes);
-        for (int64_t p = 0; p < pixels; ++p) store(local.states[inputs + node] + (group * pixels + p) * kLanes, constant);
+        float* to = node_of(inputs + node, n, local, linear) + group * pixels * kLanes;
+        for (int64_t p = 0; p < pixels; ++p) store(to + p * kLanes, constant);
       }
     for (int64_t source = 0; source + 1 < plan_.states(); ++source) {
-      if (source >= inputs) store_node(nodes, source, n, local);
-      const State x = state_of(source, in_.states, out_);
-      const State v = linear ? state_of(source, direction_, direction_out_) : x;
+      if (source >= inputs) store_node(nodes, source, n, node_of(source, n, local, linear), s);
+      const State x = state_of(source, local, false);
+      const State v = linear ? state_of(source, local, true) : x;
       const Tile tile = tile_of(source, local);
       Bits* signs = mask + layout_.signs[source];
       {
@@ -217,11 +230,12 @@ class Fixed {
       for (size_t e = 0; e < plan_.edges.size(); ++e) {
         const Edge& edge = plan_.edges[e];
         if (edge.source != source) continue;
-        for (const Branch& branch : edge.branches) forward_branch(branch, n, tile, local.states[edge.target], s, mask, linear);
+        float* const to = node_of(edge.target, n, local, linear);
+        for (const Branch& branch : edge.branches) forward_branch(branch, n, tile, to, s, mask, linear);
       }
       forward_pools(source, x, v, n, local, mask, linear);
     }
-    store_node(nodes, plan_.states() - 1, n, local);
+    store_node(nodes, plan_.states() - 1, n, local.states[plan_.states() - 1], s);
   }
 
   // `v` where a kept sign lets it through, into a tile.
@@ -241,10 +255,10 @@ class Fixed {
         }
   }
 
-  void store_node(float* nodes, int64_t state, int64_t n, const Local& local) const {
-    const Section section(local.scratch.clock, Work::nodes);
+  void store_node(float* nodes, int64_t state, int64_t n, const float* node, const Scratch& s) const {
+    const Section section(s.clock, Work::nodes);
     const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
-    store_state<false>(plan_, local.states[state], nodes + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel,
+    store_state<false>(plan_, node, nodes + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel,
                        pixels);
   }
 
@@ -255,14 +269,14 @@ class Fixed {
     if (branch.stages.size() < 2) return convolve<true>(plan_, branch.stages[0], packed, tile, s, to, nothing);
     const float* shift = norms_.row(norms_.shift, branch.stages[0].norm);
     float* const all = linear ? direction_kept_ : kept_;
-    float* z = all ? kept(all, branch.kept, n) : s.mid_grad;
+    float* z = all ? kept_mid(all, branch, n) : s.mid_grad;
     convolve<false>(plan_, branch.stages[0], packed, tile, s, z, nothing);
     {
       const Section section(s.clock, Work::tiles);
       if (linear && masks_)
         load_mid_signed(z, mask + layout_.mid[branch.kept], s.mid);
       else if (linear)
-        load_mid_linear(plan_, kept(kept_, branch.kept, n), shift, z, s.mid);
+        load_mid_linear(plan_, kept_mid(kept_, branch, n), shift, z, s.mid);
       else
         load_mid(plan_, z, ones_, shift, s.mid, masks_ ? mask + layout_.mid[branch.kept] : nullptr);
     }
@@ -287,7 +301,7 @@ class Fixed {
           const Edge& edge = plan_.edges[e];
           if (edge.source != source || edge.*mix < 0) continue;
           const Vector f = factors(e, edge.*mix, norm ? edge.*norm : -1, group);
-          float* to = local.states[edge.target] + group * plan_.plane_out();
+          float* to = node_of(edge.target, n, local, linear) + group * plan_.plane_out();
           for (int64_t p = 0; p < plan_.plane_out(); p += kLanes) store(to + p, fma(load(from + p), f, load(to + p)));
         }
       };
@@ -370,8 +384,8 @@ class Fixed {
 
   void backward_source(int64_t source, int64_t n, const Local& local, Bits* mask, bool parameters, bool linear) const {
     const Scratch& s = local.scratch;
-    const State x = state_of(source, in_.states, out_);
-    const State v = linear ? state_of(source, direction_, direction_out_) : x;
+    const State x = state_of(source, local, false);
+    const State v = linear ? state_of(source, local, true) : x;
     const int64_t pixels = x.height * x.width;
     Bits* signs = mask + layout_.signs[source];
     const Tile tile = tile_of(source, local);
@@ -423,9 +437,9 @@ class Fixed {
     if (!masks_) {
       const Section section(s.clock, Work::tiles);
       const float* shift = norms_.row(norms_.shift, branch.stages[0].norm);
-      const float* z = kept(kept_, branch.kept, n);
+      const float* z = kept_mid(kept_, branch, n);
       load_mid(plan_, z, ones_, shift, s.mid, signs);
-      if (linear) load_mid_linear(plan_, z, shift, kept(direction_kept_, branch.kept, n), s.mid);
+      if (linear) load_mid_linear(plan_, z, shift, kept_mid(direction_kept_, branch, n), s.mid);
     }
     convolve_backward<false>(
         plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
@@ -559,6 +573,8 @@ class Fixed {
               scale[channel] = static_cast<float>(factor * norms_.row(norms_.scale, conv.norm)[channel]);
             unpack(plan_, conv, totals.data(), static_cast<int>(totals.size()), scale.data(), grad_.theta);
           }
+        // Along a direction a constant does not move.
+        if (edge.ones >= 0) settle(-1, edge.ones, 1.0, linear ? std::vector<double>(padded) : grad_sum, grad_sum);
         if (edge.skip >= 0) settle(-1, edge.skip, 1.0, add_up(&Local::dots, 3 * e), grad_sum);
         if (edge.max >= 0) settle(edge.max_norm, edge.max, mixing(e)[edge.max], add_up(&Local::dots, 3 * e + 1), grad_sum);
         if (edge.avg >= 0) settle(edge.avg_norm, edge.avg, mixing(e)[edge.avg], add_up(&Local::dots, 3 * e + 2), grad_sum);

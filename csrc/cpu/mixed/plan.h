@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -67,7 +68,7 @@ struct Branch {
 struct Edge {
   int64_t source, target, stride;  // states: inputs first, then nodes
   std::vector<Branch> branches;
-  int64_t skip = -1, max = -1, avg = -1;  // place among the K of an identity and of the pools; -1: none
+  int64_t skip = -1, max = -1, avg = -1, ones = -1;  // place among the K of what is no convolution; -1: none
   int64_t max_norm = -1, avg_norm = -1;
 };
 
@@ -77,9 +78,10 @@ struct Plan {
   int64_t groups, padded;              // of channels: groups * kLanes = padded >= C
   int64_t height_out, width_out;
   int64_t norms = 0, theta = 0, packed = 0;
-  int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep
+  int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep, beside the nodes
   bool max = false, avg = false, winograd = false;  // whether there are any
   int64_t states() const { return shape.inputs + shape.nodes; }
+  int64_t kept_nodes() const { return shape.nodes - 1; }  // all but the last: dense, in front of everything else
   // Whether an edge from a state has this candidate.
   bool leaves(int64_t source, int64_t Edge::*candidate) const {
     return std::any_of(edges.begin(), edges.end(),
@@ -169,6 +171,9 @@ struct Builder {
     Branch branch{mix, {}};
     switch (primitive) {
       case Primitive::none:
+        return;
+      case Primitive::ones:
+        edge.ones = mix;
         return;
       case Primitive::max_pool_3x3:
         edge.max = mix;

@@ -76,7 +76,7 @@ template <int V, typename AStage> class Backward {
     std::vector<T*> middles;  // per branch, null with one stage
     T *max_d, *avg_d;
     unsigned char* winners;
-    float* partials[3];  // of the max pool, the average pool, the identity
+    float* partials[4];  // of the max pool, the average pool, the identity, the ones
   };
 
   std::vector<EdgeMemory> take_memory(int64_t node) {
@@ -185,6 +185,7 @@ template <int V, typename AStage> class Backward {
         add(cell_.simple(edge, Kind::max_pool), edge.max, edge.max_norm, memory.partials[0]);
         add(cell_.simple(edge, Kind::avg_pool), edge.avg, edge.avg_norm, memory.partials[1]);
         add(cell_.simple(edge, Kind::identity), edge.skip, -1, memory.partials[2]);
+        add(cell_.simple(edge, Kind::ones), edge.ones, -1, memory.partials[3]);
         for (size_t b = 0; b < edge.branches.size(); ++b) {
           const Branch& branch = edge.branches[b];
           add(cell_.stage(edge, branch, branch.stages.size() - 1), branch.mix, branch.stages.back().norm,

@@ -125,6 +125,7 @@ template <int V, typename AStage> class Forward {
     };
     for (int64_t each : plan_.into(plan_.shape.inputs + node)) {
       const Edge& edge = plan_.edges[each];
+      if (edge.ones >= 0) add(cell_.simple(edge, Kind::ones), cell_.weight(each, edge.ones), -1);
       if (edge.skip >= 0) add(cell_.simple(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
       if (edge.max >= 0) add(cell_.simple(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);
       if (edge.avg >= 0) add(cell_.simple(edge, Kind::avg_pool), cell_.weight(each, edge.avg), edge.avg_norm);

@@ -33,8 +33,8 @@ struct Branch {
 struct Edge {
   int64_t source, target, stride;  // states: inputs first, then nodes
   std::vector<Branch> branches;
-  int64_t skip = -1, max = -1, avg = -1;  // place among the K of an identity and of the pools; -1: none
-  int64_t max_norm = -1, avg_norm = -1;   // -1: none
+  int64_t skip = -1, max = -1, avg = -1, ones = -1;  // place among the K of what is no convolution; -1: none
+  int64_t max_norm = -1, avg_norm = -1;              // -1: none
 };
 
 struct Plan {
@@ -67,6 +67,9 @@ class Builder {
     const int stride = static_cast<int>(edge.stride);
     switch (primitive) {
       case Primitive::none:
+        return;
+      case Primitive::ones:
+        edge.ones = mix;
         return;
       case Primitive::max_pool_3x3:
         edge.max = mix;

@@ -24,12 +24,13 @@ template <int V> struct Vec {
   float v[V];
 };
 
-template <int V> RNAS_DEVICE Vec<V> zeros() {
+template <int V> RNAS_DEVICE Vec<V> filled(float value) {
   Vec<V> made;
 #pragma unroll
-  for (int k = 0; k < V; ++k) made.v[k] = 0.0f;
+  for (int k = 0; k < V; ++k) made.v[k] = value;
   return made;
 }
+template <int V> RNAS_DEVICE Vec<V> zeros() { return filled<V>(0.0f); }
 
 // V elements of an image or a table as floats, in one load; and floats as elements, rounded to the nearest.
 #if defined(RNAS_ON_HOST)
@@ -91,7 +92,7 @@ template <typename T> struct Image {
   RNAS_DEVICE bool holds(int y, int x) const { return y >= 0 && x >= 0 && y < height && x < width; }
 };
 
-enum class Kind : int { identity, max_pool, avg_pool, separable, dense, reduce };
+enum class Kind : int { identity, max_pool, avg_pool, ones, separable, dense, reduce };
 
 template <typename T> struct Stage {
   using Element = T;  // of its images
@@ -461,12 +462,14 @@ template <int V, typename T> RNAS_DEVICE Vec<V> avg_pool(const Stage<T>& stage, 
 // A stage that is no convolution.
 template <int V, typename T> RNAS_DEVICE Vec<V> simple_value(const Stage<T>& stage, int n, int y, int x, int channel) {
   int winner[V];
+  if (stage.kind == Kind::ones) return filled<V>(1.0f);
   if (stage.kind == Kind::identity) return load<V>(stage.source.at(n, y, x) + channel);
   return stage.kind == Kind::max_pool ? max_pool<V>(stage, n, y, x, channel, winner)
                                       : avg_pool<V>(stage, n, y, x, channel);
 }
 template <int V, typename T>
 RNAS_DEVICE Vec<V> simple_value(const TangentStage<T>& stage, int n, int y, int x, int channel) {
+  if (stage.kind == Kind::ones) return zeros<V>();
   Stage<T> along = stage;
   along.source.data = const_cast<T*>(stage.direction);
   if (stage.kind != Kind::max_pool) return simple_value<V>(along, n, y, x, channel);

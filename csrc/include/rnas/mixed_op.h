@@ -20,6 +20,8 @@
 //   skip_connect  at stride 2: (C - C/2, C) on the even pixels, (C/2, C) on those one further; one norm. Else nothing.
 //   pools         one norm where pool_norm
 //
+// `ones` is 1 everywhere: its weight is a number that is added.
+//
 // Functions throw std::invalid_argument for sizes that cannot be. They allocate nothing but small tables; `workspace` is
 // memory of mixed_sizes(...).workspace bytes, aligned to 64, whose contents do not matter. `threads` is the most to use.
 
@@ -35,7 +37,8 @@ enum class Primitive {
   dil_conv_3x3,
   dil_conv_5x5,
   conv_1x1,
-  conv_3x3
+  conv_3x3,
+  ones
 };
 
 struct MixedShape {
@@ -51,8 +54,9 @@ struct MixedShape {
 // What a forward pass keeps for its backward pass.
 //   masks        signs of what enters each ReLU and winners of the max pools: enough for gradients to the states where
 //                the statistics are fixed
-//   activations  what enters the second ReLU of each separable convolution, and on batch statistics the outputs of the
-//                dense 3x3 convolutions and, from 32 channels on, of the 5x5 ones; everything else is computed again
+//   activations  the nodes but for the last (on a GPU they are read from `out`), what enters the second ReLU of each
+//                separable convolution, and on batch statistics the outputs of the dense 3x3 convolutions and, from 32
+//                channels on, of the 5x5 ones; everything else is computed again
 //   outputs      on batch statistics the outputs of all convolutions too: three times the memory, less time
 enum class Keep { nothing, masks, activations, outputs };
 
@@ -92,8 +96,9 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads);
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads);
 
-// Gradients of sum(grad_out * out), or with grad.of_last of sum(grad_out * last node). `out` and `kept` are the forward
-// pass's. With Keep::masks statistics must be fixed and only grad.states may be wanted.
+// Gradients of sum(grad_out * out), or with grad.of_last of sum(grad_out * last node). `kept` is the forward pass's; so
+// is `out`, which is not read here and may be null. With Keep::masks statistics must be fixed and only grad.states may be
+// wanted.
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads);
 
@@ -101,7 +106,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 // (N, H', W', J * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
 // theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
 // Keep::masks all must be). direction (S) images (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
-// with Keep::masks. With Keep::masks neither in.states nor out are read, here and in mixed_backward.
+// with Keep::masks. With Keep::masks in.states are not read, here and in mixed_backward.
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out,
                            const void* kept, const float* grad_out, const void* const* direction,
                            float* grad_grad_out, void* direction_kept, const MixedGradients& grad, void* workspace,
@@ -109,8 +114,8 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
 
 }  // namespace cpu
 
-// As above, with arrays in the memory of the current CUDA device, work queued on `stream`, and nothing kept but
-// Keep::activations (or nothing): kept_masks and kept_outputs are 0.
+// As above, with arrays in the memory of the current CUDA device, work queued on `stream`, `out` read by the backward
+// passes, and nothing kept but Keep::activations (or nothing): kept_masks and kept_outputs are 0.
 //
 // dtype: float32, bfloat16 or float16, the type of all images: states, out, grad_out, direction, grad_grad_out, the
 // gradients to states, and what is kept. They are read as float32, everything is computed and summed in float32, and

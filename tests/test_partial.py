@@ -1,0 +1,186 @@
+"""What goes around the candidates, joined and shuffled, against plain PyTorch in float64; memory formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rnas.kernels import backend, fused, partial
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> torch.memory_format:
+    return LAYOUTS[request.param]
+
+
+def defined(mixed: Tensor, arounds: list[Tensor], scales: Tensor | None, groups: int, first: bool) -> Tensor:
+    around = sum(arounds) if scales is None else sum(s * each for s, each in zip(scales, arounds))
+    return F.channel_shuffle(torch.cat([mixed, around] if first else [around, mixed], dim=1), groups)
+
+
+class Problem:
+    """Leaves in float64, and what of them enters `join` in float32: slices of states, as they lie."""
+
+    def __init__(self, layout, shape=(3, 4, 5, 7), edges=3, groups=4, scaled=True, sliced=True, seed=0) -> None:
+        self.layout, self.groups, self.sliced = layout, groups, sliced
+        generator = torch.Generator().manual_seed(seed)
+        n, self.channels, h, w = shape
+        all_channels = self.channels * groups
+        self.leaves = [
+            torch.randn(s, generator=generator, dtype=torch.float64)
+            for s in (shape, *[(n, all_channels, h, w)] * edges, *[(edges,)] * scaled)
+        ]
+        self.scaled = scaled
+
+    def run(self, join, dtype: torch.dtype, first: bool = True, layout=None):
+        """(leaves, result); join takes mixed, what goes around and the scales."""
+        layout = layout or self.layout
+        leaves = [
+            each.to(dtype, memory_format=layout if each.dim() == 4 else torch.preserve_format, copy=True)
+            for each in self.leaves
+        ]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        mixed, *states = leaves[:-1] if self.scaled else leaves
+        arounds = [state[:, self.channels :] for state in states]
+        if not self.sliced:
+            arounds = [each.contiguous(memory_format=layout) for each in arounds]
+        return leaves, join(mixed, arounds, leaves[-1] if self.scaled else None, first)
+
+    def gradients(self, join, dtype: torch.dtype, twice: bool, **options) -> list[Tensor]:
+        """The result, the gradients of the leaves, and those of a sum of them."""
+        leaves, out = self.run(join, dtype, **options)
+        noise = [torch.randn(each.shape, generator=torch.Generator().manual_seed(5)).to(dtype) for each in leaves]
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(dtype).requires_grad_()
+        found = torch.autograd.grad(out, leaves, cotangent, create_graph=twice)
+        made = [out, *found]
+        if twice:
+            total = sum((a * b).sum() for a, b in zip(found, noise))
+            made += torch.autograd.grad(total, [*leaves, cotangent], materialize_grads=True)
+        return [each.detach() for each in made]
+
+
+def check(problem: Problem, first: bool = True, twice: bool = False) -> None:
+    def join(mixed, arounds, scales, first):
+        assert partial._covers(mixed, arounds, scales, problem.layout)
+        made = partial.join(mixed, arounds, scales, problem.groups, problem.layout, first)
+        assert made.is_contiguous(memory_format=problem.layout) and not made._is_view()
+        return made
+
+    exact = problem.gradients(lambda m, a, s, f: defined(m, a, s, problem.groups, f), torch.float64, twice, first=first)
+    found = problem.gradients(join, torch.float32, twice, first=first)
+    plain = problem.gradients(lambda m, a, s, f: defined(m, a, s, problem.groups, f), torch.float32, twice, first=first)
+    for a, b, c in zip(found, exact, plain, strict=True):  # the first contract of the ops
+        assert (a.double() - b).norm() <= 3 * (c.double() - b).norm() + 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 32, 32), (2, 5, 5, 7), (3, 1, 1, 1), (2, 17, 1, 9), (0, 4, 8, 8)])
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_values_and_gradients(compiled, level, layout, scaled, groups, shape):
+    assert compiled
+    for sliced in (True, False):
+        check(Problem(layout, shape, groups=groups, scaled=scaled, sliced=sliced), first=sliced)
+
+
+@pytest.mark.parametrize("edges", [1, 2, 14])
+@pytest.mark.parametrize("first", [True, False])
+def test_any_number_of_edges_and_either_order(compiled, layout, first, edges):
+    check(Problem(layout, edges=edges), first=first)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_second_derivatives(compiled, layout, scaled):
+    check(Problem(layout, scaled=scaled), twice=True)
+
+
+def test_only_the_gradients_that_are_asked_for(compiled, layout):
+    problem = Problem(layout)
+    leaves, out = problem.run(lambda m, a, s, f: partial.join(m, a, s, 4, layout, f), torch.float32)
+    expected = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    for leaf, gradient in zip(leaves, expected):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        mixed, *states, scales = leaves
+        out = partial.join(mixed, [state[:, 4:] for state in states], scales, 4, layout)
+        assert torch.allclose(torch.autograd.grad(out.square().sum(), leaf)[0], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_bits_for_any_number_of_threads(compiled, layout):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            Problem(layout, (7, 4, 32, 32)).gradients(
+                lambda m, a, s, f: partial.join(m, a, s, 4, layout, f), torch.float32, False
+            )
+        )
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0]))
+
+
+@pytest.mark.parametrize("reason", ["float64", "another layout", "reference"])
+def test_what_compiled_code_does_not_take_goes_to_pytorch(monkeypatch, layout, reason):
+    problem, dtype = Problem(layout), torch.float64 if reason == "float64" else torch.float32
+    other = next(each for each in LAYOUTS.values() if each != layout) if reason == "another layout" else layout
+    if reason == "reference":
+        monkeypatch.setenv("RNAS_BACKEND", "reference")
+
+    def join(mixed, arounds, scales, first):
+        assert not partial._covers(mixed, arounds, scales, layout)
+        return partial.join(mixed, arounds, scales, 4, layout, first)
+
+    exact = problem.gradients(lambda m, a, s, f: defined(m, a, s, 4, f), torch.float64, True)
+    for a, b in zip(problem.gradients(join, dtype, True, layout=other), exact, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_that_do_not_divide_the_channels_are_refused():
+    module, x = backend.module("cpu"), torch.zeros(64)
+    sizes, at = (1, 4, 4, 5, 4, 1), x.data_ptr()
+    with pytest.raises(ValueError, match="the groups must divide the channels"):
+        module.join_channels(sizes, True, True, at, [at], [20, 5], 0, at, 1)
+    with pytest.raises(ValueError, match="an address and two steps"):
+        module.join_channels(sizes, True, True, at, [at], [20], 0, at, 1)
+
+
+# ---- memory formats --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["all", "channels", "rows"])
+@pytest.mark.parametrize("shape", [(3, 17, 33, 35), (2, 64, 32, 32), (2, 3, 80, 80), (300, 130, 1, 1), (2, 4, 5, 1000)])
+def test_images_are_arranged_as_pytorch_does_it(compiled, layout, shape, part):
+    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    cut = {"all": x, "channels": x[:, 1:], "rows": x[:, :, : max(1, shape[2] - 2)]}[part]
+    wanted = next(each for each in LAYOUTS.values() if each != layout)
+    made = fused.arranged(cut, wanted)
+    assert torch.equal(made, cut) and made.stride() == cut.contiguous(memory_format=wanted).stride()
+    assert fused.arranged(made, wanted) is made
+    weights = torch.randn(made.shape).requires_grad_()
+    (gradient,) = torch.autograd.grad((made * weights).sum(), x, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad((cut * weights).sum(), x, retain_graph=True)[0])
+    (second,) = torch.autograd.grad(gradient.square().sum(), weights)
+    assert torch.equal(second, 2 * weights)
+
+
+def test_large_images_are_transposed_by_compiled_code(compiled, monkeypatch):
+    calls = []
+    transpose = backend.module("cpu").transpose
+    monkeypatch.setattr(backend.module("cpu"), "transpose", lambda *a: calls.append(a) or transpose(*a), raising=False)
+    x = torch.randn(8, 16, 32, 32)
+    last = fused.arranged(x, torch.channels_last)
+    assert torch.equal(fused.arranged(last, torch.contiguous_format), x) and len(calls) == 2
+    fused.arranged(x.double(), torch.channels_last)
+    fused.arranged(x[..., ::2], torch.channels_last)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("make", [fused.empty, lambda like, shape: fused.empty_image(like, *shape[1:])])
+def test_new_images_are_views_of_nothing(make):
+    assert not make(torch.zeros(64), (64, 32, 64, 64))._is_view()
