@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	BIN=$(BIN) bash scripts/demo.sh
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.tested
 	$(BIN)/python -m pytest benchmarks -q -s

@@ -86,6 +86,8 @@ path_without() {
 }
 COMPILERS=(cc c++ gcc g++ clang clang++ 'gcc-[0-9]*' 'g++-[0-9]*' 'clang-[0-9]*' 'clang++-[0-9]*' '*-linux-gnu-g++*' '*-linux-gnu-gcc*' nvcc)
 
+# It is the ways to install that count here: one instruction set, little optimisation, one architecture.
+export CMAKE_ARGS=-DRNAS_LEVEL=baseline
 MODULES=_cpu
 if command -v nvcc >/dev/null; then
   MODULES='_cpu _cuda'
@@ -102,9 +104,6 @@ done
 install wheel "$WORK"/dist/*.whl
 use wheel "$MODULES"
 for name in wheel/bin/rnas; do [ -x "$WORK/$name" ] || fail "no command $name"; done
-
-# The wheel is what users get. From here on it is the ways to install that count: one instruction set, and in no hurry.
-export CMAKE_ARGS=-DRNAS_LEVEL=baseline
 
 step 'editable install, used from elsewhere and from the root of the sources'
 FORCE_CUDA=0 install editable -e "$SOURCE"

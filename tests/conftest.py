@@ -25,7 +25,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what ru
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what needs a GPU or the full data sets, with the reason, where they are missing."""
+    """Skip what needs a GPU or the full data sets, with the reason, where they are missing.
+
+    Files with tests that take minutes come first: at the end no process waits for them.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

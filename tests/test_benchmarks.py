@@ -73,6 +73,7 @@ def render(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_has_every_row(results):
     found = {(row["job"], row["provider"]): row["status"] for row in results["rows"]}
     expected = {(job, provider): "measured" for job in JOBS for provider in PROVIDERS}
