@@ -44,7 +44,7 @@ LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivati
 WIDE_DENSE = "mixed_op every_simd_level_with_candidates"
 OWN = "mixed_op every_edge_with_candidates_of_its_own"
 LAST = "mixed_op last_node_alone or all_nodes_and_of_the_last"
-ONES = f"{ALONE} and ones"
+ONES = f"{OWN} and another"
 JOIN = "partial values_and_gradients or any_number_of_edges"
 ARRANGED = "partial arranged_as_pytorch"
 UNUSUAL = "fused compiled_code_leaves"
@@ -301,8 +301,8 @@ FIXED = rows(
     ("fixed: ones without their weight", ONES, "void prepare(", "+= mixing(e)[edge.ones]", "+= 1.0f"),
     ("fixed: ones without a gradient", ONES, "void finish_parameters(", "if (edge.ones >= 0) settle",
      "if (false) settle"),
-    ("fixed: ones move along a direction", "mixed_op second_derivatives_with_candidates", "void finish_parameters(",
-     "linear ? std::vector<double>(padded) : grad_sum", "grad_sum"),
+    ("fixed: ones move along a direction", "mixed_op second_derivatives_with_candidates and another",
+     "void finish_parameters(", "linear ? std::vector<double>(padded) : grad_sum", "grad_sum"),
     ("fixed: another node kept", CELL, "float* node_of(", "kept(all, node, n)", "kept(all, 0, n)"),
     ("fixed: mids over the nodes", CELL, "float* kept_mid(", "plan_.kept_nodes() + ", ""),
     ("fixed: every image in the workspace", MASKS, "State state_of(", "node.image = 0", "(void)node"),
@@ -445,11 +445,11 @@ GATHERED = rows(
 JOINED = rows(
     "cpu/join_channels.cpp",
     ("join: no shuffle", JOIN, "Join(const JoinShape&", "order_[c * shape.groups + group]", "order_[group * each + c]"),
-    ("join: mixed always first", JOIN, "Join(const JoinShape&", "shape.mixed_first ? shape.mixed : 0", "shape.mixed"),
+    ("join: one channel of what was mixed", JOIN, "void rows(", "= through[c]", "= through[0]"),
     ("join: no scales", JOIN, "float scale(", "scales_ ? scales_[e] : 1.0f", "1.0f"),
     ("join: of the first image", JOIN, "const float* around(", "+ n * arounds_[e].image", ""),
-    ("join: planes as the first edge's lie", JOIN, "void planes(", "from * arounds_[e].step",
-     "from * arounds_[0].step"),
+    ("join: rows as the first edge's lie", JOIN, "void rows(", "(begin + p) * arounds_[e].step",
+     "(begin + p) * arounds_[0].step"),
     ("join: a plane in parts of the first", JOIN, "void planes(", "arounds_[e].step + begin", "arounds_[e].step"),
     ("join: gradients without scales", JOIN, "void spread(", "g * set(scale(e))", "g"),
     ("join: of the last edge's products", JOIN, "void spread(", "products[e] = fma(", "products[0] = fma("),

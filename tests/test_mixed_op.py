@@ -243,8 +243,9 @@ def test_every_simd_level_with_candidates_of_their_own(level, channels, mode):
 
 @pytest.mark.parametrize("mode", ["train affine", "eval affine", "mixed"])
 @pytest.mark.parametrize("first", ["inputs", "weights", "parameters"])
-def test_second_derivatives_with_candidates_of_their_own(first, mode):
-    check(first=(first,), wanted=KINDS[:3], cell="normal", mode=mode, own=True)
+@pytest.mark.parametrize("space", ["darts", "another order"])
+def test_second_derivatives_with_candidates_of_their_own(space, first, mode):
+    check(space=space, first=(first,), wanted=KINDS[:3], cell="normal", mode=mode, own=True)
 
 
 def test_the_same_candidates_for_every_edge_are_common_ones():

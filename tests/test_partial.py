@@ -25,7 +25,10 @@ def defined(mixed: Tensor, arounds: list[Tensor], scales: Tensor | None, groups:
 
 
 class Problem:
-    """Leaves in float64, and what of them enters `join` in float32: slices of states, as they lie."""
+    """Leaves in float64, and what of them enters `join` in float32: slices of states, as they lie, and others.
+
+    sliced: whether the first is a slice.
+    """
 
     def __init__(self, layout, shape=(3, 4, 5, 7), edges=3, groups=4, scaled=True, sliced=True, seed=0) -> None:
         self.layout, self.groups, self.sliced = layout, groups, sliced
@@ -49,8 +52,8 @@ class Problem:
             leaf.requires_grad_()
         mixed, *states = leaves[:-1] if self.scaled else leaves
         arounds = [state[:, self.channels :] for state in states]
-        if not self.sliced:
-            arounds = [each.contiguous(memory_format=layout) for each in arounds]
+        for edge in range(int(self.sliced), len(arounds), 2):  # every other one is no slice
+            arounds[edge] = arounds[edge].contiguous(memory_format=layout)
         return leaves, join(mixed, arounds, leaves[-1] if self.scaled else None, first)
 
     def gradients(self, join, dtype: torch.dtype, twice: bool, **options) -> list[Tensor]:
