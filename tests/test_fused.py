@@ -124,6 +124,17 @@ def test_a_pool_holds_so_many_pieces_and_gives_them_back(pool):
     assert len(pool.free()) == 1
 
 
+def test_a_pool_stays_small_where_sizes_vary(pool):
+    for size in range(2, 60):
+        held = [pool.take(size * LARGE // 10) for _ in range(3)]
+        assert sum(pool.free()) + sum(map(len, held)) <= 1.25 * 3 * size * LARGE / 10 + 1
+        del held
+    pool.empty()
+    piece = pool.take(LARGE)
+    del piece
+    assert sum(pool.free()) == LARGE  # what was in use before counts no more
+
+
 def test_a_pool_serves_several_threads(pool):
     wrong = []
 

@@ -6,6 +6,7 @@
 // system after every step: touching the fresh pages then costs a tenth of the next step. It lies on huge pages where
 // Linux grants them.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -20,7 +21,8 @@
 
 namespace rnas::bind {
 
-// Free memory, oldest first. Any thread may take and give back.
+// Free memory, oldest first. Any thread may take and give back. Together with what is in use it stays within what was in
+// use at once at the most, and a quarter of that: where sizes vary from step to step, blocks that nothing fits go.
 class FreeMemory {
  public:
   struct Block {
@@ -39,25 +41,32 @@ class FreeMemory {
         if (size <= block->size && block->size <= size + size / 10) {
           const Block found = *block;
           free_.erase(block);
+          count(found.size);
           return found;
         }
+      count(size);
     }
-    return {allocate(size), size};
+    try {
+      return {allocate(size), size};
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      in_use_ -= size;
+      throw;
+    }
   }
 
   void give_back(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ -= block.size;
     free_.push_back(block);
-    if (free_.size() > most_) {
-      std::free(free_.front().data);
-      free_.erase(free_.begin());
-    }
+    shrink();
   }
 
   void empty() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const Block& block : free_) std::free(block.data);
     free_.clear();
+    peak_ = in_use_;
   }
 
   std::vector<int64_t> sizes() const {
@@ -79,9 +88,27 @@ class FreeMemory {
     return data;
   }
 
+  // So many bytes more are in use.
+  void count(int64_t size) {
+    in_use_ += size;
+    peak_ = std::max(peak_, in_use_);
+    shrink();
+  }
+
+  void shrink() {
+    int64_t all = in_use_;
+    for (const Block& block : free_) all += block.size;
+    while (!free_.empty() && (free_.size() > most_ || all > peak_ + peak_ / 4)) {
+      all -= free_.front().size;
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+
   const size_t most_;
   mutable std::mutex mutex_;
   std::vector<Block> free_;
+  int64_t in_use_ = 0, peak_ = 0;  // bytes; the most since the last empty()
 };
 
 // Memory in use. It goes back where it came from, which lives as long as this.

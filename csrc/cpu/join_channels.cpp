@@ -141,7 +141,7 @@ class Join {
       const float* gradient = grad_out + pixel * channels_;
       for (int64_t c = 0; c < channels_; ++c) buffer[order_[c]] = gradient[c];
       for (int64_t c = 0; c < s_.mixed && grad_mixed; ++c) grad_mixed[pixel * s_.mixed + c] = buffer[mixed_begin_ + c];
-      spread(&buffer[around_begin_], s_.around, products,
+      spread(buffer.data() + around_begin_, s_.around, products,
              [&](int64_t e) { return around(e, n) + p * arounds_[e].step; },
              [&](int64_t e) { return grad_arounds[e] ? grad_arounds[e] + pixel * s_.around : nullptr; });
       if (p % kSum == kSum - 1 || p + 1 == s_.pixels) add_up(products, sums);
