@@ -98,7 +98,7 @@ def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
     """Rows, columns and what lies between two rows, where the images are matrices that compiled code transposes."""
-    if x.numel() < _SMALLEST or not x.is_cpu or x.dtype != torch.float32 or is_watched((x,)):
+    if is_watched((x,)) or x.numel() < _SMALLEST or not x.is_cpu or x.dtype != torch.float32:
         return None
     _, channels, height, width = x.shape
     _, channel, row, pixel = x.stride()
@@ -106,7 +106,8 @@ def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | 
         fits, made = pixel == 1 and row == width, (channels, height * width, channel)
     else:
         fits, made = channel == 1 and row == width * pixel, (height * width, channels, pixel)
-    return made if fits and not isinstance(backend.load("cpu"), str) else None
+    serves = backend.forced() in ("auto", "cpu") and not isinstance(backend.load("cpu"), str)
+    return made if fits and serves else None
 
 
 _SMALLEST = 2**15
@@ -126,6 +127,7 @@ def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
 class _Arranged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layout):
+        ctx.set_materialize_grads(False)
         return _transposed(x, layout)
 
     @staticmethod
@@ -142,7 +144,7 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor of the dtype and on the device of `like`, from the pool where nobody is watching.
 
-    No view of another, as far as autograd is concerned: results of an op may be changed in place.
+    No view of another, as far as autograd is concerned, so that what becomes a result may be changed in place.
     """
     if not like.is_cpu or is_watched((like,)):
         return like.new_empty(shape)

@@ -37,6 +37,9 @@ def join(
 
 def _covers(mixed: Tensor, arounds: Sequence[Tensor], scales: Tensor | None, layout: torch.memory_format) -> bool:
     """Whether compiled code takes the tensors as they lie."""
+    shapes = {each.shape for each in arounds}
+    if len(shapes) > 1 or (mixed.shape[0], *mixed.shape[2:]) != (arounds[0].shape[0], *arounds[0].shape[2:]):
+        return False
     tensors = [mixed, *arounds, *(() if scales is None else (scales,))]
     if fused.is_watched(tensors) or any([not each.is_cpu or each.dtype != torch.float32 for each in tensors]):
         return False
@@ -76,7 +79,8 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, mixed, scales, *arounds):
         ctx.settings, ctx.sizes = settings, (mixed.shape, arounds[0].shape)
-        ctx.save_for_backward(scales, *(arounds if scales is not None else ()))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scales, *(arounds if ctx.needs_input_grad[2] else ()))
         groups, layout, first = settings
         n, channels, height, width = mixed.shape
         out = _empty(mixed, channels + arounds[0].shape[1], layout)
@@ -100,7 +104,10 @@ class _Join(torch.autograd.Function):
         of_mixed, of_scales, *of_arounds = ctx.needs_input_grad[1:]
         groups, layout, first = ctx.settings
         (n, channels, height, width), around = ctx.sizes
-        if torch.is_grad_enabled() or fused.is_watched([gradient]):
+        if gradient is None:
+            return (None,) * len(ctx.needs_input_grad)
+        steps = [_steps(each, layout) for each in arounds]  # hooks on what is saved may have lost the layout
+        if torch.is_grad_enabled() or fused.is_watched([gradient]) or None in steps:
             return None, *_gradients(ctx, gradient, scales, arounds)
         gradient = fused.arranged(gradient, layout)
         grad_mixed = _empty(gradient, channels, torch.channels_last) if of_mixed else None
@@ -112,8 +119,8 @@ class _Join(torch.autograd.Function):
             (n, height * width, channels, around[1], groups, len(wanted)),
             first,
             layout == torch.channels_last,
-            fused.addresses(arounds) if arounds else [0],
-            [step for each in arounds for step in _steps(each, layout)] or [0, 0],
+            fused.addresses(arounds) if arounds else [0] * len(wanted),
+            [step for each in steps or [(0, 0)] * len(wanted) for step in each],
             *fused.addresses([numbers, gradient, grad_mixed]),
             fused.addresses(grad_arounds),
             *fused.addresses([grad_scales]),

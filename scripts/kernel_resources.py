@@ -8,8 +8,8 @@ Compiles the CUDA kernels of csrc/cuda with nvcc and those of kernels/triton wit
 without a GPU. What is not installed is left out, and said.
 
 --built reads the CUDA kernels' numbers out of a compiled module, rnas/_cuda*.so, in no time; it has to be of these
-sources. A module does not tell of spills, but of a kernel's memory of its own: any counts as one. It needs cuobjdump,
-which the CUDA toolkit or triton brings.
+sources, and is taken to be of the nvcc that is here. A module does not tell of spills, but of a kernel's memory of its
+own: any counts as one. It needs cuobjdump, which the CUDA toolkit or triton brings.
 
 --write keeps the numbers in csrc/cuda/resources.json, with the versions of the compilers. --check compares with them;
 its exit status is 1 where a kernel
@@ -120,7 +120,9 @@ def compile_cuda(source: Path, arch: str) -> list[Kernel]:
 
 def find_cuobjdump() -> str | None:
     """The program that takes modules apart: that of the toolkit, or the one that triton brings."""
-    found = [shutil.which("cuobjdump"), str(Path(find_nvcc() or "").resolve().parent / "cuobjdump")]
+    nvcc, found = find_nvcc(), [shutil.which("cuobjdump")]
+    if nvcc:
+        found.append(str(Path(nvcc).resolve().parent / "cuobjdump"))
     if spec := importlib.util.find_spec("triton"):
         found.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
     return next((path for path in found if path and os.access(path, os.X_OK)), None)
@@ -128,7 +130,9 @@ def find_cuobjdump() -> str | None:
 
 def read_module(module: Path, architectures: list[str], record: dict) -> list[Kernel]:
     """The CUDA kernels of a compiled module. Their files are those of the record."""
-    command = [find_cuobjdump(), "-res-usage", str(module)]
+    if (cuobjdump := find_cuobjdump()) is None:
+        sys.exit("kernel_resources: --built needs cuobjdump, which the CUDA toolkit or triton brings")
+    command = [cuobjdump, "-res-usage", str(module)]
     kernels = parse_module(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     missing = {f"sm_{arch}" for arch in architectures} - {kernel.arch for kernel in kernels}
     if missing:
@@ -265,14 +269,14 @@ def compare(kernels: list[Kernel], compilers: dict[str, str], record: dict) -> t
     """What fails, and what is only worth knowing."""
     failures, notes = [], []
     for compiler in sorted({kernel.compiler for kernel in kernels}):
-        here, there = compilers[compiler], record["compilers"].get(compiler)
+        here, there = compilers.get(compiler), record["compilers"].get(compiler)
         if here != there:
-            notes.append(f"{compiler} is {here}, the record is of {there}: only spills count")
+            notes.append(f"{compiler} is {here or 'not here'}, the record is of {there}: only spills count")
     for k in kernels:
         name = f"{k.file}: {k.name} on {k.arch}"
         if k.spills:
             failures.append(f"{name} spills registers to memory ({k.spill_stores + k.spill_loads} bytes)")
-        same = compilers[k.compiler] == record["compilers"].get(k.compiler)
+        same = compilers.get(k.compiler) == record["compilers"].get(k.compiler)
         findings = failures if same else notes
         before = record["kernels"].get(k.file, {}).get(k.name, {}).get(k.arch)
         if before is None:

@@ -70,9 +70,12 @@ def test_names_are_short_and_differ(resources):
 
 
 def built(resources):
-    """The arguments that read the kernels of the installed module, where that is possible; else they are compiled."""
+    """The arguments that read the kernels of the installed module, where it is newer than the sources; else none."""
     spec = importlib.util.find_spec("rnas._cuda")
     if spec is None or resources.find_cuobjdump() is None:
+        return []
+    sources = [*resources.CSRC.rglob("*.cu"), *resources.CSRC.rglob("*.h")]
+    if max(path.stat().st_mtime for path in sources) > Path(spec.origin).stat().st_mtime:
         return []
     command = [resources.find_cuobjdump(), "-lelf", spec.origin]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -106,11 +109,21 @@ def test_reads_the_kernels_of_a_module(resources):
     assert (bad.name, bad.arch, bad.registers, bad.shared, bad.spills) == ("_Z3badPf", "sm_90", 255, 64, True)
 
 
+def test_a_module_needs_no_nvcc_and_tells_of_spills_then(resources, kernel):
+    record = resources.recorded([kernel], {"nvcc": "13.0"})
+    failures, notes = resources.compare([replace(kernel, registers=200, spill_stores=8)], {}, record)
+    assert failures == ["a.cu: k on sm_90 spills registers to memory (8 bytes)"]
+    assert notes[0] == "nvcc is not here, the record is of 13.0: only spills count"
+
+
 def test_a_module_without_an_architecture_is_refused(resources, monkeypatch):
     monkeypatch.setattr(resources, "find_cuobjdump", lambda: "cat")
+    monkeypatch.setattr(resources, "short_names", lambda names: {name: name for name in names})
     monkeypatch.setattr(resources.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, LISTING, ""))
     with pytest.raises(SystemExit, match="holds nothing for sm_100"):
         resources.read_module(Path("_cuda.so"), ["80", "90", "100"], {"kernels": {}})
+    good, bad = resources.read_module(Path("_cuda.so"), ["80", "90"], {"kernels": {"a.cu": {"_Z4goodPf": {}}}})
+    assert (good.file, bad.file) == ("a.cu", "_cuda.so")
 
 
 @pytest.mark.slow

@@ -115,6 +115,29 @@ def test_only_the_gradients_that_are_asked_for(compiled, layout):
         assert torch.allclose(torch.autograd.grad(out.square().sum(), leaf)[0], gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_what_goes_around_is_kept_for_the_gradient_of_scales_alone(compiled, layout):
+    saved: list[Tensor] = []
+    for wanted in (True, False):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            problem = Problem(layout, edges=3)
+            leaves = [each.float().requires_grad_(each.dim() == 4 or wanted) for each in problem.leaves]
+            states = [each.contiguous(memory_format=layout) for each in leaves[1:-1]]
+            out = partial.join(leaves[0], [state[:, 4:] for state in states], leaves[-1], 4, layout)
+        assert sum(each.dim() == 4 for each in saved) == (3 if wanted else 0)
+        out.sum().backward()
+        assert torch.allclose(leaves[2].grad[:, 4:], leaves[-1][1].expand(3, 12, 5, 7))
+
+
+def test_gradients_after_hooks_that_lose_the_layout(compiled, layout):
+    problem = Problem(layout)
+    expected = problem.gradients(lambda m, a, s, f: partial.join(m, a, s, 4, layout, f), torch.float32, False)
+    lose = lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() == 4 else t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(lose, lambda t: t):
+        found = problem.gradients(lambda m, a, s, f: partial.join(m, a, s, 4, layout, f), torch.float32, False)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, expected))
+
+
 def test_the_same_bits_for_any_number_of_threads(compiled, layout):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
@@ -126,6 +149,13 @@ def test_the_same_bits_for_any_number_of_threads(compiled, layout):
         )
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0]))
+
+
+def test_shapes_that_differ_are_left_to_pytorch(compiled, layout):
+    mixed, around = torch.zeros(2, 4, 5, 5), torch.zeros(2, 12, 5, 5).contiguous(memory_format=layout)
+    assert partial._covers(mixed, [around], None, layout)
+    assert not partial._covers(mixed, [around, around[:, 1:]], None, layout)
+    assert not partial._covers(mixed[:, :, 1:], [around], None, layout)
 
 
 @pytest.mark.parametrize("reason", ["float64", "another layout", "reference"])
@@ -156,15 +186,23 @@ def test_groups_that_do_not_divide_the_channels_are_refused():
 # ---- memory formats --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def transposed(compiled, monkeypatch) -> list:
+    """The calls of the compiled transpose."""
+    calls, transpose = [], backend.module("cpu").transpose
+    monkeypatch.setattr(backend.module("cpu"), "transpose", lambda *a: calls.append(a) or transpose(*a))
+    return calls
+
+
 @pytest.mark.parametrize("part", ["all", "channels", "rows"])
-@pytest.mark.parametrize("shape", [(3, 17, 33, 35), (2, 64, 32, 32), (2, 3, 80, 80), (300, 130, 1, 1), (2, 4, 5, 1000)])
-def test_images_are_arranged_as_pytorch_does_it(compiled, layout, shape, part):
+@pytest.mark.parametrize("shape", [(3, 17, 33, 35), (2, 64, 32, 32), (2, 5, 80, 80), (2, 9, 5, 1000), (100, 130, 3, 3)])
+def test_images_are_arranged_as_pytorch_does_it(transposed, layout, shape, part):
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
     cut = {"all": x, "channels": x[:, 1:], "rows": x[:, :, : max(1, shape[2] - 2)]}[part]
     wanted = next(each for each in LAYOUTS.values() if each != layout)
     made = fused.arranged(cut, wanted)
     assert torch.equal(made, cut) and made.stride() == cut.contiguous(memory_format=wanted).stride()
-    assert fused.arranged(made, wanted) is made
+    assert fused.arranged(made, wanted) is made and len(transposed) == 1
     weights = torch.randn(made.shape).requires_grad_()
     (gradient,) = torch.autograd.grad((made * weights).sum(), x, create_graph=True)
     assert torch.equal(gradient, torch.autograd.grad((cut * weights).sum(), x, retain_graph=True)[0])
@@ -172,16 +210,32 @@ def test_images_are_arranged_as_pytorch_does_it(compiled, layout, shape, part):
     assert torch.equal(second, 2 * weights)
 
 
-def test_large_images_are_transposed_by_compiled_code(compiled, monkeypatch):
-    calls = []
-    transpose = backend.module("cpu").transpose
-    monkeypatch.setattr(backend.module("cpu"), "transpose", lambda *a: calls.append(a) or transpose(*a), raising=False)
+def test_what_compiled_code_does_not_transpose(transposed, monkeypatch):
     x = torch.randn(8, 16, 32, 32)
-    last = fused.arranged(x, torch.channels_last)
-    assert torch.equal(fused.arranged(last, torch.contiguous_format), x) and len(calls) == 2
-    fused.arranged(x.double(), torch.channels_last)
-    fused.arranged(x[..., ::2], torch.channels_last)
-    assert len(calls) == 2
+    for other in (x.double(), x[..., ::2], x[:1, :2], x[:, :, :1, :1], x[:, :, ::2].expand(8, 16, 16, 32)):
+        made = fused.arranged(other, torch.channels_last)
+        assert torch.equal(made, other) and made.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setenv("RNAS_BACKEND", "reference")
+    assert torch.equal(fused.arranged(x, torch.channels_last), x) and not transposed
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_no_gradient_stays_none(compiled, layout):
+    x, others = torch.randn(8, 16, 32, 32).requires_grad_(), torch.randn(8, 12, 32, 32).requires_grad_()
+    wanted = next(each for each in LAYOUTS.values() if each != layout)
+    made = fused.arranged(x.contiguous(memory_format=layout) * 1, wanted)
+    assert torch.autograd.grad(NoGradient.apply(made).sum(), x, allow_unused=True) == (None,)
+    joined = partial.join(x[:, :4], [others.contiguous(memory_format=layout)], None, 4, layout)
+    assert torch.autograd.grad(NoGradient.apply(joined).sum(), (x, others), allow_unused=True) == (None, None)
 
 
 @pytest.mark.parametrize("make", [fused.empty, lambda like, shape: fused.empty_image(like, *shape[1:])])

@@ -6,7 +6,7 @@ Legend: J nodes of a cell, S states that enter it, E edges, K candidates of an e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -281,17 +281,19 @@ def _fused(
         seen(call.held)
         call.plan.check(call.state)
         call.consumed = True
-    like, most = states[0], max(map(len, calls))
-    scales = [() if edge is None else edge.scales for edge in edges]
-    rows = [[*[1.0 if each is None else scale_of(each) for each in row], *[0.0] * (most - len(row))] for row in scales]
-    weights = stacked([*chain.from_iterable(rows)], like).view(len(edges), -1)
-    if any(edge is not None and edge.outer for edge in edges):
-        outer = [1.0 if edge is None else product(edge.outer) for edge in edges]
-        weights = weights * stacked(outer, like)[:, None]
-    names = [() if edge is None else edge.primitives for edge in edges]
+    like, names = states[0], [() if edge is None else edge.primitives for edge in edges]
+    given = [() if edge is None else edge.scales for edge in edges]
+    scales = [[1.0 if each is None else scale_of(each) for each in row] for row in given]
+    outer = [[1.0 if edge is None else product(edge.outer)] for edge in edges]
     if any(addends):
-        weights = torch.cat([_of_first_edges(addends, len(states), like)[:, None], weights], dim=1)
-        names = [("ones", *row) for row in names]
+        outer = [each * len(row) for each, row in zip(outer, scales)]
+        for index, total in _totals(addends, edges, like):
+            names[index] += ("ones",)
+            scales[index].append(total)
+            outer[index].append(1.0)
+    weights = _table(scales, like)
+    if any(edge is not None and edge.outer for edge in edges):
+        weights = weights * _table(outer, like)
     pool_norms = _pool_norms(edge for edge in edges if edge is not None)
     return cell_nodes(
         states,
@@ -308,13 +310,21 @@ def _fused(
     )
 
 
-def _of_first_edges(addends, inputs: int, like: Tensor) -> Tensor:
-    """(E,): what is added to each node, at its first edge; zeros elsewhere."""
-    numbers: list[Tensor | float] = []
+def _table(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
+    """Numbers and tensors (E, K), rows filled up with zeros, as `stacked` makes them."""
+    most = max(map(len, rows))
+    return stacked([each for row in rows for each in (*row, *[0.0] * (most - len(row)))], like).view(len(rows), most)
+
+
+def _totals(addends, edges: Sequence[Edge | None], like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """What is added to a node, and the first edge that there is into it."""
+    nodes, first = len(addends), 0
     for node, terms in enumerate(addends):
-        total = stacked([product((*scales, held)) for scales, held in terms], like).sum() if terms else 0.0
-        numbers += [total, *[0.0] * (inputs + node - 1)]
-    return stacked(numbers, like)
+        sources = (len(edges) - nodes * (nodes - 1) // 2) // nodes + node
+        if terms:
+            found = [index for index in range(first, first + sources) if edges[index] is not None]
+            yield found[0], stacked([product((*scales, held)) for scales, held in terms], like).sum()
+        first += sources
 
 
 def alone(call: Call) -> Tensor:

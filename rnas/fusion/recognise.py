@@ -157,8 +157,9 @@ def _guess_empty(module: nn.Module, extras: list[None]) -> list[Guess]:
     """A module without layers: the identity, zeros or a pool, at any number of channels."""
     x, made = images(2, 6, 6, seed=0).requires_grad_(), randomised(module)
     try:
-        out = made(x * 1, *extras)
-        has_gradient = isinstance(out, Tensor) and out.requires_grad and made.eval()(x * 1, *extras).requires_grad
+        with torch.enable_grad():
+            out = made(x * 1, *extras)
+            has_gradient = isinstance(out, Tensor) and out.requires_grad and made.eval()(x * 1, *extras).requires_grad
     except Exception as error:  # whatever a foreign forward raises
         raise Foreign(f"its forward raised {failed(error)}") from None
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != x.shape[:2] or out.shape[2:] not in _HALVED:
