@@ -178,7 +178,7 @@ PLAN = rows(
      "to.backward[part.packed + output * padded + input] = factor * from",
      "to.backward[part.packed + output * padded + input] = from"),
     ("parameters: no scale at Winograd's positions", DENSE, "inline void pack_positions(",
-     "static_cast<float>(factor * positions[p])", "static_cast<float>(positions[p])"),
+     "__builtin_convertvector(factor * positions[p], Vector)", "__builtin_convertvector(positions[p], Vector)"),
     ("parameters: blocks of Winograd's matrices at one place", WIDE_DENSE, "inline void pack_positions(",
      "turned(p) * matrix + output * padded + input", "turned(p) * matrix + output * padded"),
     ("parameters: one kernel's gradient for a block", DENSE, "void kernel_gradients(", "use(output + row, input, taps)",

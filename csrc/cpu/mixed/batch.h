@@ -78,10 +78,13 @@ class Batch {
     keep_ = keep;
     kept_ = const_cast<float*>(kept);
     grad_ = grad;
-    for (const WeightSums& sums : weight_sums_) {
-      std::memset(sums.now, 0, plan_.packed * sizeof(float));
-      std::memset(sums.total, 0, plan_.packed * sizeof(double));
-    }
+    if (grad.theta)
+      parallel(threads_, threads_, [&](int, int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) {
+          std::memset(weight_sums_[thread].now, 0, plan_.packed * sizeof(float));
+          std::memset(weight_sums_[thread].total, 0, plan_.packed * sizeof(double));
+        }
+      });
     begin_gradients(grad_out);
     for (int64_t source = plan_.states() - 1; source >= 0; --source) {
       const State state = state_of(source);

@@ -331,13 +331,6 @@ class Fixed {
   void run_backward(bool linear) {
     const int64_t per_edge = 3 * plan_.padded;
     const bool parameters = wants_parameters();
-    for (const Local& local : locals_) {
-      std::memset(local.weights.now, 0, plan_.packed * sizeof(float));
-      std::memset(local.weights.total, 0, plan_.packed * sizeof(double));
-      std::memset(local.sum, 0, plan_.states() * plan_.padded * sizeof(double));
-      std::memset(local.mid_sum, 0, plan_.kept * plan_.padded * sizeof(double));
-      std::memset(local.dots, 0, plan_.edges.size() * per_edge * sizeof(double));
-    }
     if (!parameters) {
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         begin_thread(locals_[thread]);
@@ -345,6 +338,16 @@ class Fixed {
       });
       return;
     }
+    parallel(threads_, threads_, [&](int, int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const Local& local = locals_[thread];
+        std::memset(local.weights.now, 0, plan_.packed * sizeof(float));
+        std::memset(local.weights.total, 0, plan_.packed * sizeof(double));
+        std::memset(local.sum, 0, plan_.states() * plan_.padded * sizeof(double));
+        std::memset(local.mid_sum, 0, plan_.kept * plan_.padded * sizeof(double));
+        std::memset(local.dots, 0, plan_.edges.size() * per_edge * sizeof(double));
+      }
+    });
     const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Local& local = locals_[thread];

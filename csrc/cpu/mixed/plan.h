@@ -343,13 +343,17 @@ inline void pack_positions(const Plan& plan, const Convolution& conv, const floa
   for (int64_t output = 0; output < c; output += kLanes)
     for (int64_t input = 0; input < c; input += kLanes) {
       const int64_t rows = std::min(kLanes, c - output), columns = std::min(kLanes, c - input);
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t column = 0; column < columns; ++column) {
-          double positions[kPositions];
-          kernel_positions(theta + conv.theta + ((output + row) * c + input + column) * 9, positions);
-          const float factor = scale ? scale[output + row] : 1.0f;
-          for (int64_t p = 0; p < kPositions; ++p) block[p][row][column] = static_cast<float>(factor * positions[p]);
-        }
+      for (int64_t row = 0; row < rows; ++row) {
+        const float* from = theta + conv.theta + ((output + row) * c + input) * 9;
+        float taps[9][kLanes] = {};
+        for (int64_t column = 0; column < columns; ++column)
+          for (int64_t tap = 0; tap < 9; ++tap) taps[tap][column] = from[column * 9 + tap];
+        Wide wide[9], positions[kPositions];
+        for (int64_t tap = 0; tap < 9; ++tap) wide[tap] = __builtin_convertvector(load(taps[tap]), Wide);
+        kernel_positions(wide, positions);
+        const double factor = scale ? scale[output + row] : 1.0f;
+        for (int64_t p = 0; p < kPositions; ++p) store(block[p][row], __builtin_convertvector(factor * positions[p], Vector));
+      }
       for (int64_t p = 0; p < kPositions; ++p) {
         float* forward = to.forward + conv.packed + p * matrix + input * padded + output;
         for (int64_t column = 0; column < columns; ++column)
@@ -398,15 +402,17 @@ void kernel_gradients(const Plan& plan, const Convolution& conv, const double* c
   const int64_t c = plan.shape.channels, padded = plan.padded;
   for (int64_t output = 0; output < c; output += kLanes)
     for (int64_t input = 0; input < c; ++input) {
-      double positions[kLanes][kPositions] = {};
+      Wide positions[kPositions] = {}, gradients[9];
       for (int64_t p = 0; p < kPositions; ++p)
         for (int each = 0; each < count; ++each) {
-          const double* at = sums[each] + conv.packed + (p * padded + input) * padded + output;
-          for (int64_t row = 0; row < kLanes; ++row) positions[row][p] += at[row];
+          Wide at;
+          std::memcpy(&at, sums[each] + conv.packed + (p * padded + input) * padded + output, sizeof(at));
+          positions[p] += at;
         }
+      kernel_gradient(positions, gradients);
       for (int64_t row = 0; row < std::min(kLanes, c - output); ++row) {
         double taps[9];
-        kernel_gradient(positions[row], taps);
+        for (int64_t tap = 0; tap < 9; ++tap) taps[tap] = gradients[tap][row];
         use(output + row, input, taps);
       }
     }

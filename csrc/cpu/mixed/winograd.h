@@ -22,18 +22,21 @@ constexpr int64_t turned(int64_t position) {
   return 4 * swapped[position / 4] + swapped[position % 4];
 }
 
+// As many kernels at a time, in double: their transforms are computed once, and rounded once.
+typedef double Wide __attribute__((vector_size(kLanes * 8)));
+
 // G kernel G' for G = (1 0 0; 1 1 1; 1 -1 1; 0 0 1) with its two inner rows halved. taps (3, 3).
-inline void kernel_positions(const float* taps, double* to) {
-  double half[4][3];
+inline void kernel_positions(const Wide* taps, Wide* to) {
+  Wide half[4][3];
   for (int x = 0; x < 3; ++x) {
-    const double a = taps[x], b = taps[3 + x], c = taps[6 + x];
+    const Wide a = taps[x], b = taps[3 + x], c = taps[6 + x];
     half[0][x] = a;
     half[1][x] = 0.5 * (a + b + c);
     half[2][x] = 0.5 * (a - b + c);
     half[3][x] = c;
   }
   for (int i = 0; i < 4; ++i) {
-    const double a = half[i][0], b = half[i][1], c = half[i][2];
+    const Wide a = half[i][0], b = half[i][1], c = half[i][2];
     to[4 * i] = a;
     to[4 * i + 1] = 0.5 * (a + b + c);
     to[4 * i + 2] = 0.5 * (a - b + c);
@@ -42,16 +45,16 @@ inline void kernel_positions(const float* taps, double* to) {
 }
 
 // G' sums G: its transpose. taps (3, 3).
-inline void kernel_gradient(const double* sums, double* taps) {
-  double half[3][4];
+inline void kernel_gradient(const Wide* sums, Wide* taps) {
+  Wide half[3][4];
   for (int j = 0; j < 4; ++j) {
-    const double a = sums[j], plus = 0.5 * (sums[4 + j] + sums[8 + j]), minus = 0.5 * (sums[4 + j] - sums[8 + j]);
+    const Wide a = sums[j], plus = 0.5 * (sums[4 + j] + sums[8 + j]), minus = 0.5 * (sums[4 + j] - sums[8 + j]);
     half[0][j] = a + plus;
     half[1][j] = minus;
     half[2][j] = plus + sums[12 + j];
   }
   for (int y = 0; y < 3; ++y) {
-    const double plus = 0.5 * (half[y][1] + half[y][2]);
+    const Wide plus = 0.5 * (half[y][1] + half[y][2]);
     taps[3 * y] = half[y][0] + plus;
     taps[3 * y + 1] = 0.5 * (half[y][1] - half[y][2]);
     taps[3 * y + 2] = plus + half[y][3];
