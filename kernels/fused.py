@@ -98,7 +98,7 @@ def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
     """Rows, columns and what lies between two rows, where the images are matrices that compiled code transposes."""
-    if is_watched((x,)) or x.numel() < _SMALLEST or not x.is_cpu or x.dtype != torch.float32:
+    if not compiled_serves((x,)) or x.numel() < _SMALLEST:
         return None
     _, channels, height, width = x.shape
     _, channel, row, pixel = x.stride()
@@ -106,8 +106,7 @@ def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | 
         fits, made = pixel == 1 and row == width, (channels, height * width, channel)
     else:
         fits, made = channel == 1 and row == width * pixel, (height * width, channels, pixel)
-    serves = backend.forced() in ("auto", "cpu") and not isinstance(backend.load("cpu"), str)
-    return made if fits and serves else None
+    return made if fits else None
 
 
 _SMALLEST = 2**15
@@ -116,11 +115,9 @@ _SMALLEST = 2**15
 
 def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
     rows, columns, between = _matrices(x, layout)
-    n, channels, height, width = x.shape
-    last = layout == torch.channels_last
-    out = empty_image(x, channels, height, width) if last else empty(x, x.shape)
+    out = empty_in(layout, x, *x.shape[1:])
     place = (x.data_ptr(), x.stride(0), between, out.data_ptr())
-    backend.module("cpu").transpose(n, rows, columns, *place, torch.get_num_threads())
+    backend.module("cpu").transpose(x.shape[0], rows, columns, *place, torch.get_num_threads())
     return out
 
 
@@ -139,6 +136,13 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width), channels_last."""
     shape = (like.shape[0], height, width, channels)
     return empty(like, shape).permute(0, 3, 1, 2).detach()
+
+
+def empty_in(layout: torch.memory_format, like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An empty (N, channels, height, width) in a memory format."""
+    if layout == torch.channels_last:
+        return empty_image(like, channels, height, width)
+    return empty(like, (like.shape[0], channels, height, width))
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -178,6 +182,15 @@ def is_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     if is_watched(tensors) or {tensor.dtype for tensor in tensors} - {dtype}:
         return False
     return all([tensor.is_cpu and tensor.is_contiguous() for tensor in tensors])
+
+
+def compiled_serves(tensors: Sequence[Tensor]) -> bool:
+    """Whether compiled code for the CPU is there and wanted, and takes tensors of this kind."""
+    if is_watched(tensors):
+        return False
+    wanted = backend.forced() in ("auto", "cpu") and not isinstance(backend.load("cpu"), str)
+    fit = all([each.is_cpu and each.dtype == torch.float32 for each in tensors])
+    return wanted and fit
 
 
 def shape_of(tensor: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import arguments, backend, engine, fused, partial
+from rnas.kernels import backend, engine, fused, partial
+from rnas.kernels import mixed_arguments as arguments
 from rnas.kernels.reference import mixed_op as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 

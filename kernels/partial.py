@@ -40,10 +40,7 @@ def _covers(mixed: Tensor, arounds: Sequence[Tensor], scales: Tensor | None, lay
     shapes = {each.shape for each in arounds}
     if len(shapes) > 1 or (mixed.shape[0], *mixed.shape[2:]) != (arounds[0].shape[0], *arounds[0].shape[2:]):
         return False
-    tensors = [mixed, *arounds, *(() if scales is None else (scales,))]
-    if fused.is_watched(tensors) or any([not each.is_cpu or each.dtype != torch.float32 for each in tensors]):
-        return False
-    if backend.forced() not in ("auto", "cpu") or isinstance(backend.load("cpu"), str):
+    if not fused.compiled_serves([mixed, *arounds, *(() if scales is None else (scales,))]):
         return False
     return all([_steps(each, layout) is not None for each in arounds])
 
@@ -83,7 +80,7 @@ class _Join(torch.autograd.Function):
         ctx.save_for_backward(scales, *(arounds if ctx.needs_input_grad[2] else ()))
         groups, layout, first = settings
         n, channels, height, width = mixed.shape
-        out = _empty(mixed, channels + arounds[0].shape[1], layout)
+        out = fused.empty_in(layout, mixed, channels + arounds[0].shape[1], height, width)
         through = fused.pixels_first(mixed)
         numbers = None if scales is None else scales.contiguous()
         backend.module("cpu").join_channels(
@@ -110,10 +107,10 @@ class _Join(torch.autograd.Function):
         if torch.is_grad_enabled() or fused.is_watched([gradient]) or None in steps:
             return None, *_gradients(ctx, gradient, scales, arounds)
         gradient = fused.arranged(gradient, layout)
-        grad_mixed = _empty(gradient, channels, torch.channels_last) if of_mixed else None
+        grad_mixed = fused.empty_image(gradient, channels, height, width) if of_mixed else None
         one, numbers = scales is None, None if scales is None else scales.contiguous()  # one: the same for all edges
         wanted = [any(of_arounds)] if one else of_arounds
-        grad_arounds = [_empty(gradient, around[1], layout) if want else None for want in wanted]
+        grad_arounds = [fused.empty_in(layout, gradient, *around[1:]) if want else None for want in wanted]
         grad_scales = torch.empty_like(scales, memory_format=torch.contiguous_format) if of_scales else None
         backend.module("cpu").join_channels_backward(
             (n, height * width, channels, around[1], groups, len(wanted)),
@@ -145,11 +142,3 @@ def _gradients(ctx, gradient: Tensor, scales: Tensor | None, arounds: Sequence[T
         torch.stack([(around * each).sum() for each in arounds]) if of_scales else None,
         *[None if not want else around if s is None else s * around for want, s in zip(of_arounds, factors)],
     ]
-
-
-def _empty(like: Tensor, channels: int, layout: torch.memory_format) -> Tensor:
-    """(N, channels, H, W) in that layout."""
-    n, _, height, width = like.shape
-    if layout == torch.channels_last:
-        return fused.empty_image(like, channels, height, width)
-    return fused.empty(like, (n, channels, height, width))
