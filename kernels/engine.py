@@ -39,8 +39,8 @@ class Sizes(NamedTuple):
 class Cpu:
     """`rnas._cpu` on PyTorch's threads, in memory that is handed on from call to call."""
 
-    TAKES_LAST = True
-    """Whether a backward pass takes the gradient of the last node alone."""
+    MAKES_LAST = True
+    """Whether it makes the last node alone, and takes the gradient to that alone, where no other is asked for."""
 
     READS_NODES = False
     """Whether a backward pass reads the nodes that the forward pass has returned, rather than what is kept of them."""
@@ -101,8 +101,8 @@ class Cuda:
     every call takes its own and lets go of it when its kernels are queued.
     """
 
-    TAKES_LAST = False
-    """As `Cpu.TAKES_LAST`."""
+    MAKES_LAST = False
+    """As `Cpu.MAKES_LAST`."""
 
     READS_NODES = True
     """As `Cpu.READS_NODES`."""

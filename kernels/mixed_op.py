@@ -8,6 +8,7 @@ convolution weights and the affine parameters of the norms.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ def mixed_cell(
         nodes: J.
         stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
         edge_weights: (E,) numbers by which the edges are multiplied, as in PC-DARTS; None for ones.
-        last: whether the last node alone is wanted, as in NAS-Bench-201. Nothing is then done for gradients of others.
+        last: whether the last node alone is wanted, as in NAS-Bench-201. The others are then not written out.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
@@ -149,35 +150,6 @@ def mixed_cell(
     Source: Liu, Simonyan, Yang, DARTS (ICLR 2019); Xu et al., PC-DARTS (arXiv 1907.05737), sections 3.1 (partial
     channels) and 3.2 (edge weights, there a softmax over the edges into a node).
     """
-    found = cell_nodes(
-        states,
-        weights,
-        parameters,
-        norms,
-        primitives=primitives,
-        nodes=nodes,
-        stride=stride,
-        pool_norm=pool_norm,
-        partial=partial,
-        edge_weights=edge_weights,
-        last=last and nodes != 1,
-    )
-    return fused.arranged(found.all, fused.layout(states[0])) if found.last is None else found.last
-
-
-class Nodes(NamedTuple):
-    """What a cell computes."""
-
-    all: Tensor
-    """(N, J * C, H', W'), in the memory format in which it was computed."""
-    last: Tensor | None
-    """The last node as a tensor of its own, (N, C, H', W'), where it was asked for; in that of the first state."""
-
-
-def cell_nodes(
-    states, weights, parameters, norms, *, primitives, nodes, stride, pool_norm, partial, edge_weights, last
-) -> Nodes:
-    """As `mixed_cell`, for who may need the other nodes beside the last."""
     states = arguments.check_states(states)
     arguments.check_options(nodes, stride)
     x = states[0]
@@ -189,7 +161,7 @@ def cell_nodes(
     read = arguments.read_parameters(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         arguments.check_edge_weights(x, edge_weights, len(edges.shapes))
-    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last))
+    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last) and nodes > 1)
     call = _Call(states, weights, parameters, norms, *options, *read)
     on = engine.of(x)
     autocast = on.autocast_dtype(x)
@@ -202,7 +174,7 @@ def cell_nodes(
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
-    return run(call)
+    return fused.arranged(run(call), fused.layout(x))
 
 
 def arrange(x: Tensor) -> Tensor:
@@ -247,7 +219,7 @@ class _Settings(NamedTuple):
     last: bool
 
 
-def _fused(call: _Call) -> Nodes:
+def _fused(call: _Call) -> Tensor:
     autocast = engine.of(call.states[0]).autocast_dtype(call.states[0])
     if autocast is None:
         return _mix(call)
@@ -255,14 +227,14 @@ def _fused(call: _Call) -> Nodes:
         return _mix(call._replace(states=tuple([state.to(autocast) for state in call.states])))
 
 
-def _mix(call: _Call) -> Nodes:
+def _mix(call: _Call) -> Tensor:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
         options = (call.primitives, call.nodes, call.stride, call.last, call)
         return _cell(call.states, weights, theta, call.norms_read, *options)
     nodes = _partial_cell(call, weights)
-    return Nodes(torch.cat(nodes, dim=1), nodes[-1] if call.last else None)
+    return nodes[-1] if call.last else torch.cat(nodes, dim=1)
 
 
 def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
@@ -295,14 +267,17 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
                 theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
                 longest = max(map(len, names[rows]))
                 options = (names[rows], 1, stride, False, call)
-                total = total + _cell(sources, weights[rows, :longest], theta, read, *options).all
+                total = total + _cell(sources, weights[rows, :longest], theta, read, *options)
                 edge = rows.stop
         nodes.append(partial.join(total, around, None if scales is None else scales[first:edge], call.partial, layout))
     return nodes
 
 
-def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: bool, call: _Call) -> Nodes:
-    """A cell all of whose channels are mixed, with the other options of `call`. names: as `_Call.primitives`."""
+def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: bool, call: _Call) -> Tensor:
+    """A cell all of whose channels are mixed, with the other options of `call`, in the kernels' memory format.
+
+    names: as `_Call.primitives`.
+    """
     x = states[0]
     gamma, beta = norms.affine(x)
     mean, variance = norms.statistics(x)
@@ -313,13 +288,13 @@ def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: b
     primitives = ";".join([",".join(row) for row in arguments.once(names)])
     settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last)
     tables = (weights, theta, gamma, beta, mean, variance)
-    out, mean, variance, _, last_node = _forward_op(list(states), *tables, *settings)
+    out, mean, variance, *_ = _forward_op(list(states), *tables, *settings)
     if norms.on_batch:
         norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
-    return Nodes(out, last_node if last else None)
+    return out
 
 
-def _reference(call: _Call) -> Nodes:
+def _reference(call: _Call) -> Tensor:
     nodes = reference.mixed_cell(
         call.states,
         call.weights,
@@ -332,8 +307,7 @@ def _reference(call: _Call) -> Nodes:
         partial=call.partial,
         edge_weights=call.edge_weights,
     )
-    channels, layout = call.states[0].shape[1], fused.layout(call.states[0])
-    return Nodes(nodes, nodes[:, -channels:].contiguous(memory_format=layout) if call.last else None)
+    return nodes[:, -call.states[0].shape[1] :].clone() if call.last else nodes
 
 
 def _flat(tensors: list[Tensor], x: Tensor, arrays=None) -> Tensor:
@@ -379,24 +353,31 @@ def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...
     """The shape as the compiled functions take it, and the sizes that follow from it."""
     on = engine.of(states[0])
     n, c, h, w = (int(size) for size in states[0].shape)
-    shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm))
+    last = settings.last and on.MAKES_LAST
+    shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm), int(last))
     return shape, on.sizes(shape, settings.primitives, on.image_dtype(states[0]))
 
 
-def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors for what the forward op returns: the nodes, the batch's mean and variance, what is kept.
+def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors for what the forward op returns.
 
-    take: gives memory of so many bytes.
+    The nodes that are asked for, the batch's mean and variance, what is kept; and all nodes, where they had to be made
+    and lie in neither the first nor in what is kept. take: gives memory of so many bytes.
     """
-    x = states[0]
+    x, on = states[0], engine.of(states[0])
     _, sizes = _call(states, settings)
-    out = fused.empty_image(x, settings.nodes * x.shape[1], sizes.height_out, sizes.width_out)
+    size = (sizes.height_out, sizes.width_out)
+    channels = settings.nodes * x.shape[1]
+    out = fused.empty_image(x, x.shape[1] if settings.last else channels, *size)
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
     activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
     kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
-    if settings.keep and engine.of(x).image_dtype(x) != x.dtype:
-        kept += 4 * out.numel()  # see _nodes
-    return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept)
+    nodes = x.new_empty(0)
+    if on.image_dtype(x) != x.dtype:
+        kept += 4 * x.shape[0] * channels * math.prod(size) if settings.keep else 0  # see _nodes
+    elif settings.last and not on.MAKES_LAST:
+        nodes = fused.empty_image(x, channels, *size)
+    return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), nodes
 
 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
@@ -407,9 +388,10 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
-    out, batch_mean, batch_variance, kept = _outputs(states, mean is None, settings, on.memory)
+    out, batch_mean, batch_variance, kept, nodes = _outputs(states, mean is None, settings, on.memory)
     dtype = on.image_dtype(states[0])
-    images, raw = on.images(states, dtype), _nodes(out, kept, dtype, settings)
+    raw = _nodes(out if nodes.dim() == 1 else nodes, kept, dtype, settings, shape[1])
+    images = on.images(states, dtype)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
     workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
     on.module.mixed_forward(
@@ -423,46 +405,40 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         *on.place(dtype),
     )
     _put_back(raw, out)
-    return out, batch_mean, batch_variance, kept, _last_node(out, states, settings)
-
-
-def _last_node(nodes: Tensor, states: Sequence[Tensor], settings: _Settings) -> Tensor:
-    """A copy in the layout of the states, as outputs of an op share no memory; empty where nobody wants it."""
-    if not settings.last:
-        return nodes.new_empty(0)
-    channels, layout = states[0].shape[1], fused.layout(states[0])
-    last = nodes[:, -channels:]
-    made = fused.arranged(last, layout)
-    return last.clone(memory_format=layout) if made is last else made
+    return out, batch_mean, batch_variance, kept, nodes
 
 
 def _of_all_nodes(gradient: Tensor, channels: int) -> Tensor:
-    """A gradient to all nodes, J * C channels, from one that may be to the last alone."""
+    """A gradient to all nodes, so many channels, from one that may be to the last alone."""
     missing = channels - gradient.shape[1]
     return F.pad(gradient, (0, 0, 0, 0, missing, 0)) if missing else gradient
 
 
-def _nodes(out: Tensor, kept: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
+def _nodes(out: Tensor, kept: Tensor, dtype: torch.dtype, settings: _Settings, channels: int) -> Tensor:
     """The nodes in the dtype of the compiled functions: `out`, or float32 numbers behind everything else in `kept`.
 
     A backward pass on batch statistics has to see what they are the statistics of, not what that is rounded to.
     """
-    if out.dtype == dtype or not settings.keep:
-        return out.to(dtype)
-    n, c, h, w = out.shape
-    return kept[kept.numel() - 4 * out.numel() :].view(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+    if out.dtype == dtype:
+        return out
+    n, _, h, w = out.shape
+    shape = (n, h, w, settings.nodes * channels)
+    if settings.keep:
+        nodes = kept[kept.numel() - 4 * math.prod(shape) :].view(dtype).view(shape)
+    else:
+        nodes = out.new_empty(shape, dtype=dtype)
+    return nodes.permute(0, 3, 1, 2)
 
 
 def _put_back(raw: Tensor, images: Tensor) -> None:
-    """What a compiled function has written, where it could not write the images themselves."""
+    """What a compiled function has written, or its last channels, where it could not write the images themselves."""
     if raw is not images:
-        images.copy_(raw)
+        images.copy_(raw[:, raw.shape[1] - images.shape[1] :])
 
 
 def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
     take, settings = functools.partial(fused.empty_bytes, device=states[0].device), _Settings(*settings)
-    found = _outputs(states, mean is None, settings, take)
-    return *found, _last_node(found[0], states, settings)
+    return _outputs(states, mean is None, settings, take)
 
 
 def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
@@ -491,9 +467,8 @@ def _backward(
     raw = None if of_states is None else of_states.to(dtype)
     images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
-    if not on.TAKES_LAST:
+    if not on.MAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
-    of_last = grad_out.shape[1] < settings.nodes * shape[1]
     (grad_out,) = on.images([grad_out], dtype)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_backward(
@@ -506,7 +481,6 @@ def _backward(
         *fused.addresses([out, kept, grad_out]),
         fused.addresses(gradients),
         _addresses_of_states(raw, wanted),
-        of_last,
         workspace.data_ptr(),
         *on.place(dtype),
     )
@@ -521,7 +495,7 @@ def _read_images(on, states, out, kept, dtype: torch.dtype, settings: _Settings)
         return [None] * len(states), None
     if not on.READS_NODES:
         return on.images(states, dtype), None
-    *images, nodes = on.images([*states, _nodes(out, kept, dtype, settings)], dtype)
+    *images, nodes = on.images([*states, _nodes(out, kept, dtype, settings, states[0].shape[1])], dtype)
     return images, nodes
 
 
@@ -547,10 +521,12 @@ def _double_backward(
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
-    all_channels, channels = settings.nodes * shape[1], grad_out.shape[1]
-    grad_grad_out = fused.empty_image(grad_out, all_channels, sizes.height_out, sizes.width_out)
-    grad_out, *along = on.images([_of_all_nodes(grad_out, all_channels), *direction.unbind()], dtype)
-    raw = grad_grad_out.to(dtype)
+    grad_grad_out = fused.empty_image(grad_out, *grad_out.shape[1:])
+    if not on.MAKES_LAST:
+        grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
+    fits = grad_out.shape == grad_grad_out.shape and grad_out.dtype == dtype
+    raw = grad_grad_out if fits else fused.empty_image(grad_out, *grad_out.shape[1:]).to(dtype)
+    grad_out, *along = on.images([grad_out, *direction.unbind()], dtype)
     along_kept = None if settings.keep == fused.MASKS else on.memory(sizes.kept_linear)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_double_backward(
@@ -567,16 +543,15 @@ def _double_backward(
         *on.place(dtype),
     )
     _put_back(raw, grad_grad_out)
-    return [grad_grad_out[:, -channels:], *(gradient for gradient in gradients if gradient is not None)]
+    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
 
 def _double_backward_fake(
     direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
 ):
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
-    n, channels, height, width = grad_out.shape
-    grad_grad_out = fused.empty_image(grad_out, out.shape[1], height, width)
-    return [grad_grad_out[:, -channels:], *(gradient for gradient in gradients if gradient is not None)]
+    grad_grad_out = fused.empty_image(grad_out, *grad_out.shape[1:])
+    return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
 
 class _Forward(torch.autograd.Function):
@@ -586,26 +561,26 @@ class _Forward(torch.autograd.Function):
     def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, *images):
         states, links = images[:count], images[count:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, batch_mean, batch_variance, kept, last = _forward_op(
+            out, batch_mean, batch_variance, kept, nodes = _forward_op(
                 list(states), weights, theta, gamma, beta, mean, variance, *settings
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
-        nodes = out if engine.of(out).READS_NODES else fused.shape_of(out)  # which others may change in place
-        saved = [nodes, kept, weights, theta, gamma, beta, *statistics, *states]
+        read = out if nodes.dim() == 1 else nodes
+        if not engine.of(out).READS_NODES:
+            read = fused.shape_of(out)  # which others may change in place
+        saved = [read, kept, weights, theta, gamma, beta, *statistics, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
             tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
             saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
         ctx.save_for_backward(*saved, *links)
-        ctx.mark_non_differentiable(batch_mean, batch_variance, kept, *(() if settings.last else (last,)))
+        ctx.mark_non_differentiable(batch_mean, batch_variance, kept, nodes)
         ctx.set_materialize_grads(False)  # else zeros as large as `kept` would be made for it
-        return out, batch_mean, batch_variance, kept, last
+        return out, batch_mean, batch_variance, kept, nodes
 
     @staticmethod
-    def backward(ctx, grad_out, _mean, _variance, _kept, grad_last):
+    def backward(ctx, grad_out, *_):
         needs = ctx.needs_input_grad
-        if grad_last is not None:
-            grad_out = grad_last if grad_out is None else grad_out + _of_all_nodes(grad_last, grad_out.shape[1])
         if grad_out is None:
             return (None,) * len(needs)
         of_states = needs[8 : 8 + ctx.count]

@@ -43,7 +43,7 @@ TWICE = "mixed_op second_derivatives_of_an_edge"
 LAYER = "relu_conv_norm modes_and_layouts and contiguous or test_second_derivatives"
 WIDE_DENSE = "mixed_op every_simd_level_with_candidates"
 OWN = "mixed_op every_edge_with_candidates_of_its_own"
-LAST = "mixed_op last_node_alone or all_nodes_and_of_the_last"
+LAST = "mixed_op last_node"
 ONES = f"{OWN} and another"
 JOIN = "partial values_and_gradients or any_number_of_edges"
 ARRANGED = "partial arranged_as_pytorch"
@@ -197,10 +197,9 @@ PLAN = rows(
 
 STAGE = rows(
     "cpu/mixed/stage.h",
-    ("gradient: the last node's for all", LAST, "void begin_gradient(", "(of_last && node + 1 < plan.shape.nodes)",
-     "false"),
-    ("gradient: the last node's read as one of all", LAST, "void begin_gradient(", "of_last ? c : plan.shape.nodes * c",
-     "plan.shape.nodes * c"),
+    ("gradient: zero for no node", LAST, "void begin_gradient(", "if (at < 0)", "if (state < plan.shape.inputs)"),
+    ("node: the first that is asked for not stored", LAST, "void store_node(", "at >= 0", "at > 0"),
+    ("node: all at one place", CELL, "void store_node(", "* pixel + at, pixel", "* pixel + at / 2, pixel"),
     ("state: masks of the first group alone", "mixed_op every_simd_level_in_a_cell or second_derivatives_on_masks",
      "void load_relu(", "signs[group * pixels + y", "signs[y"),
     ("state: a direction past the relu", TWICE, "void load_relu_linear(", "keep(positive(v), along)", "along"),
@@ -272,9 +271,6 @@ BATCH = rows(
     ("batch: an identity on every edge", OWN, "void pools_backward(", "if (edge.skip >= 0) with_skip", "with_skip"),
     ("batch: an average pool on every edge", OWN, "void pools_backward(", "if (edge.avg >= 0) with_avg", "with_avg"),
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
-    ("batch: all nodes at one place", CELL, "void store_node(",
-     "out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c",
-     "out_ + n * pixels * pixel + (state - plan_.shape.inputs) / 2 * c"),
     ("batch: gradient of gamma without the mixing weight", EDGE, "void norm_gradients(", "(factor * normalised)",
      "(normalised)"),
     ("batch: mixing gradient without beta", EDGE, "void norm_gradients(", " + norms_.beta[at] * sum[channel]", ""),

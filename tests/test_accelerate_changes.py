@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
-from supernets import darts, lookalikes, others, smooth
+from op_checks import distance
+from supernets import darts, hooked, lookalikes, nasbench201, others, pcdarts, smooth
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import rnas
 from rnas.fusion.deferred import Deferred
 from rnas.fusion.recognise import recognise
+from rnas.fusion.scope import Scope
 
 
 def images(channels: int = 8, n: int = 3, size: int = 7, seed: int = 0) -> Tensor:
@@ -939,3 +942,71 @@ def test_the_supernet_of_the_style_keeps_its_speed_where_alphas_are_parameters()
     report = rnas.accelerate(model)
     model(torch.rand(2, 3, 8, 8))
     assert report.counts.cells == 3 and report.counts.alone == 0
+
+
+@pytest.mark.parametrize("style", [darts, hooked, nasbench201, pcdarts, smooth])
+def test_a_step_keeps_nothing_alive(style):
+    # Not even until Python looks for circles: it does so seldom, and states and graphs are large.
+    model = style.build(8, 3, 5)
+    rnas.accelerate(model)
+    gc.collect()
+    gc.disable()
+    try:
+        model(torch.rand(2, 3, 8, 8)).sum().backward()
+        alive = [type(each) for each in gc.get_objects() if type(each) in (Deferred, Scope)]
+    finally:
+        gc.enable()
+    assert not alive
+
+
+def test_a_forward_that_raises_keeps_nothing_alive():
+    def give(nodes):
+        raise RuntimeError("as it is")
+
+    cell = Cell(PRUNED, give)
+    rnas.accelerate(cell)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="as it is"):
+            cell(images(8), images(8))
+        alive = [type(each) for each in gc.get_objects() if type(each) in (Deferred, Scope)]
+    finally:
+        gc.enable()
+    assert not alive
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_node_that_outlives_the_forward_can_still_be_read(training):
+    plain = Cell(PRUNED, lambda nodes: nodes[-1].exp()).train(training)
+    cell, states = copy.deepcopy(plain), [images(8), images(8, seed=1)]
+    rnas.accelerate(cell)
+    found = []
+    for each in (plain, cell):
+        kept = []
+        each.give = lambda nodes, kept=kept: kept.extend(nodes) or nodes[-1].exp()
+        each(*states)
+        first, behind = kept[0], each.nodes[1][2].candidates["skip"](kept[0])
+        found.append([first * 2, behind * 3])
+    assert distance(*found) <= 1e-6
+
+
+def test_what_was_called_on_a_node_sees_it_as_it_was():
+    # Also where the node is written to after the forward.
+    plain = Cell(PRUNED, lambda nodes: None).eval()
+    cell = copy.deepcopy(plain)
+    rnas.accelerate(cell)
+    found = []
+    for each in (plain, cell):
+        kept = []
+
+        def give(nodes, kept=kept, each=each):
+            kept.extend((nodes[0], each.nodes[1][2].candidates["dil3"](nodes[0], None)))
+            return nodes[-1].exp()
+
+        each.give = give
+        with torch.no_grad():
+            each(images(8), images(8, seed=1))
+            kept[0].add_(1)
+        found.append(kept)
+    assert distance(*found) <= 1e-6

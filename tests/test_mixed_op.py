@@ -20,8 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 from rnas import kernels
-from rnas.kernels import backend, engine, mixed_cell, mixed_op
-from rnas.kernels.mixed_op import cell_nodes
+from rnas.kernels import backend, engine, fused, mixed_cell, mixed_op
 from rnas.kernels.reference import mixed_op as reference
 
 DARTS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
@@ -292,24 +291,26 @@ def test_second_derivatives_of_the_last_node(kind, mode):
     check(first=(kind,), wanted=KINDS[:3], cell="two nodes", mode=mode, last=True)
 
 
-@pytest.mark.parametrize("takes", [True, False])
-@pytest.mark.parametrize("of", ["all", "last", "both"])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_gradients_of_all_nodes_and_of_the_last(mode, of, takes, monkeypatch):
-    # As for those who may ask for other nodes too. Not all kernels take the gradient of one node alone.
-    monkeypatch.setattr(engine.Cpu, "TAKES_LAST", takes)
-    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 4, 5, 5), mode=mode, last=True).require(KINDS)
-    nodes = cell_nodes(*problem.arguments(), **problem.options())
-    assert torch.equal(nodes.all[:, 4:], nodes.last) and nodes.last.is_contiguous()
-    leaves = [leaf for kind in KINDS for leaf in problem.leaves(kind)]
+@pytest.mark.parametrize("makes", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", ["train", "eval affine"])
+def test_the_last_node_alone_is_that_of_all(mode, layout, makes, monkeypatch):
+    # Not all kernels make one node alone, or take the gradient of one.
+    monkeypatch.setattr(engine.Cpu, "MAKES_LAST", makes)
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 4, 5, 5), mode=mode, last=True)
+    problem = problem.copy(layout=layout).require(KINDS)
+    found, leaves = problem.run(), [leaf for kind in KINDS for leaf in problem.leaves(kind)]
     problem.last = False
-    expected = problem.run()
-    cotangents = {"all": noise(nodes.all, 1), "last": noise(nodes.last, 2)}
-    wanted = {name: cotangents[name] for name in (cotangents if of == "both" else (of,))}
-    found = torch.autograd.grad([getattr(nodes, name) for name in wanted], leaves, list(wanted.values()))
-    whole = wanted.get("all", torch.zeros_like(expected)).clone()
-    whole[:, 4:] += wanted.get("last", torch.zeros_like(whole[:, 4:]))
-    assert distance(found, torch.autograd.grad(expected, leaves, whole)) <= 1e-6
+    expected = problem.run()[:, 4:]
+    assert torch.equal(found, expected) and fused.layout(found) == fused.layout(problem.states[0])
+    cotangent = noise(found, 1)
+    found, expected = (torch.autograd.grad(each, leaves, cotangent) for each in (found, expected))
+    assert distance(found, expected) <= 1e-6
+
+
+def test_the_last_node_takes_no_memory_for_the_others():
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 4, 5, 5), mode="train", last=True)
+    assert problem.run().untyped_storage().nbytes() < 2 * 4 * 2 * 4 * 25
 
 
 @pytest.mark.parametrize("mode", ["train", "eval affine"])

@@ -149,10 +149,10 @@ PYBIND11_MODULE(_cpu, m) {
       "mixed_backward",
       [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, bool batch_statistics,
          int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out, const Addresses& gradients,
-         const Addresses& to_states, bool of_last, uintptr_t workspace, int threads) {
+         const Addresses& to_states, uintptr_t workspace, int threads) {
         const OwnedShape owned(shape, primitives);
         const OwnedInputs in(inputs, owned.shape.inputs, eps, batch_statistics);
-        const OwnedGradients grad(gradients, to_states, of_last);
+        const OwnedGradients grad(gradients, to_states);
         py::gil_scoped_release release;
         cpu::mixed_backward(owned.shape, in.inputs, keep(keeping), pointer<float>(out), pointer(kept),
                             pointer<float>(grad_out), grad.gradients, pointer(workspace), threads);

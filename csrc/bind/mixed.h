@@ -26,18 +26,18 @@ inline Primitive primitive(const std::string& name) {
   throw std::invalid_argument("unknown primitive " + name);
 }
 
-// A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm)
-// and the primitives' names.
+// A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm,
+// last) and the primitives' names.
 struct OwnedShape {
   OwnedShape(const Sizes& s, const Names& names) {
-    if (s.size() != 8) throw std::invalid_argument("a shape has 8 numbers");
+    if (s.size() != 9) throw std::invalid_argument("a shape has 9 numbers");
     size_t candidates = 0;
     for (const std::vector<std::string>& row : names) candidates = std::max(candidates, row.size());
     for (const std::vector<std::string>& row : names)
       for (size_t each = 0; each < candidates; ++each)
         primitives.push_back(each < row.size() ? primitive(row[each]) : Primitive::none);
     shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(candidates), s[7] != 0,
-             names.size() > 1};
+             names.size() > 1, s[8] != 0};
     const int64_t edges = s[5] * s[4] + s[5] * (s[5] - 1) / 2;
     if (shape.each_edge && static_cast<int64_t>(names.size()) != edges)
       throw std::invalid_argument("primitives come in one row, or in one for each edge");
@@ -67,11 +67,11 @@ struct OwnedInputs {
 
 // Addresses of the gradients of (weights, theta, gamma, beta), and of the states or none at all.
 struct OwnedGradients {
-  OwnedGradients(const Addresses& a, const Addresses& to_states, bool of_last = false) {
+  OwnedGradients(const Addresses& a, const Addresses& to_states) {
     if (a.size() != 4) throw std::invalid_argument("4 addresses of gradients");
     for (uintptr_t each : to_states) states.push_back(pointer(each));
     gradients = {states.empty() ? nullptr : states.data(), pointer<float>(a[0]), pointer<float>(a[1]),
-                 pointer<float>(a[2]), pointer<float>(a[3]), of_last};
+                 pointer<float>(a[2]), pointer<float>(a[3])};
   }
   OwnedGradients(const OwnedGradients&) = delete;
   std::vector<void*> states;

@@ -32,11 +32,11 @@ template <typename Guard> void define_mixed_op(py::module_& m) {
       "mixed_backward",
       [](const Sizes& shape, const Names& primitives, const Addresses& inputs, double eps, bool batch_statistics,
          int keeping, uintptr_t out, uintptr_t kept, uintptr_t grad_out, const Addresses& gradients,
-         const Addresses& to_states, bool of_last, uintptr_t workspace, const std::string& dtype, int device,
+         const Addresses& to_states, uintptr_t workspace, const std::string& dtype, int device,
          uintptr_t stream) {
         const OwnedShape owned(shape, primitives);
         const OwnedInputs in(inputs, owned.shape.inputs, eps, batch_statistics);
-        const OwnedGradients grad(gradients, to_states, of_last);
+        const OwnedGradients grad(gradients, to_states);
         const Dtype type = bind::dtype(dtype);
         py::gil_scoped_release release;
         Guard guard(device);

@@ -95,9 +95,8 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
                            int threads) {
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma)))
     throw std::invalid_argument("mixed_double_backward: the forward pass has not kept what these gradients need");
-  if (in.batch_statistics || grad.states || grad.beta || grad.of_last || !grad_grad_out)
-    throw std::invalid_argument("mixed_double_backward takes fixed statistics, gradients to all nodes, and gives none to "
-                                "states or beta");
+  if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
+    throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
   const Whole whole(threads);
   RNAS_SELECT_WIDTH(mixed_double_backward, shape.channels)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,
                                      grad, workspace, threads);

@@ -81,7 +81,7 @@ def stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
 class Call:
     """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
 
-    __slots__ = ("consumed", "extras", "held", "own", "plan", "state")
+    __slots__ = ("__weakref__", "consumed", "extras", "held", "own", "plan", "state")
 
     def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
         self.plan, self.held = plan, hold(x)

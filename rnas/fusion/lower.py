@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import fused
-from ..kernels.mixed_op import PRIMITIVES, Nodes, cell_nodes
+from ..kernels.mixed_op import PRIMITIVES, mixed_cell
 from ..kernels.reference.mixed_op import SEPARABLE
 from .calls import Call, Group, Scale, hold, product, scale_of, seen, stacked
 from .deferred import Deferred, is_open, is_raw, value_of
@@ -47,18 +47,18 @@ class Edge(NamedTuple):
 def open_ancestors(x: Deferred) -> list[Deferred]:
     """The nodes without a value on which x depends, and x: each behind those that it depends on."""
     found: list[Deferred] = []
-
-    def visit(each) -> None:
-        if type(each) is not Deferred or each._rnas_value is not None or any(each is other for other in found):
-            return
-        for group in each._rnas_groups:
-            for call in group.calls:
-                if call.value is None:
-                    visit(call.x)
-        found.append(each)
-
-    visit(x)
+    _add_ancestors(x, found)
     return found
+
+
+def _add_ancestors(x, found: list[Deferred]) -> None:
+    if type(x) is not Deferred or x._rnas_value is not None or any(x is other for other in found):
+        return
+    for group in x._rnas_groups:
+        for call in group.calls:
+            if call.value is None:
+                _add_ancestors(call.x, found)
+    found.append(x)
 
 
 def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
@@ -93,15 +93,16 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
         return None
     states = [value_of(each) for each in inputs]
     addends = [node._rnas_addends for node in nodes]
-    result, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), fused.layout(states[0])
+    out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), fused.layout(states[0])
     scope.counts.cells += 1
     scope.counts.edges += len(found)
-    out = result.all if last else fused.arranged(result.all, layout)
+    if last:  # who asks for another gets what its candidates make of the states by themselves
+        return out
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
         node._rnas_groups, node._rnas_addends = (), ()
         node._rnas_finish = Slice(hold(out), index * channels, channels, layout)
-    return result.last if last else out
+    return out
 
 
 def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None] | None:
@@ -171,8 +172,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
         batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
     for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
-        made = _fused(states, edges, 1, edges[0].stride, last=False).all
-        made = fused.arranged(made, fused.layout(states[0]))
+        made = _fused(states, edges, 1, edges[0].stride, last=False)
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -274,7 +274,7 @@ def is_alias(x: Deferred) -> bool:
 
 def _fused(
     states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool, addends=()
-) -> Nodes:
+) -> Tensor:
     """What a cell of these edges computes; None: there is none. addends: numbers that are added to each node."""
     calls = [() if edge is None else edge.calls for edge in edges]
     for call in chain.from_iterable(calls):
@@ -295,7 +295,7 @@ def _fused(
     if any(edge is not None and edge.outer for edge in edges):
         weights = weights * _table(outer, like)
     pool_norms = _pool_norms(edge for edge in edges if edge is not None)
-    return cell_nodes(
+    return mixed_cell(
         states,
         weights,
         [[weight for call in row for weight in call.plan.weights()] for row in calls],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -69,6 +70,7 @@ class Scope:
         self.counts = counts
         """Where is counted what was computed how: `report.Counts`."""
         self._calls: list[Call] = []  # those computed long ago are left out
+        self._left: list[weakref.ref[Call]] = []  # behind the end: those that were not computed
         self._called = self._open = 0
         self._latest: dict[int, Call] = {}  # of every candidate
         self._covered: Tensor | None = None  # the last state that the kernels cover
@@ -231,8 +233,8 @@ class Scope:
 
     def _settle(self) -> None:
         with self._as_before():
-            for call in self._calls:
-                if not call.consumed:
+            for call in (*self._calls, *(each() for each in self._left)):
+                if call is not None and not call.consumed:
                     lower.alone(call)
 
     @contextmanager
@@ -259,6 +261,16 @@ class Scope:
                 if not call.consumed and any(norm.training for norm in call.plan.layers.norms):
                     lower.alone(call)
 
+    def let_go(self) -> None:
+        """Keeps nothing alive from here on: what is still deferred, elsewhere, holds all that it needs.
+
+        Else scope and nodes would hold one another, and with them the states, until Python looks for such circles.
+        """
+        self._left = [weakref.ref(call) for call in self._calls if not call.consumed]
+        self._calls, self._covered, self._same = [], None, (None, None)
+        for each in (self._latest, self._slices, self._arranged, self._pooled):
+            each.clear()
+
 
 @contextmanager
 def opened(counts):
@@ -274,3 +286,4 @@ def opened(counts):
         scope.end()
     finally:
         _current.scope = None
+        scope.let_go()

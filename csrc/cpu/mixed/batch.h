@@ -64,7 +64,7 @@ class Batch {
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         add_pending(scratch_[thread], n);
-        store_node(scratch_[thread], plan_.states() - 1, n);
+        finish_node(scratch_[thread], plan_.states() - 1, n);
       }
     });
     pending_.clear();
@@ -118,12 +118,9 @@ class Batch {
     return nodes_.empty() ? nullptr : nodes_[node];
   }
   float* kept(int64_t which, int64_t n) const { return kept_ + (which * images() + n) * plan_.image_out(); }
-  // A finished node, to where the caller wants it.
-  void store_node(const Scratch& s, int64_t state, int64_t n) const {
+  void finish_node(const Scratch& s, int64_t state, int64_t n) const {
     const Section section(s.clock, Work::nodes);
-    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
-    store_state<false>(plan_, node(state) + n * plan_.image_out(),
-                       out_ + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel, pixels);
+    store_node(plan_, node(state) + n * plan_.image_out(), state, n, out_);
   }
   // What enters the second stage of a branch. Where it is not kept, the output will take its place.
   float* mid(const Edge& edge, size_t b, int64_t n) const {
@@ -194,7 +191,7 @@ class Batch {
 
   // Pools of a state, for all its edges. On a forward pass also their moments, and what remains to be done for a node.
   void begin_source(int64_t source, const State& state, bool forward) {
-    const bool node_done = forward && source >= plan_.shape.inputs;
+    const bool node_done = forward && plan_.asked(source) >= 0;
     const bool max = plan_.leaves(source, &Edge::max), avg = plan_.leaves(source, &Edge::avg);
     if (!max && !avg && !node_done) return;
     const PoolShape shape = pool_shape(state);
@@ -204,7 +201,7 @@ class Batch {
       const Scratch& s = scratch_[thread];
       for (int64_t n = take(); n >= 0; n = take()) {
         if (forward) add_pending(s, n);  // before the pools it refers to change
-        if (node_done) store_node(s, source, n);
+        if (node_done) finish_node(s, source, n);
         const float* image_in = state.data + n * state.image;
         if (!state.dense() && (max || avg)) {
           load_dense(plan_, state, n, s.state_grad);
@@ -413,7 +410,7 @@ class Batch {
       const Section section(scratch_[thread].clock, Work::nodes);
       for (int64_t n = begin; n < end; ++n)
         for (int64_t state = 0; state < plan_.states(); ++state)
-          begin_gradient(plan_, grad_out, grad_.of_last, state, n, gradient(state, n));
+          begin_gradient(plan_, grad_out, state, n, gradient(state, n));
     });
   }
 

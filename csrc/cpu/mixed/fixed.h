@@ -213,7 +213,7 @@ class Fixed {
         for (int64_t p = 0; p < pixels; ++p) store(to + p * kLanes, constant);
       }
     for (int64_t source = 0; source + 1 < plan_.states(); ++source) {
-      if (source >= inputs) store_node(nodes, source, n, node_of(source, n, local, linear), s);
+      if (source >= inputs) finish_node(nodes, source, n, node_of(source, n, local, linear), s);
       const State x = state_of(source, local, false);
       const State v = linear ? state_of(source, local, true) : x;
       const Tile tile = tile_of(source, local);
@@ -235,7 +235,7 @@ class Fixed {
       }
       forward_pools(source, x, v, n, local, mask, linear);
     }
-    store_node(nodes, plan_.states() - 1, n, local.states[plan_.states() - 1], s);
+    finish_node(nodes, plan_.states() - 1, n, local.states[plan_.states() - 1], s);
   }
 
   // `v` where a kept sign lets it through, into a tile.
@@ -255,11 +255,9 @@ class Fixed {
         }
   }
 
-  void store_node(float* nodes, int64_t state, int64_t n, const float* node, const Scratch& s) const {
+  void finish_node(float* nodes, int64_t state, int64_t n, const float* node, const Scratch& s) const {
     const Section section(s.clock, Work::nodes);
-    const int64_t c = plan_.shape.channels, pixel = plan_.shape.nodes * c, pixels = plan_.pixels_out();
-    store_state<false>(plan_, node, nodes + n * pixels * pixel + (state - plan_.shape.inputs) * c, pixel,
-                       pixels);
+    store_node(plan_, node, state, n, nodes);
   }
 
   void forward_branch(const Branch& branch, int64_t n, const Tile& tile, float* to, const Scratch& s, Bits* mask,
@@ -365,7 +363,7 @@ class Fixed {
     Bits* mask = masks(n, local);
     const int64_t inputs = plan_.shape.inputs, c = plan_.shape.channels;
     for (int64_t state = 0; state < plan_.states(); ++state)
-      begin_gradient(plan_, grad_out_, grad_.of_last, state, n, local.states[state]);
+      begin_gradient(plan_, grad_out_, state, n, local.states[state]);
     if (parameters) add_sum(local.states[plan_.states() - 1], nullptr, s, local.sum + (plan_.states() - 1) * plan_.padded);
     for (int64_t source = plan_.states() - 2; source >= 0; --source) {
       backward_source(source, n, local, mask, parameters, linear);

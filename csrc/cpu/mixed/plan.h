@@ -89,6 +89,12 @@ struct Plan {
   }
   int64_t height(int64_t state) const { return state < shape.inputs ? shape.height : height_out; }
   int64_t width(int64_t state) const { return state < shape.inputs ? shape.width : width_out; }
+  // Where a state lies in a pixel of the nodes that are asked for, and how long such a pixel is; -1: it is none of them.
+  int64_t asked(int64_t state) const {
+    const int64_t node = state - shape.inputs - (shape.nodes - shape.results());
+    return state < shape.inputs || node < 0 ? -1 : node * shape.channels;
+  }
+  int64_t pixel_asked() const { return shape.results() * shape.channels; }
   int64_t pixels_out() const { return height_out * width_out; }
   int64_t plane_out() const { return pixels_out() * kLanes; }
   int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state

@@ -129,16 +129,14 @@ inline void load_dense(const Plan& plan, const State& state, int64_t n, float* t
   });
 }
 
-// The gradient of a state as the caller gives it, image n, dense: zero for an input, and for a node before the last
-// where grad_out is of_last.
-inline void begin_gradient(const Plan& plan, const float* grad_out, bool of_last, int64_t state, int64_t n, float* to) {
-  const int64_t h = plan.height_out, w = plan.width_out, c = plan.shape.channels, node = state - plan.shape.inputs;
-  if (node < 0 || (of_last && node + 1 < plan.shape.nodes)) {
+// The gradient of a state as the caller gives it, image n, dense: zero for an input, and for a node that is not asked
+// for.
+inline void begin_gradient(const Plan& plan, const float* grad_out, int64_t state, int64_t n, float* to) {
+  const int64_t h = plan.height_out, w = plan.width_out, pixel = plan.pixel_asked(), at = plan.asked(state);
+  if (at < 0)
     std::memset(to, 0, plan.height(state) * plan.width(state) * plan.padded * sizeof(float));
-    return;
-  }
-  const int64_t pixel = of_last ? c : plan.shape.nodes * c;
-  load_dense(plan, State{grad_out + (of_last ? 0 : node * c), h * w * pixel, pixel, h, w}, n, to);
+  else
+    load_dense(plan, State{grad_out + at, h * w * pixel, pixel, h, w}, n, to);
 }
 
 // Writes (or adds to) `state` from a dense image.
@@ -156,6 +154,12 @@ template <bool Add> void store_state(const Plan& plan, const float* from, float*
       store_part(at, Add ? load_part(at, rest) + v : v, rest);
     }
   }
+}
+
+// A node, dense, of image n, to where the caller wants it, if so.
+inline void store_node(const Plan& plan, const float* node, int64_t state, int64_t n, float* out) {
+  const int64_t pixel = plan.pixel_asked(), at = plan.asked(state), pixels = plan.pixels_out();
+  if (at >= 0) store_state<false>(plan, node, out + n * pixels * pixel + at, pixel, pixels);
 }
 
 // relu(y * scale + shift) into the tile of the second stage. y dense, scale and shift (padded).

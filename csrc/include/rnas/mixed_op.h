@@ -7,7 +7,7 @@
 // primitives are all `none` is as good as no edge.
 //
 // Legend: N images, C channels, H W pixels of the input states, H' W' = ceil(H / stride), ceil(W / stride), S input
-// states, J nodes, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
+// states, J nodes, of which all J' = J or the last alone are asked for, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
 // B batch norms of all edges. Edges from an input state have `stride`, edges from a node have stride 1.
 //
 // Images are float32, on a GPU also bfloat16 or float16, channels last; all else is float32. Parameters come as one
@@ -48,6 +48,8 @@ struct MixedShape {
   int64_t candidates;                      // K
   bool pool_norm;
   bool each_edge = false;                  // whether each edge has its own; rows are filled up with Primitive::none
+  bool last = false;                       // the last node alone is asked for. On the CPU only
+  int64_t results() const { return last ? 1 : nodes; }  // J', how many nodes are asked for
   const Primitive* of_edge(int64_t edge) const { return primitives + (each_edge ? edge * candidates : 0); }
 };
 
@@ -84,26 +86,25 @@ struct MixedGradients {
   float* weights;        // (E, K)
   float* theta;
   float *gamma, *beta;   // (B, C)
-  bool of_last = false;  // of the last node alone: grad_out is then (N, H', W', C). On the CPU only
 };
 
 namespace cpu {
 
 MixedSizes mixed_sizes(const MixedShape& shape, int threads);
 
-// out (N, H', W', J * C): the nodes side by side. On batch statistics, mean and variance (B, C) receive the batch's mean
+// out (N, H', W', J' * C): the nodes side by side. On batch statistics, mean and variance (B, C) receive the batch's mean
 // and biased variance and in.mean and in.variance are not read. kept: mixed_sizes bytes for `keep`.
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads);
 
-// Gradients of sum(grad_out * out), or with grad.of_last of sum(grad_out * last node). `kept` is the forward pass's; so
-// is `out`, which is not read here and may be null. With Keep::masks statistics must be fixed and only grad.states may be
+// Gradients of sum(grad_out * out), grad_out (N, H', W', J' * C). `kept` is the forward pass's; so is `out`, which is not
+// read here and may be null. With Keep::masks statistics must be fixed and only grad.states may be
 // wanted.
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads);
 
 // Fixed statistics only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
-// (N, H', W', J * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
+// (N, H', W', J' * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
 // theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
 // Keep::masks all must be). direction (S) images (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
 // with Keep::masks. With Keep::masks in.states are not read, here and in mixed_backward.
