@@ -255,22 +255,30 @@ NORMS = rows(
 
 BATCH = rows(
     "cpu/mixed/batch.h",
+    ("batch: another node kept", CELL, "float* node(", "kept(node, 0)", "kept(0, 0)"),
+    ("batch: mids over the nodes", CELL, "float* mid(", "plan_.kept_nodes() + edge", "edge"),
+)  # fmt: skip
+
+BATCH_FORWARD = rows(
+    "cpu/mixed/batch_forward.h",
     ("batch: constants are not added", EDGE, "void add_to_node(", "sum[i] = constant", "sum[i] = constant - constant"),
     ("batch: last pixels of a term", EDGE, "void add_to_node(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
      "for (int64_t i = 1; i < size; ++i) sum[i] = fma("),
     ("batch: every edge sets its node", CELL, "void add_to_node(", "left.set_node ? v : v + load(to)", "v"),
     ("batch: ones added nowhere", ONES, "void leave(", " || edge.ones >= 0 ||", " ||"),
     ("batch: ones without their weight", ONES, "void leave(", "+= w[edge.ones]", "+= 1.0f"),
-    ("batch: ones without a gradient", ONES, "void backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
-    ("batch: another node kept", CELL, "float* node(", "kept(node, 0)", "kept(0, 0)"),
-    ("batch: mids over the nodes", CELL, "float* mid(", "plan_.kept_nodes() + edge", "edge"),
     ("batch: an edge without candidates does not set its node", OWN, "void leave(", "left.set_node || left.has_skip",
      "left.has_skip"),
     ("batch: one edge is pending", OWN, "void add_pending(", "for (const Pending& left : pending_) add_to_node(left",
      "add_to_node(pending_[0]"),
-    ("batch: an identity on every edge", OWN, "void pools_backward(", "if (edge.skip >= 0) with_skip", "with_skip"),
-    ("batch: an average pool on every edge", OWN, "void pools_backward(", "if (edge.avg >= 0) with_avg", "with_avg"),
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
+)  # fmt: skip
+
+BATCH_BACKWARD = rows(
+    "cpu/mixed/batch_backward.h",
+    ("batch: ones without a gradient", ONES, "void backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
+    ("batch: an identity on every edge", OWN, "Leaving leaving(", "if (edge.skip >= 0) found", "found"),
+    ("batch: an average pool on every edge", OWN, "Leaving leaving(", "if (edge.avg >= 0) found", "found"),
     ("batch: gradient of gamma without the mixing weight", EDGE, "void norm_gradients(", "(factor * normalised)",
      "(normalised)"),
     ("batch: mixing gradient without beta", EDGE, "void norm_gradients(", " + norms_.beta[at] * sum[channel]", ""),
@@ -279,17 +287,27 @@ BATCH = rows(
     ("batch: through the mid without relu", EDGE, "void through_mid(",
      "keep(positive(load(mid + x * kLanes)), load(s.mid_grad + at + x * kLanes))",
      "load(s.mid_grad + at + x * kLanes)"),
-    ("batch: to the state without relu", EDGE, "void backward_state(",
+    ("batch: to the state without relu", EDGE, "void through_relu(",
      "keep(positive(load(x + column * kLanes)), load(s.state_grad + at + column * kLanes))",
      "load(s.state_grad + at + column * kLanes)"),
     ("batch: the first branch's gradient is lost", EDGE, "void backward_state(", "convolve_backward<true>",
      "convolve_backward<false>"),
-    ("batch: pools backward without the mean term", EDGE, "void pools_backward(", "constant += load(",
+    ("batch: pools backward without the mean term", EDGE, "void pool_gradients(", "constant += load(",
      "constant -= load("),
-    ("batch: mixing gradient of a pool without norm", EDGE, "void pools_backward(", "mixing_grad += dots[c]",
+    ("batch: mixing gradient of a pool without norm", EDGE, "void settle_pools(", "mixing_grad += dots[c]",
      "mixing_grad = dots[c]"),
     ("batch: gradient past the last pixels", EDGE, "void weighted(",
      "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
+    ("batch: added to a gradient that has not begun", EDGE, "void backward_state(", "if (begun_[edge.source])",
+     "if (true)"),
+    ("batch: every edge begins the gradient of its state", CELL, "void backward_state(", "if (begun_[edge.source])",
+     "if (false)"),
+    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "if (!begun) std", "std"),
+    ("batch: pools do not begin a gradient", f"{ALONE} and pool", "void pool_gradients(",
+     "if (!begun) std", "if (false) std"),
+    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void backward(",
+     "clear_gradient(source)", "(void)0"),
+    ("batch: what norms look at is forgotten", EDGE, "float* pooled(", "plan_.shape.pool_norm ?", "false ?"),
 )  # fmt: skip
 
 FIXED = rows(
@@ -488,5 +506,6 @@ SHAPE = rows(
     ("shape: the first edge's candidates for all", OWN, "", "edge * candidates : 0", "0 * edge * candidates : 0"),
 )  # fmt: skip
 
-PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *FIXED, *RELU_CONV_NORM]
+PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *BATCH_FORWARD]
+PLANTED += [*BATCH_BACKWARD, *FIXED, *RELU_CONV_NORM]
 PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *TRANSPOSED, *OBJECTS]

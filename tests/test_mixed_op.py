@@ -285,6 +285,23 @@ def test_an_absent_candidate_passes_no_nan_on():
     assert not found.isnan().any()
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_where_no_candidate_passes_a_gradient_on_it_is_zero(channels, mode):
+    # From the first state none leaves but `none`, nor from the first node, which is not asked for.
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, channels, 5, 5), mode=mode, last=True)
+    problem.primitives = (("none",), ("conv_1x1",), ("none",), ("conv_1x1", "skip_connect"), ("none",))
+    has_parameters = [any("conv" in name for name in row) for row in problem.primitives]
+    problem.parameters = [edge[:1] if has else [] for edge, has in zip(problem.parameters, has_parameters)]
+    problem.norms = [edge[:1] if has else [] for edge, has in zip(problem.norms, has_parameters)]
+    problem.weights = problem.weights[:, :2]
+    (first, second), weights = problem.require(("inputs", "weights")).states, problem.weights
+    output = problem.run()
+    found = torch.autograd.grad(output, [first, second, weights], noise(output, 1))
+    assert not found[0].any() and found[1].all()
+    assert not found[2][[0, 1, 2, 4]].any() and found[2][3].all()
+
+
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])
 @pytest.mark.parametrize("kind", ["inputs", "parameters"])
 def test_second_derivatives_of_the_last_node(kind, mode):

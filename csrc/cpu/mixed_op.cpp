@@ -2,7 +2,8 @@
 
 #include <algorithm>
 
-#include "mixed/batch.h"
+#include "mixed/batch_backward.h"
+#include "mixed/batch_forward.h"
 #include "mixed/fixed.h"
 #include "once/clock.h"
 #include "simd/simd.h"
@@ -32,8 +33,8 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
   sizes.kept_linear = (plan.kept_nodes() + plan.kept) * activation;
   sizes.kept_activations = sizes.kept_linear + plan.costly * activation;
   sizes.kept_outputs = sizes.kept_linear + plan.outputs * activation;
-  sizes.workspace = std::max({Batch(plan, none, nullptr, threads, false).workspace(),
-                              Batch(plan, none, nullptr, threads, true).workspace(),
+  sizes.workspace = std::max({BatchForward(plan, none, nullptr, threads).workspace(),
+                              BatchBackward(plan, none, nullptr, threads).workspace(),
                               Fixed(plan, none, nullptr, threads).workspace()});
   return sizes;
 }
@@ -42,7 +43,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
                    void* kept, void* workspace, int threads) {
   const Plan plan = make_plan(shape);
   if (in.batch_statistics)
-    Batch(plan, in, workspace, threads, false).forward(keep, out, mean, variance, static_cast<float*>(kept));
+    BatchForward(plan, in, workspace, threads).forward(keep, out, mean, variance, static_cast<float*>(kept));
   else
     Fixed(plan, in, workspace, threads).forward(keep, out, kept);
 }
@@ -52,7 +53,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
   const Plan plan = make_plan(shape);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   if (in.batch_statistics)
-    Batch(plan, in, workspace, threads, true).backward(keep, static_cast<const float*>(kept), grad_out, grad);
+    BatchBackward(plan, in, workspace, threads).backward(keep, static_cast<const float*>(kept), grad_out, grad);
   else
     Fixed(plan, in, workspace, threads).backward(keep, kept, grad_out, grad);
 }

@@ -95,6 +95,9 @@ struct Plan {
     return state < shape.inputs || node < 0 ? -1 : node * shape.channels;
   }
   int64_t pixel_asked() const { return shape.results() * shape.channels; }
+  // Whether images of C channels are dense as the caller stores them, and whether what is asked for is one such image.
+  bool stored_dense() const { return shape.channels == kLanes; }
+  bool asked_dense() const { return stored_dense() && shape.results() == 1; }
   int64_t pixels_out() const { return height_out * width_out; }
   int64_t plane_out() const { return pixels_out() * kLanes; }
   int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state
