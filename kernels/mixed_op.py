@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, engine, fused, partial
+from rnas.kernels import backend, batched, engine, fused, partial
 from rnas.kernels import mixed_arguments as arguments
 from rnas.kernels.reference import mixed_op as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
@@ -341,6 +341,7 @@ class _Flat(torch.autograd.Function):
         ctx.like = inputs[1:]  # for their shapes
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, gradient):
         found = torch._C._nn.unflatten_dense_tensors(gradient, ctx.like)
         return None, *[each if need else None for each, need in zip(found, ctx.needs_input_grad[1:])]
@@ -579,6 +580,7 @@ class _Forward(torch.autograd.Function):
         return out, batch_mean, batch_variance, kept, nodes
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, grad_out, *_):
         needs = ctx.needs_input_grad
         if grad_out is None:
@@ -616,6 +618,7 @@ class _Backward(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, *directions):
         if all(direction is None for direction in directions):
             return (None,) * len(ctx.needs_input_grad)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused
+from rnas.kernels import backend, batched, fused
 
 
 def join(
@@ -96,6 +96,7 @@ class _Join(torch.autograd.Function):
         return out
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, gradient):
         scales, *arounds = ctx.saved_tensors
         of_mixed, of_scales, *of_arounds = ctx.needs_input_grad[1:]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused
+from rnas.kernels import backend, batched, fused
 
 
 def gather(x: Tensor) -> Tensor:
@@ -61,6 +61,7 @@ class _Gather(torch.autograd.Function):
         return out
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, gradient):
         return _Scatter.apply(gradient, ctx.shape)
 
@@ -83,6 +84,7 @@ class _Scatter(torch.autograd.Function):
         return out
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, direction):
         return _Gather.apply(direction), None
 
@@ -101,6 +103,7 @@ class _Patches(torch.autograd.Function):
         return out
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, gradient):
         return _Fold.apply(gradient, ctx.image, ctx.shape), None
 
@@ -122,5 +125,6 @@ class _Fold(torch.autograd.Function):
         return out.copy_(F.fold(columns, (h, w), shape[:2], padding=shape.padding, stride=shape.stride))
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, direction):
         return _Patches.apply(direction, ctx.shape), None, None

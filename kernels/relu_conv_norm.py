@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused, pixels
+from rnas.kernels import backend, batched, fused, pixels
 from rnas.kernels.reference import relu_conv_norm as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 
@@ -272,6 +272,7 @@ class _Forward(torch.autograd.Function):
         return out, batch_mean, batch_variance, kept
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, grad_out, *_):
         needs = ctx.needs_input_grad
         if grad_out is None:
@@ -299,6 +300,7 @@ class _Backward(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, *directions):
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if all(direction is None for direction in directions):

@@ -184,6 +184,31 @@ def test_second_derivatives_are_those_of_before(style, training):
     check(style, second_derivatives, training, channels=4, layers=2 if "201" not in style else 3)
 
 
+def batches_of_gradients(model: nn.Module, x: Tensor) -> dict[str, list[Tensor | None]]:
+    """The Jacobian of the probabilities in one call, and the gradients of its size."""
+    dtype = next(model.parameters()).dtype
+    same_noise()
+    x = x.to(dtype, memory_format=torch.preserve_format).requires_grad_()
+    groups = leaves_of(model)
+    leaves, out = [x, *groups["alpha"], *groups["weights"]], model(x).softmax(1)
+    towards = torch.eye(out.shape[1], dtype=dtype)[:, None].expand(-1, *out.shape).contiguous()
+    found = torch.autograd.grad(out, leaves, towards, is_grads_batched=True, retain_graph=True, allow_unused=True)
+
+    def along(direction: Tensor) -> Tensor:
+        return torch.autograd.grad(out, x, direction, retain_graph=True)[0]
+
+    mapped = torch.func.vmap(along)(towards)
+    (jacobian,) = torch.autograd.grad(out, x, towards, is_grads_batched=True, create_graph=True)
+    twice = torch.autograd.grad(jacobian.square().sum(), leaves[1:], allow_unused=True)
+    return {"all": list(found), "mapped": [mapped], "twice": list(twice)}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("style", ["darts", "pc-darts", "nas-bench-201", "weights as attributes"])
+def test_batches_of_gradients_are_those_of_before(style, training):
+    check(style, batches_of_gradients, training)
+
+
 @pytest.mark.parametrize("style", ["darts", "nas-bench-201"])
 def test_a_wrong_weight_is_seen(style, monkeypatch):
     from rnas.fusion import lower

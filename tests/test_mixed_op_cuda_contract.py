@@ -329,3 +329,18 @@ def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_dev
     middle = launches()
     output.sum().backward()
     assert (middle - start, launches() - middle) == (forward, backward)
+
+
+@only_on_host
+def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
+    """More convolutions and pools on one edge than there is room for, and the last node alone."""
+
+    def sizes(primitives: list[str], last: int = 0):
+        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last), [primitives], "float32")
+
+    sizes(list(reference.PRIMITIVES))
+    assert sizes(["sep_conv_3x3"] * 9)
+    with pytest.raises(ValueError, match="at most 9"):
+        sizes(["sep_conv_3x3"] * 10)
+    with pytest.raises(ValueError, match="all nodes"):
+        sizes(["sep_conv_3x3"], last=1)

@@ -16,7 +16,7 @@ template <int V, typename AStage> class Forward {
     if (!keeps) cell_.kept = arena.take<T>(plan.kept * plan.activation());
     size_t most = 0;
     for (int64_t wave = 0; wave < plan.shape.nodes; ++wave) most = std::max(most, wave_edges(wave).size());
-    partials_ = arena.take<float>(static_cast<int64_t>(most) * kMostNorms * partial());
+    partials_ = arena.take<float>(static_cast<int64_t>(most) * kMostOfEdge * partial());
     sums_ = arena.take<float>(plan.activation());
   }
 
@@ -40,8 +40,6 @@ template <int V, typename AStage> class Forward {
   }
 
  private:
-  static constexpr int64_t kMostNorms = 9;  // of one edge whose statistics are taken together
-
   void nodes() {
     for (int64_t node = 0; node < plan_.shape.nodes; ++node) {
       measure(wave_edges(node));

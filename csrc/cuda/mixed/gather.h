@@ -53,7 +53,7 @@ template <int V, typename T> struct Pools {
 // have left in `sums`, where there is either. It goes to `to`, or to `sums` where later launches go on.
 // Grid (tiles of the source, edges).
 template <int V, typename T> struct Gather {
-  static constexpr int kEdges = 3, kStages = 9;  // as many as the arguments hold
+  static constexpr int kEdges = 3;  // as many as the arguments hold
   struct Item {
     Stage<T> stage;
     const T* d;  // (N, H, W, C) at the output
@@ -66,7 +66,7 @@ template <int V, typename T> struct Gather {
     Image<T> g;                 // of the node, for an identity
     const float* weight;        // of the identity, null: none
     int count, height, width;   // stages; size of the output
-    Item items[kStages];
+    Item items[kMostOfEdge];
   };
   Tiling tiling;
   int channels;

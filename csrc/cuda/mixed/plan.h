@@ -118,6 +118,8 @@ class Builder {
   const int64_t c_;
 };
 
+// Branches and pools of one edge: what arrays in the arguments of kernels, and in the workspace, have room for.
+constexpr int kMostOfEdge = 9;
 // The smallest tile of so many channels still fits the shared memory of a block.
 constexpr int64_t kMostChannels = 960;
 
@@ -138,6 +140,8 @@ inline Plan make_plan(const MixedShape& shape) {
       Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};
       const Primitive* primitives = shape.of_edge(plan.edges.size());
       for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, primitives[mix]);
+      if (edge.branches.size() + (edge.max >= 0) + (edge.avg >= 0) > kMostOfEdge)
+        throw std::invalid_argument("mixed_op on CUDA takes at most 9 convolutions and pools on an edge");
       plan.edges.push_back(edge);
     }
   return plan;
