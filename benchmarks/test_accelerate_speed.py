@@ -70,7 +70,7 @@ def measure_style(session: Session, style: str, batch: int) -> list[Row]:
         {name: partial(_prepare, model, x, y, *how) for name, how in LAYOUTS.items()},
         Gate(relative_error, GRADIENT_TOLERANCE),
         device=session.device,
-        budget_seconds=session.budget_seconds,
+        budget_seconds=3 * session.budget_seconds,
         network=model,
     )
     with measure.ConvolutionCounter() as counter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,15 +21,18 @@ def one_at_a_time(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def each(ctx, *gradients):
-        batch = _batch_of(gradients)
+        batch = _innermost(gradients)
         if batch is None:
             return backward(ctx, *gradients)
-        unwrapped = [None if gradient is None else batch.unwrap(gradient) for gradient in gradients]
-        sizes = [len(gradient) for gradient, inside in zip(unwrapped, map(batch.holds, gradients)) if inside]
-        with batch.outside():
+        parts = [None if gradient is None else batch.parts(gradient) for gradient in gradients]
+        sizes = [len(part) for part in parts if part is not None]
+        with batch.outside():  # where they may be in another batch
+            if not sizes:
+                return each(ctx, *gradients)
             found = []
-            for i in range(sizes[0]):
-                made = backward(ctx, *[g[i] if batch.holds(given) else g for g, given in zip(unwrapped, gradients)])
+            for index in range(sizes[0]):
+                one = [gradient if part is None else part[index] for gradient, part in zip(gradients, parts)]
+                made = each(ctx, *one)
                 found.append(made if isinstance(made, tuple) else (made,))
             stacked = [None if values[0] is None else torch.stack(values) for values in zip(*found)]
         return tuple([None if value is None else batch.wrap(value) for value in stacked])
@@ -38,44 +41,48 @@ def one_at_a_time(backward: Callable) -> Callable:
 
 
 class _Batch(NamedTuple):
-    """The innermost of the batches that tensors are in."""
+    """One that tensors are in."""
 
-    holds: Callable[[Tensor | None], bool]
-    """Whether a tensor is in it."""
-    unwrap: Callable[[Tensor], Tensor]
-    """All of a tensor, along its first dimension; itself where the batch does not hold it."""
+    parts: Callable[[Tensor], Tensor | None]
+    """All of a tensor, along its first dimension; None where the batch does not hold it."""
     wrap: Callable[[Tensor], Tensor]
     """The opposite."""
     outside: Callable[[], contextlib.AbstractContextManager]
-    """In which what is unwrapped is an ordinary tensor."""
+    """In which the parts are what they look like."""
 
 
-def _batch_of(gradients: tuple[Tensor | None, ...]) -> _Batch | None:
+def _innermost(gradients: tuple[Tensor | None, ...]) -> _Batch | None:
+    """The batch that was made last. There are two kinds: those of autograd itself lie inside those of torch.func."""
     tensors = [gradient for gradient in gradients if gradient is not None]
     if any(map(_functorch.is_legacy_batchedtensor, tensors)):
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
 
-        def holds(tensor: Tensor | None) -> bool:
-            return tensor is not None and _functorch.is_legacy_batchedtensor(tensor)
+        def of_autograd(tensor: Tensor) -> Tensor | None:
+            if not _functorch.is_legacy_batchedtensor(tensor):
+                return None
+            parts = torch._remove_batch_dim(tensor, level, 0, 0)  # none of a tensor that the batch does not hold
+            return parts if len(parts) else None
 
-        def unwrap(tensor: Tensor) -> Tensor:
-            return torch._remove_batch_dim(tensor, level, 1, 0) if holds(tensor) else tensor
-
-        return _Batch(holds, unwrap, lambda tensor: torch._add_batch_dim(tensor, 0, level), contextlib.nullcontext)
+        return _Batch(of_autograd, lambda tensor: torch._add_batch_dim(tensor, 0, level), _one_batch_less)
     if _functorch.peek_interpreter_stack() is None:
         return None
     interpreter = pyfunctorch.retrieve_current_functorch_interpreter()
+    if interpreter.key() != _functorch.TransformType.Vmap:
+        return None
     level = interpreter.level()
 
-    def inside(tensor: Tensor | None) -> bool:
-        is_one = tensor is not None and _functorch.is_batchedtensor(tensor)
-        return is_one and _functorch.maybe_get_level(tensor) == level
-
-    def taken_out(tensor: Tensor) -> Tensor:
+    def of_func(tensor: Tensor) -> Tensor | None:
         value, place = _functorch._unwrap_batched(tensor, level)
-        return value if place is None else value.movedim(place, 0)
+        return None if place is None else value.movedim(place, 0)
 
-    if not any(map(inside, tensors)):
-        return None
-    return _Batch(inside, taken_out, lambda tensor: _functorch._add_batch_dim(tensor, 0, level), interpreter.lower)
+    return _Batch(of_func, lambda tensor: _functorch._add_batch_dim(tensor, 0, level), interpreter.lower)
+
+
+@contextlib.contextmanager
+def _one_batch_less() -> Iterator[None]:
+    torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        torch._C._vmapmode_increment_nesting()
