@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ def one_at_a_time(backward: Callable) -> Callable:
         with batch.outside():  # where they may be in another batch
             if not sizes:
                 return each(ctx, *gradients)
-            found = []
+            ctx, found = _ReadOnce(ctx), []
             for index in range(sizes[0]):
                 one = [gradient if part is None else part[index] for gradient, part in zip(gradients, parts)]
                 made = each(ctx, *one)
@@ -38,6 +38,21 @@ def one_at_a_time(backward: Callable) -> Callable:
         return tuple([None if value is None else batch.wrap(value) for value in stacked])
 
     return each
+
+
+class _ReadOnce:
+    """A context of an autograd.Function whose saved tensors are read once, as a checkpoint counts the reads."""
+
+    def __init__(self, ctx) -> None:
+        self._ctx = ctx
+
+    @functools.cached_property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """Those of the context."""
+        return self._ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
 
 
 class _Batch(NamedTuple):
@@ -54,17 +69,19 @@ class _Batch(NamedTuple):
 def _innermost(gradients: tuple[Tensor | None, ...]) -> _Batch | None:
     """The batch that was made last. There are two kinds: those of autograd itself lie inside those of torch.func."""
     tensors = [gradient for gradient in gradients if gradient is not None]
-    if any(map(_functorch.is_legacy_batchedtensor, tensors)):
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+    legacy = [tensor for tensor in tensors if _functorch.is_legacy_batchedtensor(tensor)]
+    if legacy:
 
-        def of_autograd(tensor: Tensor) -> Tensor | None:
+        def at(level: int, tensor: Tensor) -> Tensor | None:
             if not _functorch.is_legacy_batchedtensor(tensor):
                 return None
             parts = torch._remove_batch_dim(tensor, level, 0, 0)  # none of a tensor that the batch does not hold
             return parts if len(parts) else None
 
-        return _Batch(of_autograd, lambda tensor: torch._add_batch_dim(tensor, 0, level), _one_batch_less)
+        # How many there are is known to the thread that made them, and a GPU's backward pass runs in another.
+        level = next(level for level in range(63, 0, -1) if any(at(level, each) is not None for each in legacy))
+        parts, wrap = functools.partial(at, level), functools.partial(torch._add_batch_dim, batch_dim=0, level=level)
+        return _Batch(parts, wrap, contextlib.nullcontext)
     if _functorch.peek_interpreter_stack() is None:
         return None
     interpreter = pyfunctorch.retrieve_current_functorch_interpreter()
@@ -77,12 +94,3 @@ def _innermost(gradients: tuple[Tensor | None, ...]) -> _Batch | None:
         return None if place is None else value.movedim(place, 0)
 
     return _Batch(of_func, lambda tensor: _functorch._add_batch_dim(tensor, 0, level), interpreter.lower)
-
-
-@contextlib.contextmanager
-def _one_batch_less() -> Iterator[None]:
-    torch._C._vmapmode_decrement_nesting()
-    try:
-        yield
-    finally:
-        torch._C._vmapmode_increment_nesting()

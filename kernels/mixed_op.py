@@ -373,12 +373,12 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
     activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
     kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
-    nodes = x.new_empty(0)
+    all_nodes = x.new_empty(0)
     if on.image_dtype(x) != x.dtype:
         kept += 4 * x.shape[0] * channels * math.prod(size) if settings.keep else 0  # see _nodes
     elif settings.last and not on.MAKES_LAST:
-        nodes = fused.empty_image(x, channels, *size)
-    return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), nodes
+        all_nodes = fused.empty_image(x, channels, *size)
+    return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), all_nodes
 
 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
@@ -389,9 +389,9 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
-    out, batch_mean, batch_variance, kept, nodes = _outputs(states, mean is None, settings, on.memory)
+    out, batch_mean, batch_variance, kept, all_nodes = _outputs(states, mean is None, settings, on.memory)
     dtype = on.image_dtype(states[0])
-    raw = _nodes(out if nodes.dim() == 1 else nodes, kept, dtype, settings, shape[1])
+    raw = _nodes(_made(out, all_nodes), kept, dtype, settings, shape[1])
     images = on.images(states, dtype)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
     workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
@@ -406,7 +406,12 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         *on.place(dtype),
     )
     _put_back(raw, out)
-    return out, batch_mean, batch_variance, kept, nodes
+    return out, batch_mean, batch_variance, kept, all_nodes
+
+
+def _made(out: Tensor, all_nodes: Tensor) -> Tensor:
+    """What the forward op has made: `all_nodes` where that is not empty."""
+    return all_nodes if all_nodes.dim() == 4 else out
 
 
 def _of_all_nodes(gradient: Tensor, channels: int) -> Tensor:
@@ -562,22 +567,21 @@ class _Forward(torch.autograd.Function):
     def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, *images):
         states, links = images[:count], images[count:]
         with torch._C._AutoDispatchBelowAutograd():
-            out, batch_mean, batch_variance, kept, nodes = _forward_op(
+            out, batch_mean, batch_variance, kept, all_nodes = _forward_op(
                 list(states), weights, theta, gamma, beta, mean, variance, *settings
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
-        read = out if nodes.dim() == 1 else nodes
-        if not engine.of(out).READS_NODES:
-            read = fused.shape_of(out)  # which others may change in place
+        # Where nobody reads the nodes others may change them in place.
+        read = _made(out, all_nodes) if engine.of(out).READS_NODES else fused.shape_of(out)
         saved = [read, kept, weights, theta, gamma, beta, *statistics, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
             tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
             saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
         ctx.save_for_backward(*saved, *links)
-        ctx.mark_non_differentiable(batch_mean, batch_variance, kept, nodes)
+        ctx.mark_non_differentiable(batch_mean, batch_variance, kept, all_nodes)
         ctx.set_materialize_grads(False)  # else zeros as large as `kept` would be made for it
-        return out, batch_mean, batch_variance, kept, nodes
+        return out, batch_mean, batch_variance, kept, all_nodes
 
     @staticmethod
     @batched.one_at_a_time

@@ -976,19 +976,94 @@ def test_a_forward_that_raises_keeps_nothing_alive():
     assert not alive
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_node_that_outlives_the_forward_can_still_be_read(training):
-    plain = Cell(PRUNED, lambda nodes: nodes[-1].exp()).train(training)
+THREE = [*PRUNED, [("skip",), ("dil3", "skip"), ("max", "skip"), ("sep3", "skip")]]
+
+
+def written_in_place(node: Tensor) -> None:
+    with torch.no_grad():
+        node.add_(1)
+
+
+WRITES = {
+    "add_": written_in_place,
+    "relu_": lambda node: node.relu_(),
+    "an argument": lambda node: F.relu(node, inplace=True),
+    "out": lambda node: torch.mul(node, 2, out=node),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_node_that_was_not_asked_for_may_be_written_to(write, grad):
+    """Behind the last one. Those that were made of it are what they would have been."""
+    if grad and write == "out":
+        pytest.skip("plain PyTorch does not take it where there is a graph")
+
+    def give(nodes: list[Tensor]) -> list[Tensor]:
+        last = nodes[-1].abs()
+        WRITES[write](nodes[0])
+        return [last, nodes[1] * 1.0, nodes[0] * 1.0]
+
+    plain = Cell(THREE, give).eval()
     cell, states = copy.deepcopy(plain), [images(8), images(8, seed=1)]
-    rnas.accelerate(cell)
-    found = []
+    report = rnas.accelerate(cell)
+    with torch.set_grad_enabled(grad):
+        assert distance(cell(*states), plain(*states)) <= 1e-6
+    assert report.counts.cells == 1
+
+
+def step(cell: nn.Module, states: list[Tensor], out: Tensor) -> None:
+    out.sum().backward()
+    torch.optim.SGD(cell.parameters(), lr=0.1).step()
+
+
+LATER = {
+    "nothing": lambda cell, states, out: None,
+    "a step": step,
+    "other images": lambda cell, states, out: [state.zero_() for state in states],
+    "another forward": lambda cell, states, out: cell.train()(*[3 * state for state in states]),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("later", LATER)
+def test_nodes_that_outlive_the_forward_are_what_they_were(later, mode):
+    if later == "a step" and mode == "inference":
+        pytest.skip("there are no gradients")
+    plain = Cell(THREE, lambda nodes: None).train(mode == "train")
+    cell, found = copy.deepcopy(plain), []
+    report = rnas.accelerate(cell)
     for each in (plain, cell):
-        kept = []
-        each.give = lambda nodes, kept=kept: kept.extend(nodes) or nodes[-1].exp()
-        each(*states)
-        first, behind = kept[0], each.nodes[1][2].candidates["skip"](kept[0])
-        found.append([first * 2, behind * 3])
+        kept, states = [], [images(8), images(8, seed=1)]
+        each.give = lambda nodes, kept=kept: kept.append(nodes) or nodes[-1].abs()
+        with torch.inference_mode(mode == "inference"):
+            out = each(*states)
+            LATER[later](each, states, out)
+            found.append([out, *(node * 1.0 for node in kept[0])])
+        found[-1] += each.buffers()
     assert distance(*found) <= 1e-6
+    assert report.counts.cells >= 1
+
+
+def test_nobody_computes_nodes_that_nobody_has():
+    cell = Cell(THREE, lambda nodes: nodes[-1].abs())
+    report = rnas.accelerate(cell)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            cell(images(8), images(8, seed=1))
+    assert (report.counts.cells, report.counts.alone) == (2, 0)
+
+
+def test_a_state_that_changes_before_another_node_is_read_raises():
+    def give(nodes: list[Tensor]) -> Tensor:
+        last = nodes[-1].abs()
+        first.add_(1)
+        return last + nodes[0].abs()
+
+    cell, first = Cell(THREE, give), images(8)
+    rnas.accelerate(cell)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="changed in place"):
+        cell(first, images(8, seed=1))
 
 
 def test_what_was_called_on_a_node_sees_it_as_it_was():

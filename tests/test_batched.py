@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from op_checks import noise
 from test_mixed_op import draw
 from torch import Tensor, nn
 from torch._vmap_internals import _vmap
+from torch.utils.checkpoint import checkpoint
 
 from rnas.kernels import conv_norm, factorized_reduce, relu_conv_norm
+from rnas.kernels.batched import one_at_a_time
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -78,6 +81,32 @@ def test_a_batch_can_be_differentiated(case):
     twice = [torch.autograd.grad(each.square().sum(), (directions, leaves[1]), retain_graph=True) for each in found]
     for first, second in zip(*twice):
         torch.testing.assert_close(first, second)
+
+
+def test_through_a_checkpoint():
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 8, 5, 5), mode="train")
+
+    def run(first: Tensor, second: Tensor) -> Tensor:
+        problem.states = [first, second]
+        return problem.run()
+
+    leaves = problem.require(("inputs",)).states
+    outputs = [run(*leaves), checkpoint(run, *leaves, use_reentrant=False)]
+    directions = noise(outputs[0].new_empty(3, *outputs[0].shape), 1)
+    found = [torch.autograd.grad(output, leaves, directions, is_grads_batched=True) for output in outputs]
+    assert all(map(torch.equal, *found))
+
+
+def test_a_backward_pass_in_another_thread_than_the_batch():
+    # As on a GPU, whose backward passes run in a thread of autograd's own.
+    double = one_at_a_time(lambda ctx, gradient: (2 * gradient.contiguous(),))
+
+    def elsewhere(gradient: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(double, None, gradient).result()[0]
+
+    gradients = noise(torch.empty(3, 4), 1)
+    assert torch.equal(_vmap(elsewhere)(gradients), 2 * gradients)
 
 
 def test_jacobians_and_hessians_of_a_cell():

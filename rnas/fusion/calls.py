@@ -41,13 +41,15 @@ def version_of(x: Tensor) -> int:
 def seen(held: Held) -> Tensor:
     """The tensor. Raises RuntimeError where it has been written to in the meantime."""
     x, version = held
-    if version != UNKNOWN and version_of(x) != version:
+    if version == UNKNOWN:  # it has one where it has a value
+        x, version = getattr(x, "_rnas_value", None), getattr(x, "_rnas_version", UNKNOWN)
+    if x is not None and version_of(x) != version:
         raise RuntimeError(
             "rnas.accelerate: a tensor that a candidate operation was called on, or its result was multiplied with or "
             "added to, has been changed in place before the sum was computed; write `x = x + ...` for `x += ...` "
             "there, or call rnas.restore(model)"
         )
-    return x
+    return held.tensor
 
 
 def scale_of(scale: Scale) -> Tensor | float:

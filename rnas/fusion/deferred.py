@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .calls import Group, Held, Scale, hold
+from .calls import Group, Held, Scale, hold, version_of
 
 
 class Finish:
@@ -52,6 +52,10 @@ class Deferred(Tensor):
         made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
         made._rnas_value, made._rnas_source = None, False  # whether candidates were called on it
         return made
+
+    def has_become(self, value: Tensor) -> None:
+        """From here on it is this tensor."""
+        self._rnas_value, self._rnas_version = value, version_of(value)
 
     # ---- what keeps it deferred --------------------------------------------------------------------------------------
 

@@ -64,7 +64,8 @@ def _add_ancestors(x, found: list[Deferred]) -> None:
 def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     """All nodes by one call, where they make a cell; else None, and nothing is done.
 
-    What mixed_cell returns: the nodes, (N, J * C, H', W'), or with `last` the last alone, (N, C, H', W').
+    What mixed_cell returns: the nodes, (N, J * C, H', W'), or with `last` the last alone, (N, C, H', W'). Who asks for
+    another one then gets what its candidates make of the states by themselves.
 
     A cell: each node is the sum of at most one edge from each of the S states and each node before it.
     """
@@ -96,7 +97,7 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), fused.layout(states[0])
     scope.counts.cells += 1
     scope.counts.edges += len(found)
-    if last:  # who asks for another gets what its candidates make of the states by themselves
+    if last:
         return out
     channels = out.shape[1] // len(nodes)
     for index, node in enumerate(nodes):
@@ -138,7 +139,7 @@ def node(x: Deferred, scope) -> None:
     groups = x._rnas_groups
     if len(groups) == 1 and not x._rnas_addends and x._rnas_finish is None and not groups[0].outer:
         if len(groups[0].calls) == 1 and groups[0].scales[0] is None:  # nothing was made of it: as it would have been
-            x._rnas_value = alone(groups[0].calls[0])
+            x.has_become(alone(groups[0].calls[0]))
             scope.counts.alone += 1
             return
     total = _sum(groups, scope)
@@ -149,7 +150,7 @@ def node(x: Deferred, scope) -> None:
         total = tensor if total is None else total + tensor
     if x._rnas_finish is not None:
         total = x._rnas_finish.finished(total, scope)
-    x._rnas_value = total
+    x.has_become(total)
 
 
 def _sum(groups: Sequence[Group], scope) -> Tensor | None:

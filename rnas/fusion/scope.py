@@ -71,6 +71,7 @@ class Scope:
         """Where is counted what was computed how: `report.Counts`."""
         self._calls: list[Call] = []  # those computed long ago are left out
         self._left: list[weakref.ref[Call]] = []  # behind the end: those that were not computed
+        self._others: list[weakref.ref[Deferred]] = []  # nodes of cells of which the last alone was computed
         self._called = self._open = 0
         self._latest: dict[int, Call] = {}  # of every candidate
         self._covered: Tensor | None = None  # the last state that the kernels cover
@@ -199,11 +200,14 @@ class Scope:
         """Gives x its value."""
         with self._as_before():
             nodes = lower.open_ancestors(x)
-            last = lower.whole_cell(nodes, self, last=True) if len(nodes) > 1 else None
-            if last is not None:
-                x._rnas_value = last
+            last = not self._inference  # else nobody would notice that a state changes before another node is read
+            out = lower.whole_cell(nodes, self, last) if len(nodes) > 1 else None
+            if out is not None and last:
+                x.has_become(out)
+                x._rnas_groups, x._rnas_addends = (), ()
+                self._others += map(weakref.ref, nodes[:-1])
                 return
-            for node in nodes:
+            for node in (x,) if out is not None else nodes:
                 lower.node(node, self)
 
     def concatenate(self, tensors: Sequence[Tensor]):
@@ -236,6 +240,15 @@ class Scope:
             for call in (*self._calls, *(each() for each in self._left)):
                 if call is not None and not call.consumed:
                     lower.alone(call)
+        self._compute_others()
+
+    def _compute_others(self) -> None:
+        """While all is as it was when the last node of their cell was computed."""
+        others, self._others = self._others, []
+        for each in others:
+            node = each()
+            if node is not None:
+                value_of(node)
 
     @contextmanager
     def _as_before(self):
@@ -255,6 +268,12 @@ class Scope:
         return tree_map_only(Deferred, value_of, results) if flat(results) else results
 
     def end(self) -> None:
+        """What is still to be done behind a forward, and has to see what the forward saw."""
+        self._move_averages()
+        self._forget()
+        self._compute_others()  # those that somebody still has
+
+    def _move_averages(self) -> None:
         """Calls whose result nobody used still move the averages of their batch norms."""
         with self._as_before():
             for call in self._calls:
@@ -262,11 +281,15 @@ class Scope:
                     lower.alone(call)
 
     def let_go(self) -> None:
-        """Keeps nothing alive from here on: what is still deferred, elsewhere, holds all that it needs.
+        """Keeps nothing alive from here on: what is still deferred, elsewhere, holds what it is made of.
 
         Else scope and nodes would hold one another, and with them the states, until Python looks for such circles.
         """
-        self._left = [weakref.ref(call) for call in self._calls if not call.consumed]
+        self._forget()
+        self._others = []
+
+    def _forget(self) -> None:
+        self._left += [weakref.ref(call) for call in self._calls if not call.consumed]
         self._calls, self._covered, self._same = [], None, (None, None)
         for each in (self._latest, self._slices, self._arranged, self._pooled):
             each.clear()

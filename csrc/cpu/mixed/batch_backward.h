@@ -508,7 +508,7 @@ class BatchBackward : public Batch {
   // On a plane of image n: to = slope * from + constant, of a null `from` the constant alone, + the sum over some of the
   // edges of factor(edge) * gradient of its target.
   template <typename Factor>
-  RNAS_INLINE void weighted(const Leaving& leaving, const std::vector<size_t>& some, int64_t n, int64_t plane,
+  RNAS_INLINE void weighted(const Leaving& all, const std::vector<size_t>& some, int64_t n, int64_t plane,
                             int64_t pixels, float* to, const float* from, Vector slope, Vector constant,
                             const Factor& factor) const {
     for (int64_t p = 0; p < pixels; p += kBlock) {
@@ -518,7 +518,7 @@ class BatchBackward : public Batch {
       for (int64_t q = 0; q < kBlock; ++q)
         sum[q] = from ? fma(load(from + (p + std::min(q, size - 1)) * kLanes), slope, constant) : constant;
       for (size_t i : some) {
-        const float* g = gradient(plan_.edges[leaving.edges[i]].target, n) + plane + p * kLanes;
+        const float* g = gradient(plan_.edges[all.edges[i]].target, n) + plane + p * kLanes;
         const Vector f = factor(i);
         if (size == kBlock) {
 #pragma GCC unroll 8

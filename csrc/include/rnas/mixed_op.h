@@ -7,8 +7,9 @@
 // primitives are all `none` is as good as no edge.
 //
 // Legend: N images, C channels, H W pixels of the input states, H' W' = ceil(H / stride), ceil(W / stride), S input
-// states, J nodes, of which all J' = J or the last alone are asked for, E edges in the order (node 0: sources 0 .. S-1), (node 1: sources 0 .. S), ..., K primitives,
-// B batch norms of all edges. Edges from an input state have `stride`, edges from a node have stride 1.
+// states, J nodes, of which all J' = J or the last alone are asked for, E edges in the order (node 0: sources 0 ..
+// S-1), (node 1: sources 0 .. S), ..., K primitives, B batch norms of all edges. Edges from an input state have
+// `stride`, edges from a node have stride 1.
 //
 // Images are float32, on a GPU also bfloat16 or float16, channels last; all else is float32. Parameters come as one
 // array `theta`, edge by edge and primitive by primitive, each as PyTorch stores it:
