@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -243,12 +243,13 @@ class Scope:
         self._compute_others()
 
     def _compute_others(self) -> None:
-        """While all is as it was when the last node of their cell was computed."""
+        """While all is as it was when the last node of their cell was computed. Where it is not, reading one raises."""
         others, self._others = self._others, []
         for each in others:
             node = each()
             if node is not None:
-                value_of(node)
+                with suppress(RuntimeError):
+                    value_of(node)
 
     @contextmanager
     def _as_before(self):
