@@ -1054,6 +1054,42 @@ def test_nobody_computes_nodes_that_nobody_has():
     assert (report.counts.cells, report.counts.alone) == (2, 0)
 
 
+def test_nobody_computes_nodes_where_the_last_is_kept():
+    kept = []
+    cell = Cell(THREE, lambda nodes: kept.append(nodes[-1]) or nodes[-1].abs())
+    report = rnas.accelerate(cell)
+    cell(images(8), images(8, seed=1))
+    assert (report.counts.cells, report.counts.alone) == (1, 0)
+
+
+def test_in_inference_mode_a_state_may_change_before_another_node_is_read():
+    # Nobody could notice: tensors have no versions there.
+    plain = Cell(THREE, lambda nodes: None).eval()
+    cell, found = copy.deepcopy(plain), []
+    report = rnas.accelerate(cell)
+    for each in (plain, cell):
+        with torch.inference_mode():
+            first = images(8)
+            each.give = lambda nodes, first=first: [nodes[-1].abs(), first.zero_(), nodes[0].abs()]
+            found.append(each(first, images(8, seed=1)))
+    assert distance(*found) <= 1e-6 and report.counts.cells == 1
+
+
+def test_what_was_made_of_a_node_that_has_been_written_to_raises():
+    # Candidates of the second node are used twice: in the cell, which is computed, and in a sum that is not.
+    def give(nodes: list[Tensor]) -> Tensor:
+        last = nodes[-1].abs()
+        nodes[0].add_(1)
+        return last + doubled[1].abs()
+
+    doubled = []
+    cell = Cell(THREE, give, add=lambda x, node: doubled.append(x * 2.0) or x)
+    report = rnas.accelerate(cell)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="changed in place"):
+        cell(images(8), images(8, seed=1))
+    assert report.counts.cells == 1
+
+
 def test_a_state_that_changes_before_another_node_is_read_raises():
     def give(nodes: list[Tensor]) -> Tensor:
         last = nodes[-1].abs()
