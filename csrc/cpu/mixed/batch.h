@@ -34,6 +34,7 @@ class Batch {
 
   const float* mixing(int64_t e) const { return in_.weights + e * plan_.shape.candidates; }
   int64_t images() const { return plan_.shape.batch; }
+  int64_t bundles() const { return (images() + plan_.bundle - 1) / plan_.bundle; }
   double count() const { return static_cast<double>(images()) * plan_.pixels_out(); }
 
   State state_of(int64_t state) const {
@@ -70,11 +71,16 @@ class Batch {
     return {s.height, s.width, stride, plan_.height_out, plan_.width_out};
   }
 
+  // A backward pass needs the forward order of what is computed again, and of depthwise kernels.
   void pack_all(bool backward) {
     parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e)
         for (const Branch& branch : plan_.edges[e].branches)
-          for (const Convolution& conv : branch.stages) pack(plan_, conv, in_.theta, nullptr, packed_, backward);
+          for (const Convolution& conv : branch.stages) {
+            const bool kept = output_of(branch) >= 0 && conv.winograd;
+            pack(plan_, conv, in_.theta, nullptr, packed_,
+                 !backward ? Order::forward : kept ? Order::backward : Order::both);
+          }
     });
   }
 

@@ -20,8 +20,8 @@ class BatchBackward : public Batch {
       grads_.push_back(of_caller ? nullptr : arena_.take<float>(floats));
     }
     for (int thread = 0; thread < threads; ++thread) {
-      float* now = arena_.take<float>(plan.packed);
-      weight_sums_.push_back({now, arena_.take<double>(plan.packed)});
+      float* now = arena_.take<float>(plan.packed_of_edge());
+      weight_sums_.push_back({now, arena_.take<double>(plan.summed)});
     }
     for (size_t slot = 0; slot < y_.size(); ++slot) {
       first_.push_back(take_affine(arena_, plan));
@@ -33,15 +33,15 @@ class BatchBackward : public Batch {
 
   void backward(Keep keep, const float* kept, const float* grad_out, const MixedGradients& grad) {
     set_norms(plan_, in_, norms_);
-    pack_all(true);
     keep_ = keep;
+    pack_all(true);
     kept_ = const_cast<float*>(kept);
     grad_ = grad;
     if (grad.theta)
       parallel(threads_, threads_, [&](int, int64_t begin, int64_t end) {
         for (int64_t thread = begin; thread < end; ++thread) {
-          std::memset(weight_sums_[thread].now, 0, plan_.packed * sizeof(float));
-          std::memset(weight_sums_[thread].total, 0, plan_.packed * sizeof(double));
+          std::memset(weight_sums_[thread].now, 0, plan_.packed_of_edge() * sizeof(float));
+          std::memset(weight_sums_[thread].total, 0, plan_.summed * sizeof(double));
         }
       });
     begin_gradients(grad_out);
@@ -137,12 +137,10 @@ class BatchBackward : public Batch {
     if (grad_.weights) grad_.weights[e * plan_.shape.candidates + mix] = static_cast<float>(value);
   }
 
-  void flush(int thread, const Convolution& conv) const {
-    weight_sums_[thread].add_up(conv.packed_begin, conv.packed_end);
-  }
-  bool flush_now(int64_t n, int64_t end) const {
-    const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
-    return n + 1 == end || (n + 1) % every == 0;
+  // Behind images [first, last) of a thread's, of which the last is in front of `end`.
+  void flush(int thread, const Convolution& conv, int64_t first, int64_t last, int64_t end) const {
+    if (grad_.theta && plan_.flushes(conv, first, last, end))
+      add_up(plan_, conv, weight_sums_[thread]);
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
@@ -155,6 +153,7 @@ class BatchBackward : public Batch {
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     if (edge.ones >= 0) set_mixing_gradient(e, edge.ones, std::accumulate(grad_sum, grad_sum + plan_.padded, 0.0));
     if (edge.branches.empty()) return;
+    for (WeightSums& sums : weight_sums_) sums.begin = edge.packed_begin();  // the edge before has left zeros
     const float* w = mixing(e);
     const size_t branches = edge.branches.size();
 
@@ -191,8 +190,8 @@ class BatchBackward : public Batch {
             announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
           std::fill_n(to, plan_.padded, 0.0);
-          convolve<false>(plan_, branch.last(), packed_.forward, two ? s.mid : tile, s, out,
-                          [&](int64_t row, int64_t rows) {
+          convolve<false>(plan_, branch.last(), packed_.forward, two ? s.mid : tile, 1, s, out,
+                          [&](int64_t, int64_t row, int64_t rows) {
                             const Section section(s.clock, Work::norms);
                             const int64_t at = row * plan_.width_out * kLanes;
                             std::memset(sum, 0, plan_.padded * sizeof(float));
@@ -233,7 +232,7 @@ class BatchBackward : public Batch {
               announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
               announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
             }
-            backward_second(edge, b, n, thread, s, flush_now(n, end));
+            backward_second(edge, b, n, thread, s, end);
           }
       });
       for (size_t b = 0; b < branches; ++b) {
@@ -251,43 +250,43 @@ class BatchBackward : public Batch {
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       const Tile tile = sized(s.state, state.height, state.width);
-      clear(tile, plan_.groups);
-      clear(s.grad, plan_.groups);
-      for (int64_t n = begin; n < end; ++n) {
+      clear(tile, plan_.groups, plan_.bundle);
+      clear(s.grad, plan_.groups, plan_.bundle);
+      for (int64_t n = begin; n < end; n += plan_.bundle) {
+        const int64_t last = std::min(n + plan_.bundle, end), next = std::min(last + plan_.bundle, end) - last;
         s.ahead->clear();
-        if (n + 1 < end) {
+        if (next > 0) {
+          const int64_t pixels = next * plan_.pixels_out();
           for (size_t b = 0; b < branches; ++b) {
             const bool two = edge.branches[b].stages.size() > 1;
-            announce(s, plan_, two ? spare(b, n + 1) : y(edge, b, n + 1), plan_.pixels_out());
-            if (two) announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
+            announce(s, plan_, two ? spare(b, last) : y(edge, b, last), pixels);
+            if (two) announce(s, plan_, mid(edge, b, last), pixels);
           }
-          announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
-          announce(s, plan_, state, n + 1);
-          if (of_state) announce(s, plan_, gradient(edge.source, n + 1), state.height * state.width);
+          announce(s, plan_, gradient(edge.target, last), pixels);
+          announce(s, plan_, state, last, next);
+          if (of_state) announce(s, plan_, gradient(edge.source, last), next * state.height * state.width);
         }
-        backward_state(edge, state, n, thread, s, tile, flush_now(n, end));
+        backward_state(edge, state, n, last, thread, s, tile, end);
       }
     });
     if (of_state) begun_[edge.source] = true;
   }
 
-  void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, bool flush_weights) {
+  void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, int64_t end) {
     const Branch& branch = edge.branches[b];
     const float* g = gradient(edge.target, n);
     const float* out = y(edge, b, n);
     float* behind = spare(b, n);
     load_mid_of(edge, b, n, s);
     convolve_backward<false>(
-        plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
-        [&](int64_t row, int64_t rows, int64_t& plane) {
+        plan_, branch.last(), packed_, s.mid, 1, plan_.height_out, plan_.width_out, s,
+        [&](int64_t, int64_t row, int64_t rows, const Tile& to) {
           const Section section(s.clock, Work::norms);
-          const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
-          apply(plan_, last_[b], g + at, out + at, plan_.plane_out(), pixels, s.chunk);
-          plane = pixels * kLanes;
-          return s.chunk;
+          const int64_t at = row * plan_.width_out * kLanes;
+          return apply(plan_, last_[b], g + at, out + at, rows, to);
         },
         s.mid_grad, sums_of(thread));
-    if (grad_.theta && flush_weights) flush(thread, branch.last());
+    flush(thread, branch.last(), n, n + 1, end);
     through_mid(s, behind);
     const int64_t to = n * plan_.padded;
     dot(s, behind, mid(edge, b, n), norms_.row(norms_.mean, branch.stages[0].norm), sums_[b] + to);
@@ -306,49 +305,51 @@ class BatchBackward : public Batch {
       }
   }
 
-  void backward_state(const Edge& edge, const State& state, int64_t n, int thread, const Scratch& s, const Tile& tile,
-                      bool flush_weights) {
+  // Of images [n, last).
+  void backward_state(const Edge& edge, const State& state, int64_t n, int64_t last, int thread, const Scratch& s,
+                      const Tile& tile, int64_t end) {
     const bool of_state = wanted(edge.source);
-    load_state(s, state, n, tile);
+    for (int64_t i = n; i < last; ++i) load_state(s, state, i, tile.at(i - n));
     for (size_t b = 0; b < edge.branches.size(); ++b) {
       const Branch& branch = edge.branches[b];
       const bool two = branch.stages.size() > 1;
       const float* g = two ? spare(b, n) : gradient(edge.target, n);
       const float* of = two ? mid(edge, b, n) : y(edge, b, n);
       const Affine& affine = two ? first_[b] : last_[b];
-      const auto gradient_of = [&](int64_t row, int64_t rows, int64_t& plane) {
+      const auto gradient_of = [&](int64_t i, int64_t row, int64_t rows, const Tile& to) {
         const Section section(s.clock, Work::norms);
-        const int64_t at = row * plan_.width_out * kLanes, pixels = rows * plan_.width_out;
-        apply(plan_, affine, g + at, of + at, plan_.plane_out(), pixels, s.chunk);
-        plane = pixels * kLanes;
-        return s.chunk;
+        const int64_t at = i * plan_.image_out() + row * plan_.width_out * kLanes;
+        return apply(plan_, affine, g + at, of + at, rows, to);
       };
       const WeightSums* now = sums_of(thread);
       float* in_grad = of_state ? s.state_grad : nullptr;
       if (b == 0)
-        convolve_backward<false>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
-                                 in_grad, now);
+        convolve_backward<false>(plan_, branch.stages[0], packed_, tile, last - n, state.height, state.width, s,
+                                 gradient_of, in_grad, now);
       else
-        convolve_backward<true>(plan_, branch.stages[0], packed_, tile, state.height, state.width, s, gradient_of,
-                                in_grad, now);
-      if (grad_.theta && flush_weights) flush(thread, branch.stages[0]);
+        convolve_backward<true>(plan_, branch.stages[0], packed_, tile, last - n, state.height, state.width, s,
+                                gradient_of, in_grad, now);
+      flush(thread, branch.stages[0], n, last, end);
     }
     if (!of_state) return;
     const Section section(s.clock, Work::nodes);
-    if (begun_[edge.source])
-      through_relu<true>(s, state, tile, gradient(edge.source, n));
-    else
-      through_relu<false>(s, state, tile, gradient(edge.source, n));
+    for (int64_t i = n; i < last; ++i) {
+      const float* behind = s.state_grad + (i - n) * plan_.padded * state.height * state.width;
+      if (begun_[edge.source])
+        through_relu<true>(behind, state, tile.at(i - n), gradient(edge.source, i));
+      else
+        through_relu<false>(behind, state, tile.at(i - n), gradient(edge.source, i));
+    }
   }
 
-  // The gradient behind the first ReLU, in state_grad, to (or added to) that of the state.
-  template <bool Add> void through_relu(const Scratch& s, const State& state, const Tile& tile, float* to) const {
+  // The gradient behind the first ReLU to (or added to) that of the state.
+  template <bool Add> void through_relu(const float* behind, const State& state, const Tile& tile, float* to) const {
     for (int64_t group = 0; group < plan_.groups; ++group)
       for (int64_t row = 0; row < state.height; ++row) {
         const float* x = tile.data + group * tile.plane + row * tile.row;
         const int64_t at = (group * state.height + row) * state.width * kLanes;
         for (int64_t column = 0; column < state.width; ++column) {
-          const Vector v = keep(positive(load(x + column * kLanes)), load(s.state_grad + at + column * kLanes));
+          const Vector v = keep(positive(load(x + column * kLanes)), load(behind + at + column * kLanes));
           if (Add)
             add_to(to + at + column * kLanes, v);
           else

@@ -19,8 +19,8 @@ class BatchForward : public Batch {
 
   void forward(Keep keep, float* out, float* mean, float* variance, float* kept) {
     clear(plan_, norms_);
-    pack_all(false);
     keep_ = keep;
+    pack_all(false);
     out_ = out;
     if (plan_.asked_dense()) nodes_.back() = out;
     kept_ = keep >= Keep::activations ? kept : nullptr;
@@ -52,12 +52,13 @@ class BatchForward : public Batch {
     return edge.branches[b].stages.size() > 1 ? mid(edge, b, n) : y(edge, b, n);
   }
 
-  // The moments of one image, gathered as its rows are made.
+  // The moments of images, gathered as their rows are made. y, sums: of the first.
   auto moments(const Scratch& s, const float* y, double* sums) const {
-    return [=, &s, this](int64_t row, int64_t rows) {
+    return [=, &s, this](int64_t i, int64_t row, int64_t rows) {
       const Section section(s.clock, Work::norms);
-      add_moments(plan_.groups, y + row * plan_.width_out * kLanes, plan_.plane_out(), rows * plan_.width_out,
-                  row * plan_.width_out, {sums, sums + plan_.padded});
+      double* to = sums + 2 * i * plan_.padded;
+      add_moments(plan_.groups, y + i * plan_.image_out() + row * plan_.width_out * kLanes, plan_.plane_out(),
+                  rows * plan_.width_out, row * plan_.width_out, {to, to + plan_.padded});
     };
   }
 
@@ -110,8 +111,8 @@ class BatchForward : public Batch {
         }
         if (!plan_.shape.pool_norm) continue;
         const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-        if (max) moments(s, max_ + image, max_sums + row)(0, plan_.height_out);
-        if (avg) moments(s, avg_ + image, avg_sums + row)(0, plan_.height_out);
+        if (max) moments(s, max_ + image, max_sums + row)(0, 0, plan_.height_out);
+        if (avg) moments(s, avg_ + image, avg_sums + row)(0, 0, plan_.height_out);
       }
     });
     pending_.clear();
@@ -125,26 +126,29 @@ class BatchForward : public Batch {
 
   void forward_edge(const Edge& edge, int64_t e, const State& state) {
     if (!edge.branches.empty()) {
-      parallel_shared(threads_, images(), [&](int thread, const auto& take) {
+      parallel_shared(threads_, bundles(), [&](int thread, const auto& take) {
         const Scratch& s = scratch_[thread];
         const Tile tile = sized(s.state, state.height, state.width);
-        clear(tile, plan_.groups);
-        for (int64_t n = take(); n >= 0; n = take()) {
-          add_pending(s, n);
-          load_state(s, state, n, tile);
+        clear(tile, plan_.groups, plan_.bundle);
+        for (int64_t bundle = take(); bundle >= 0; bundle = take()) {
+          const int64_t begin = bundle * plan_.bundle, end = std::min(begin + plan_.bundle, images());
+          for (int64_t n = begin; n < end; ++n) {
+            add_pending(s, n);
+            load_state(s, state, n, tile.at(n - begin));
+          }
           s.ahead->clear();
-          if (n + 1 < images()) {
-            announce_pending(s, n + 1);
-            announce(s, plan_, state, n + 1);
-            for (size_t b = 0; b < edge.branches.size(); ++b) {
-              if (!is_pending(first_output(edge, b, 0))) announce(s, plan_, first_output(edge, b, n + 1), plan_.pixels_out());
-            }
+          if (const int64_t next = std::min(end + plan_.bundle, images()) - end) {
+            announce_pending(s, end, next);
+            announce(s, plan_, state, end, next);
+            for (size_t b = 0; b < edge.branches.size(); ++b)
+              if (!is_pending(first_output(edge, b, 0)))
+                announce(s, plan_, first_output(edge, b, end), next * plan_.pixels_out());
           }
           for (size_t b = 0; b < edge.branches.size(); ++b) {
             const Branch& branch = edge.branches[b];
-            float* to = first_output(edge, b, n);
-            convolve<false>(plan_, branch.stages[0], packed_.forward, tile, s, to,
-                            moments(s, to, sums_[b] + 2 * n * plan_.padded));
+            float* to = first_output(edge, b, begin);
+            convolve<false>(plan_, branch.stages[0], packed_.forward, tile, end - begin, s, to,
+                            moments(s, to, sums_[b] + 2 * begin * plan_.padded));
           }
         }
       });
@@ -175,7 +179,7 @@ class BatchForward : public Batch {
             announce(s, plan_, mid(edge, b, n + 1), plan_.pixels_out());
             if (y(edge, b, n + 1) != mid(edge, b, n + 1)) announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
           }
-          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, s, y(edge, b, n),
+          convolve<false>(plan_, branch.last(), packed_.forward, s.mid, 1, s, y(edge, b, n),
                           moments(s, y(edge, b, n), sums_[b] + 2 * n * plan_.padded));
         }
     });
@@ -228,11 +232,11 @@ class BatchForward : public Batch {
     return false;
   }
 
-  void announce_pending(const Scratch& s, int64_t n) const {
-    const int64_t pixels = plan_.pixels_out();
+  void announce_pending(const Scratch& s, int64_t n, int64_t images) const {
+    const int64_t pixels = images * plan_.pixels_out();
     for (const Pending& left : pending_) {
       for (const Term& term : left.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
-      if (left.has_skip) announce(s, plan_, left.state, n);
+      if (left.has_skip) announce(s, plan_, left.state, n, images);
       announce(s, plan_, left.target + n * plan_.image_out(), pixels);
     }
   }

@@ -47,7 +47,7 @@ class Fixed {
       local.plane = arena_.take<float>(plan.plane_out());
       local.masks = arena_.take<Bits>(layout_.size);
       local.weights.now = arena_.take<float>(plan.packed);
-      local.weights.total = arena_.take<double>(plan.packed);
+      local.weights.total = arena_.take<double>(plan.summed);
       local.sum = arena_.take<double>(plan.states() * plan.padded);
       local.mid_sum = arena_.take<double>(plan.kept * plan.padded);
       local.dots = arena_.take<double>(3 * plan.edges.size() * plan.padded);
@@ -169,7 +169,7 @@ class Fixed {
             const bool last = &conv == &branch.last();
             for (int64_t c = 0; c < plan_.padded; ++c)
               scale[c] = norms_.row(norms_.scale, conv.norm)[c] * (last ? mixing(e)[branch.mix] : 1.0f);
-            pack(plan_, conv, in_.theta, scale.data(), packed_, true);
+            pack(plan_, conv, in_.theta, scale.data(), packed_, Order::both);
           }
     });
   }
@@ -262,13 +262,13 @@ class Fixed {
 
   void forward_branch(const Branch& branch, int64_t n, const Tile& tile, float* to, const Scratch& s, Bits* mask,
                       bool linear) const {
-    const auto nothing = [](int64_t, int64_t) {};
+    const auto nothing = [](int64_t, int64_t, int64_t) {};
     const float* packed = packed_.forward;
-    if (branch.stages.size() < 2) return convolve<true>(plan_, branch.stages[0], packed, tile, s, to, nothing);
+    if (branch.stages.size() < 2) return convolve<true>(plan_, branch.stages[0], packed, tile, 1, s, to, nothing);
     const float* shift = norms_.row(norms_.shift, branch.stages[0].norm);
     float* const all = linear ? direction_kept_ : kept_;
     float* z = all ? kept_mid(all, branch, n) : s.mid_grad;
-    convolve<false>(plan_, branch.stages[0], packed, tile, s, z, nothing);
+    convolve<false>(plan_, branch.stages[0], packed, tile, 1, s, z, nothing);
     {
       const Section section(s.clock, Work::tiles);
       if (linear && masks_)
@@ -278,7 +278,7 @@ class Fixed {
       else
         load_mid(plan_, z, ones_, shift, s.mid, masks_ ? mask + layout_.mid[branch.kept] : nullptr);
     }
-    convolve<true>(plan_, branch.last(), packed, s.mid, s, to, nothing);
+    convolve<true>(plan_, branch.last(), packed, s.mid, 1, s, to, nothing);
   }
 
   // Adds pools and identities of all edges that leave a state.
@@ -340,19 +340,21 @@ class Fixed {
       for (int64_t thread = begin; thread < end; ++thread) {
         const Local& local = locals_[thread];
         std::memset(local.weights.now, 0, plan_.packed * sizeof(float));
-        std::memset(local.weights.total, 0, plan_.packed * sizeof(double));
+        std::memset(local.weights.total, 0, plan_.summed * sizeof(double));
         std::memset(local.sum, 0, plan_.states() * plan_.padded * sizeof(double));
         std::memset(local.mid_sum, 0, plan_.kept * plan_.padded * sizeof(double));
         std::memset(local.dots, 0, plan_.edges.size() * per_edge * sizeof(double));
       }
     });
-    const int64_t every = std::max<int64_t>(1, kFlush / plan_.pixels_out());
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Local& local = locals_[thread];
       begin_thread(local);
       for (int64_t n = begin; n < end; ++n) {
         backward_image(n, local, true, linear);
-        if (n + 1 == end || (n + 1) % every == 0) local.weights.add_up(0, plan_.packed);
+        for (const Edge& edge : plan_.edges)
+          for (const Branch& branch : edge.branches)
+            for (const Convolution& conv : branch.stages)
+              if (plan_.flushes(conv, n, n + 1, end)) add_up(plan_, conv, local.weights);
       }
     });
     finish_parameters(linear);
@@ -375,6 +377,11 @@ class Fixed {
       const int64_t pixels = plan_.height(state) * plan_.width(state);
       store_state<false>(plan_, local.states[state], static_cast<float*>(grad_.states[state]) + n * pixels * c, c, pixels);
     }
+  }
+
+  // The rows of a dense image from `row` on.
+  Rows rows_of(const float* image, int64_t row) const {
+    return {image + row * plan_.width_out * kLanes, plan_.width_out * kLanes, plan_.plane_out()};
   }
 
   // to[c] += sum over the pixels of an output image of g * y (y null: of g).
@@ -409,15 +416,12 @@ class Fixed {
           backward_mid(branch, g, n, local, mask, now, linear);
           inner = s.mid_grad;
         }
-        const auto gradient = [&](int64_t row, int64_t, int64_t& plane) {
-          plane = plan_.plane_out();
-          return inner + row * plan_.width_out * kLanes;
-        };
+        const auto gradient = [&](int64_t, int64_t row, int64_t, const Tile&) { return rows_of(inner, row); };
         const Convolution& conv = branch.stages[0];
         if (any)
-          convolve_backward<true>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, in_grad, now);
+          convolve_backward<true>(plan_, conv, packed_, tile, 1, x.height, x.width, s, gradient, in_grad, now);
         else
-          convolve_backward<false>(plan_, conv, packed_, tile, x.height, x.width, s, gradient, in_grad, now);
+          convolve_backward<false>(plan_, conv, packed_, tile, 1, x.height, x.width, s, gradient, in_grad, now);
         any = true;
       }
     }
@@ -443,12 +447,8 @@ class Fixed {
       if (linear) load_mid_linear(plan_, z, shift, kept_mid(direction_kept_, branch, n), s.mid);
     }
     convolve_backward<false>(
-        plan_, branch.last(), packed_, s.mid, plan_.height_out, plan_.width_out, s,
-        [&](int64_t row, int64_t, int64_t& plane) {
-          plane = plan_.plane_out();
-          return g + row * plan_.width_out * kLanes;
-        },
-        s.mid_grad, now);
+        plan_, branch.last(), packed_, s.mid, 1, plan_.height_out, plan_.width_out, s,
+        [&](int64_t, int64_t row, int64_t, const Tile&) { return rows_of(g, row); }, s.mid_grad, now);
     {
       const Section section(s.clock, Work::nodes);
       for (int64_t at = 0; at < plan_.groups * plan_.pixels_out(); ++at)
@@ -596,7 +596,8 @@ class Fixed {
       for (int64_t row = 0; row < part.count; ++row)
         for (int64_t input = 0; input < plan_.shape.channels; ++input) {
           double sum = 0;
-          for (const double* total : totals) sum += total[part.packed + input * plan_.padded + part.first + row];
+          for (const double* total : totals)
+            sum += total[conv.summed + part.packed - conv.packed_begin + input * plan_.padded + part.first + row];
           dot[part.first + row] += sum * in_.theta[part.theta + row * part.output_stride + input * part.input_stride];
         }
     return dot;

@@ -104,16 +104,19 @@ inline void batch_gradient(const Plan& plan, const Norms& n, int64_t norm, doubl
   }
 }
 
-// to = a * g + b * y + d on a run of pixels, into a dense chunk of its own.
-inline void apply(const Plan& plan, const Affine& f, const float* g, const float* y, int64_t plane, int64_t pixels,
-                  float* to) {
+// a * g + b * y + d on `rows` rows of a dense image, into a tile.
+inline Rows apply(const Plan& plan, const Affine& f, const float* g, const float* y, int64_t rows, const Tile& to) {
+  const int64_t width = plan.width_out;
   for (int64_t group = 0; group < plan.groups; ++group) {
     const Vector a = load(f.a + group * kLanes), b = load(f.b + group * kLanes), d = load(f.d + group * kLanes);
-    const float *gs = g + group * plane, *ys = y + group * plane;
-    float* out = to + group * pixels * kLanes;
-    for (int64_t p = 0; p < pixels; ++p)
-      store(out + p * kLanes, fma(load(gs + p * kLanes), a, fma(load(ys + p * kLanes), b, d)));
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = group * plan.plane_out() + row * width * kLanes;
+      float* out = to.data + group * to.plane + row * to.row;
+      for (int64_t x = 0; x < width * kLanes; x += kLanes)
+        store(out + x, fma(load(g + at + x), a, fma(load(y + at + x), b, d)));
+    }
   }
+  return {to.data, to.row, to.plane};
 }
 
 }  // namespace

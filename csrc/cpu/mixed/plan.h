@@ -21,7 +21,7 @@ namespace {
 
 // Pixels of a chunk, or twice as many: what flows from one loop to the next stays in the first cache.
 constexpr int64_t kChunk = 64;
-// Weight gradients are summed in float32 over at most about this many pixels, then added up in double.
+// Weight gradients are summed in float32 over at most about this many pixels or windows, then added up in double.
 constexpr int64_t kFlush = 2048;
 // From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
 // 3x3 convolution always is.)
@@ -43,12 +43,13 @@ struct Part {
 // 3x3 convolution in place of both.
 struct Convolution {
   int64_t kernel = 0, dilation = 1, stride = 1;
-  bool winograd = false;
+  int64_t winograd = 0;  // outputs of a window on a side; 0: not by this algorithm
   Depthwise loops{};
   int64_t theta = 0, packed = 0;  // of the depthwise kernel, or of the matrices at Winograd's positions
   std::vector<Part> parts;
   int64_t norm = 0;
   int64_t packed_begin = 0, packed_end = 0;
+  int64_t summed = 0;  // where the doubles begin that its weight gradients are added up in
   // A 1x1 convolution of every pixel.
   bool is_pointwise() const {
     return !winograd && kernel == 0 && stride == 1 && parts.size() == 1 && parts[0].dy == 0 && parts[0].dx == 0;
@@ -65,11 +66,22 @@ struct Branch {
   const Convolution& last() const { return stages.back(); }
 };
 
+// Calls use(a constant) with how many outputs a side the convolution's windows have.
+template <typename Use> RNAS_INLINE void with_outputs(const Convolution& conv, const Use& use) {
+  if (conv.winograd == 4)
+    use(std::integral_constant<int64_t, 4>());
+  else
+    use(std::integral_constant<int64_t, 2>());
+}
+
 struct Edge {
   int64_t source, target, stride;  // states: inputs first, then nodes
   std::vector<Branch> branches;
   int64_t skip = -1, max = -1, avg = -1, ones = -1;  // place among the K of what is no convolution; -1: none
   int64_t max_norm = -1, avg_norm = -1;
+  // Its part of the packed order.
+  int64_t packed_begin() const { return branches.empty() ? 0 : branches.front().stages.front().packed_begin; }
+  int64_t packed_end() const { return branches.empty() ? 0 : branches.back().last().packed_end; }
 };
 
 struct Plan {
@@ -77,9 +89,11 @@ struct Plan {
   std::vector<Edge> edges;
   int64_t groups, padded;              // of channels: groups * kLanes = padded >= C
   int64_t height_out, width_out;
-  int64_t norms = 0, theta = 0, packed = 0;
+  int64_t norms = 0, theta = 0, packed = 0, summed = 0;
   int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep, beside the nodes
-  bool max = false, avg = false, winograd = false;  // whether there are any
+  bool max = false, avg = false;  // whether there are any
+  int64_t winograd = 0;           // likewise, outputs of a window on a side
+  int64_t bundle = 1;             // images that go through a convolution together
   int64_t states() const { return shape.inputs + shape.nodes; }
   int64_t kept_nodes() const { return shape.nodes - 1; }  // all but the last: dense, in front of everything else
   // Whether an edge from a state has this candidate.
@@ -101,11 +115,40 @@ struct Plan {
   int64_t pixels_out() const { return height_out * width_out; }
   int64_t plane_out() const { return pixels_out() * kLanes; }
   int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state
+  // The most that one edge has.
+  int64_t packed_of_edge() const {
+    int64_t most = 0;
+    for (const Edge& edge : edges) most = std::max(most, edge.packed_end() - edge.packed_begin());
+    return most;
+  }
+  // How many products of an image a weight gradient is the sum of: pixels, or windows.
+  int64_t products(const Convolution& conv) const {
+    return conv.winograd ? windows_of(height_out, conv.winograd) * windows_of(width_out, conv.winograd) : pixels_out();
+  }
+  // Whether a thread's weight sums go to double behind images [first, last) of those before `end`.
+  bool flushes(const Convolution& conv, int64_t first, int64_t last, int64_t end) const {
+    const int64_t every = std::max<int64_t>(1, kFlush / products(conv));
+    return last == end || last / every != first / every;
+  }
 };
+
+// How many outputs a side the windows of Winograd's algorithm have, and how many images go through it together.
+struct Windows {
+  int64_t outputs, bundle;
+};
+
+// The larger ones have fewer products, and more matrices to read: they need a run of windows to share them. On fixed
+// statistics an image goes through the whole cell alone, on those of the batch a few may go together.
+inline Windows choose_windows(int64_t height, int64_t width, int64_t images) {
+  const int64_t small = windows_of(height, 2) * windows_of(width, 2), large = windows_of(height, 4) * windows_of(width, 4);
+  if (large * images < kRun / 2 || large * position_count(4) >= small * position_count(2)) return {2, 1};
+  return {4, std::max<int64_t>(1, std::min(images, kRun / large))};
+}
 
 struct Builder {
   Plan& plan;
   int64_t c;
+  Windows choice;
 
   Part part(int64_t first, int64_t count, int64_t output_stride, int64_t input_stride, int64_t theta, int64_t dy,
             int64_t dx) {
@@ -138,6 +181,8 @@ struct Builder {
     for (size_t each = 1; each < conv.parts.size(); ++each)
       conv.parts[each].adds = conv.parts[each].group < conv.parts[each - 1].group + conv.parts[each - 1].groups;
     conv.packed_end = plan.packed;
+    conv.summed = plan.summed;
+    plan.summed += conv.winograd ? 9 * plan.padded * plan.padded : conv.packed_end - conv.packed_begin;
     conv.norm = plan.norms++;
     return conv;
   }
@@ -152,9 +197,9 @@ struct Builder {
   Convolution dense(int64_t kernel, int64_t stride) {
     Convolution conv = begin(0, 1, stride);
     if (kernel == 3 && stride == 1) {
-      conv.winograd = plan.winograd = true;
+      conv.winograd = plan.winograd = choice.outputs;
       plan.theta += 9 * c * c;
-      plan.packed += kPositions * plan.padded * plan.padded;
+      plan.packed += position_count(conv.winograd) * plan.padded * plan.padded;
       return end(conv);
     }
     const int64_t taps = kernel * kernel;
@@ -228,7 +273,8 @@ struct Builder {
   }
 };
 
-inline Plan make_plan(const MixedShape& shape) {
+// on_batch: for statistics of the batch.
+inline Plan make_plan(const MixedShape& shape, bool on_batch) {
   if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||
       shape.nodes < 1 || shape.stride < 1 || shape.stride > 2 || shape.candidates < 1)
     throw std::invalid_argument("mixed_op: sizes must be positive and the stride 1 or 2");
@@ -238,7 +284,8 @@ inline Plan make_plan(const MixedShape& shape) {
   plan.padded = plan.groups * kLanes;
   plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
   plan.width_out = (shape.width + shape.stride - 1) / shape.stride;
-  Builder builder{plan, shape.channels};
+  const Windows choice = choose_windows(plan.height_out, plan.width_out, on_batch ? shape.batch : 1);
+  Builder builder{plan, shape.channels, choice};
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
       Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};
@@ -246,6 +293,7 @@ inline Plan make_plan(const MixedShape& shape) {
       for (int64_t mix = 0; mix < shape.candidates; ++mix) builder.add(edge, mix, primitives[mix]);
       plan.edges.push_back(edge);
     }
+  if (plan.winograd) plan.bundle = choice.bundle;
   return plan;
 }
 
@@ -268,19 +316,22 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Images with a halo of zeros, one behind the other.
 struct Tile {
-  float* data;  // pixel (0, 0) of the first group
-  int64_t row, plane, halo;
+  float* data;  // pixel (0, 0) of the first group of the first
+  int64_t row, plane, halo, image;
+  Tile at(int64_t i) const { return {data + i * image, row, plane, halo, image}; }
 };
 
-inline Tile take_tile(Arena& arena, int64_t groups, int64_t height, int64_t width, int64_t halo) {
+inline Tile take_tile(Arena& arena, int64_t groups, int64_t height, int64_t width, int64_t halo, int64_t images = 1) {
   const int64_t row = (width + 2 * halo) * kLanes, plane = (height + 2 * halo) * row;
-  float* memory = arena.take<float>(groups * plane);
-  return {memory ? memory + halo * row + halo * kLanes : nullptr, row, plane, halo};
+  float* memory = arena.take<float>(images * groups * plane);
+  return {memory ? memory + halo * row + halo * kLanes : nullptr, row, plane, halo, groups * plane};
 }
 
-inline void clear(const Tile& tile, int64_t groups) {
-  std::memset(tile.data - tile.halo * (tile.row + kLanes), 0, groups * tile.plane * sizeof(float));
+inline void clear(const Tile& tile, int64_t groups, int64_t images = 1) {
+  for (int64_t i = 0; i < images; ++i)
+    std::memset(tile.at(i).data - tile.halo * (tile.row + kLanes), 0, groups * tile.plane * sizeof(float));
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
@@ -341,44 +392,42 @@ inline Packed take_packed(Arena& arena, const Plan& plan) {
   return {forward, arena.take<float>(plan.packed)};
 }
 
-inline void pack_positions(const Plan& plan, const Convolution& conv, const float* theta, const float* scale,
-                           const Packed& to, bool backward) {
-  const int64_t c = plan.shape.channels, padded = plan.padded, matrix = padded * padded;
-  if (c < padded)
-    for (float* each : {to.forward, to.backward})
-      if (each != to.backward || backward) std::memset(each + conv.packed, 0, kPositions * matrix * sizeof(float));
-  // Block by block: the positions of a kernel lie apart by a power of two, on the same cache sets.
-  float block[kPositions][kLanes][kLanes];  // [output][input]
-  for (int64_t output = 0; output < c; output += kLanes)
-    for (int64_t input = 0; input < c; input += kLanes) {
-      const int64_t rows = std::min(kLanes, c - output), columns = std::min(kLanes, c - input);
-      for (int64_t row = 0; row < rows; ++row) {
-        const float* from = theta + conv.theta + ((output + row) * c + input) * 9;
-        float taps[9][kLanes] = {};
-        for (int64_t column = 0; column < columns; ++column)
-          for (int64_t tap = 0; tap < 9; ++tap) taps[tap][column] = from[column * 9 + tap];
-        Wide wide[9], positions[kPositions];
-        for (int64_t tap = 0; tap < 9; ++tap) wide[tap] = __builtin_convertvector(load(taps[tap]), Wide);
-        kernel_positions(wide, positions);
-        const double factor = scale ? scale[output + row] : 1.0f;
-        for (int64_t p = 0; p < kPositions; ++p) store(block[p][row], __builtin_convertvector(factor * positions[p], Vector));
+// Which of the two orders are wanted.
+enum class Order { forward, backward, both };
+
+// Kernels of kLanes outputs and one input, or (Backward) one output and kLanes inputs, turned round, to the positions.
+template <int64_t Outputs, bool Backward>
+void pack_positions(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, float* to) {
+  constexpr int64_t kPositions = position_count(Outputs);
+  const int64_t c = plan.shape.channels, padded = plan.padded;
+  const int64_t lane_step = Backward ? 9 : 9 * c, row_step = Backward ? 9 * c : 9;
+  for (int64_t row = 0; row < padded; ++row)
+    for (int64_t first = 0; first < padded; first += kLanes) {
+      const int64_t lanes = row < c ? std::min(kLanes, c - first) : 0;
+      double taps[9][kLanes] = {};
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const float* from = theta + conv.theta + row * row_step + (first + lane) * lane_step;
+        const double factor = scale ? scale[Backward ? row : first + lane] : 1.0f;
+        for (int64_t tap = 0; tap < 9; ++tap) taps[Backward ? 8 - tap : tap][lane] = factor * from[tap];
       }
-      for (int64_t p = 0; p < kPositions; ++p) {
-        float* forward = to.forward + conv.packed + p * matrix + input * padded + output;
-        for (int64_t column = 0; column < columns; ++column)
-          for (int64_t row = 0; row < rows; ++row) forward[column * padded + row] = block[p][row][column];
-        if (!backward) continue;
-        float* transposed = to.backward + conv.packed + turned(p) * matrix + output * padded + input;
-        for (int64_t row = 0; row < rows; ++row)
-          std::memcpy(transposed + row * padded, block[p][row], columns * sizeof(float));
-      }
+      Wide kernels[9], positions[kPositions];
+      std::memcpy(kernels, taps, sizeof(kernels));
+      kernel_positions<Outputs>(kernels, positions);
+      for (int64_t p = 0; p < kPositions; ++p)
+        store(to + conv.packed + (p * padded + row) * padded + first, __builtin_convertvector(positions[p], Vector));
     }
 }
 
-// Packs one convolution. scale (C): what each output is multiplied with, or null. backward: also to.backward.
+// Packs one convolution. scale (C): what each output is multiplied with, or null.
 inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to,
-                 bool backward) {
-  if (conv.winograd) return pack_positions(plan, conv, theta, scale, to, backward);
+                 Order order) {
+  const bool backward = order != Order::forward;
+  if (conv.winograd)
+    return with_outputs(conv, [&](auto outputs) {
+      constexpr int64_t kOutputs = decltype(outputs)::value;
+      if (order != Order::backward) pack_positions<kOutputs, false>(plan, conv, theta, scale, to.forward);
+      if (backward) pack_positions<kOutputs, true>(plan, conv, theta, scale, to.backward);
+    });
   const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
   std::memset(to.forward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
   if (backward)
@@ -404,45 +453,36 @@ inline void pack(const Plan& plan, const Convolution& conv, const float* theta, 
       }
 }
 
-// Calls use(output, input, taps) with the gradient of each kernel (3, 3), from the sum of `count` arrays of sums at
-// Winograd's positions.
+// Calls use(output, input, gradients) for every kernel (3, 3) of a convolution by Winograd's algorithm.
 template <typename Use>
 void kernel_gradients(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const Use& use) {
   const int64_t c = plan.shape.channels, padded = plan.padded;
-  for (int64_t output = 0; output < c; output += kLanes)
+  for (int64_t output = 0; output < c; ++output)
     for (int64_t input = 0; input < c; ++input) {
-      Wide positions[kPositions] = {}, gradients[9];
-      for (int64_t p = 0; p < kPositions; ++p)
-        for (int each = 0; each < count; ++each) {
-          Wide at;
-          std::memcpy(&at, sums[each] + conv.packed + (p * padded + input) * padded + output, sizeof(at));
-          positions[p] += at;
-        }
-      kernel_gradient(positions, gradients);
-      for (int64_t row = 0; row < std::min(kLanes, c - output); ++row) {
-        double taps[9];
-        for (int64_t tap = 0; tap < 9; ++tap) taps[tap] = gradients[tap][row];
-        use(output + row, input, taps);
-      }
+      double taps[9] = {};
+      for (int64_t tap = 0; tap < 9; ++tap)
+        for (int each = 0; each < count; ++each)
+          taps[tap] += sums[each][conv.summed + (tap * padded + input) * padded + output];
+      use(output, input, taps);
     }
 }
 
-inline void unpack_positions(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
-                             const float* scale, float* grad_theta) {
+inline void unpack_kernels(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
+                           const float* scale, float* grad_theta) {
   kernel_gradients(plan, conv, sums, count, [&](int64_t output, int64_t input, const double* taps) {
     float* to = grad_theta + conv.theta + (output * plan.shape.channels + input) * 9;
     for (int64_t tap = 0; tap < 9; ++tap) to[tap] = static_cast<float>((scale ? scale[output] : 1.0f) * taps[tap]);
   });
 }
 
-// The reverse for gradients summed in the packed order: theta_grad = scale * sum of `count` arrays.
+// The reverse for gradients that have been added up: theta_grad = scale * sum of `count` arrays.
 inline void unpack(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const float* scale,
                    float* grad_theta) {
-  if (conv.winograd) return unpack_positions(plan, conv, sums, count, scale, grad_theta);
+  if (conv.winograd) return unpack_kernels(plan, conv, sums, count, scale, grad_theta);
   const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
   const auto total = [&](int64_t at) {
     double sum = 0;
-    for (int each = 0; each < count; ++each) sum += sums[each][at];
+    for (int each = 0; each < count; ++each) sum += sums[each][conv.summed + at - conv.packed_begin];
     return sum;
   };
   for (int64_t channel = 0; channel < c; ++channel)
@@ -458,17 +498,49 @@ inline void unpack(const Plan& plan, const Convolution& conv, const double* cons
     }
 }
 
-// A thread's sums of weight gradients, float32 for a while and double in the end, in the packed order.
+// A thread's sums of weight gradients, float32 in the packed order for a while and double in the end.
 struct WeightSums {
   float* now;
   double* total;
-  void add_up(int64_t begin, int64_t end) const {
-    for (int64_t at = begin; at < end; ++at) {
+  int64_t begin = 0;  // where in the packed order `now` begins
+  float* of(int64_t packed) const { return now + (packed - begin); }
+  void add_up(int64_t first, int64_t end) const {
+    for (int64_t at = first; at < end; ++at) {
       total[at] += now[at];
       now[at] = 0;
     }
   }
 };
+
+// Kernels, from the sums at the positions of their windows.
+template <int64_t Outputs> void add_up_windows(const Plan& plan, const Convolution& conv, const WeightSums& sums) {
+  constexpr int64_t kPositions = position_count(Outputs);
+  const int64_t padded = plan.padded, matrix = padded * padded;
+  for (int64_t at = 0; at < plan.shape.channels * padded; at += kLanes) {
+    float* now = sums.of(conv.packed) + at;
+    double* total = sums.total + conv.summed + at;
+    Wide positions[kPositions], taps[9];
+    for (int64_t p = 0; p < kPositions; ++p) {
+      positions[p] = __builtin_convertvector(load(now + p * matrix), Wide);
+      store(now + p * matrix, zero());
+    }
+    kernel_gradient<Outputs>(positions, taps);
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t lane = 0; lane < kLanes; ++lane) total[tap * matrix + lane] += taps[tap][lane];
+  }
+}
+
+// Of a convolution that is none, `count` values from `packed` on.
+inline void add_up(const Convolution& conv, const WeightSums& sums, int64_t packed, int64_t count) {
+  WeightSums{sums.of(packed), sums.total + conv.summed + (packed - conv.packed_begin)}.add_up(0, count);
+}
+
+inline void add_up(const Plan& plan, const Convolution& conv, const WeightSums& sums) {
+  if (conv.winograd)
+    return with_outputs(
+        conv, [&](auto outputs) { add_up_windows<decltype(outputs)::value>(plan, conv, sums); });
+  add_up(conv, sums, conv.packed_begin, conv.packed_end - conv.packed_begin);
+}
 
 }  // namespace
 }  // namespace rnas::cpu::RNAS_LEVEL

@@ -190,8 +190,37 @@ inline void average_pool(const float* in, int64_t row, const PoolShape& s, float
   });
 }
 
+// What an average over a row or column of `size` pixels gives to each of those around position `at` of stride 1.
+RNAS_INLINE float share(int64_t at, int64_t size) { return 1.0f / static_cast<float>(inside(at, size)); }
+
+// As average_pool_backward, of stride 1: the shares of rows and of columns one after the other.
+inline void average_pool_backward_dense(const float* g, const PoolShape& s, float* rows, float* gx) {
+  const int64_t step = s.width * kLanes;
+  along(s.height, s.height, 1, [&](int64_t y, auto first, auto last) {
+    const Vector own = set(share(y, s.height)), above = set(y > 0 ? share(y - 1, s.height) : 0.0f);
+    const Vector below = set(y + 1 < s.height ? share(y + 1, s.height) : 0.0f);
+    for (int64_t at = y * step; at < (y + 1) * step; at += kLanes) {
+      Vector sum = own * load(g + at);
+      if (first.value) sum = fma(above, load(g + at - step), sum);
+      if (last.value) sum = fma(below, load(g + at + step), sum);
+      store(rows + at, sum);
+    }
+  });
+  const Vector third = set(share(1, 3));
+  for (int64_t y = 0; y < s.height; ++y)
+    along(s.width, s.width, 1, [&](int64_t x, auto first, auto last) {
+      const int64_t at = (y * s.width + x) * kLanes;
+      const bool whole = x > 1 && x + 2 < s.width;  // all three are of three
+      Vector sum = load(rows + at) * (whole ? third : set(share(x, s.width)));
+      if (first.value) sum = fma(whole ? third : set(share(x - 1, s.width)), load(rows + at - kLanes), sum);
+      if (last.value) sum = fma(whole ? third : set(share(x + 1, s.width)), load(rows + at + kLanes), sum);
+      add_to(gx + at, sum);
+    });
+}
+
 // gx (height, width) dense += the transpose of average_pool on g. rows: scratch of (height + height_out) * width_out.
 inline void average_pool_backward(const float* g, const PoolShape& s, float* rows, float* gx) {
+  if (s.stride == 1) return average_pool_backward_dense(g, s, rows, gx);
   const int64_t step = s.width_out * kLanes;
   float* shares = rows + s.height * step;
   for (int64_t y = 0; y < s.height_out; ++y)
@@ -199,18 +228,6 @@ inline void average_pool_backward(const float* g, const PoolShape& s, float* row
       const float count = static_cast<float>(inside(y * s.stride, s.height) * inside(x * s.stride, s.width));
       store(shares + y * step + x * kLanes, load(g + y * step + x * kLanes) * set(1.0f / count));
     }
-  if (s.stride == 1) {
-    along(s.height, s.height, 1, [&](int64_t y, auto first, auto last) {
-      for (int64_t x = 0; x < s.width; ++x)
-        store(rows + y * step + x * kLanes, sum_of<first.value, last.value>(shares + y * step + x * kLanes, step));
-    });
-    for (int64_t y = 0; y < s.height; ++y)
-      along(s.width, s.width, 1, [&](int64_t x, auto first, auto last) {
-        const int64_t at = y * step + x * kLanes;
-        add_to(gx + at, sum_of<first.value, last.value>(rows + at, kLanes));
-      });
-    return;
-  }
   std::memset(rows, 0, s.height * step * sizeof(float));
   for (int64_t y = 0; y < s.height_out; ++y)
     for (int64_t x = 0; x < s.width_out; ++x) {

@@ -24,24 +24,25 @@ inline State dense_state(const float* data, const Plan& plan, int64_t height, in
   return {data, height * width * plan.padded, kLanes, height, width, height * width * kLanes};
 }
 
-// Calls use(group, pixel's y, pixel's x, values) for every pixel and group of image n.
+// Calls use(group, pixel's y, pixel's x, values) for every pixel and group of image n, row by row.
 template <typename Use> RNAS_INLINE void visit(const State& state, int64_t n, int64_t channels, const Use& use) {
-  const float* at = state.data + n * state.image;
+  const float* row = state.data + n * state.image;
   const int64_t whole = channels / kLanes, rest = channels % kLanes;
-  for (int64_t y = 0; y < state.height; ++y)
-    for (int64_t x = 0; x < state.width; ++x, at += state.pixel) {
-      for (int64_t group = 0; group < whole; ++group) use(group, y, x, load(at + group * state.group));
-      if (rest) use(whole, y, x, load_part(at + whole * state.group, rest));
-    }
+  for (int64_t y = 0; y < state.height; ++y, row += state.width * state.pixel) {
+    for (int64_t group = 0; group < whole; ++group)
+      for (int64_t x = 0; x < state.width; ++x) use(group, y, x, load(row + x * state.pixel + group * state.group));
+    for (int64_t x = 0; x < state.width && rest; ++x)
+      use(whole, y, x, load_part(row + x * state.pixel + whole * state.group, rest));
+  }
 }
 
 // What a thread needs while it works on one convolution of one image.
 struct Scratch {
-  Tile state, mid;             // inputs of the first and of the second stage
-  Tile grad;                   // gradient of a depthwise output
+  Tile state, mid;             // inputs of the first (of a bundle) and of the second stage
+  Tile grad;                   // gradient of a depthwise output, or of those of a bundle
   float *d, *chunk, *shifted;  // (groups, pixels of a chunk) each
   float *windows, *products;   // (positions, window_step) each, before and after Winograd's matrices
-  float* state_grad;           // (groups, height * width) gradient behind the first ReLU
+  float* state_grad;           // (images of a bundle, groups, height * width) gradient behind the first ReLU
   float* mid_grad;             // (groups, height_out * width_out) likewise of the second
   float* pool_rows;            // (height + height_out, width_out)
   float* sums;                 // (4, padded) running sums
@@ -62,16 +63,16 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   const MixedShape& s = plan.shape;
   Scratch scratch{};
   const int64_t chunk = plan.padded * chunk_rows(plan) * plan.width_out;
-  scratch.state = take_tile(arena, plan.groups, s.height, s.width, kHalo);
+  scratch.state = take_tile(arena, plan.groups, s.height, s.width, kHalo, plan.bundle);
   scratch.mid = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kMidHalo);
-  scratch.grad = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kHalo);
+  scratch.grad = take_tile(arena, plan.groups, plan.height_out, plan.width_out, kHalo, plan.bundle);
   scratch.d = arena.take<float>(chunk);
   scratch.chunk = arena.take<float>(chunk);
   scratch.shifted = arena.take<float>(chunk);
-  const int64_t run = plan.winograd ? kPositions * window_step(plan) : 0;
+  const int64_t run = plan.winograd ? position_count(plan.winograd) * window_step(plan) : 0;
   scratch.windows = arena.take<float>(run);
   scratch.products = arena.take<float>(run);
-  scratch.state_grad = arena.take<float>(plan.padded * s.height * s.width);
+  scratch.state_grad = arena.take<float>(plan.bundle * plan.padded * s.height * s.width);
   scratch.mid_grad = arena.take<float>(plan.image_out());
   scratch.pool_rows = arena.take<float>((s.height + plan.height_out) * plan.width_out * kLanes);
   scratch.sums = arena.take<float>(4 * plan.padded);
@@ -81,10 +82,10 @@ inline Scratch take_scratch(Arena& arena, const Plan& plan, int thread) {
   return scratch;
 }
 
-// Image n of a state will be read soon.
-inline void announce(const Scratch& s, const Plan& plan, const State& state, int64_t n) {
+// Images [n, n + images) of a state will be read soon.
+inline void announce(const Scratch& s, const Plan& plan, const State& state, int64_t n, int64_t images = 1) {
   const float* data = state.data + n * state.image;
-  const int64_t pixels = state.height * state.width, c = plan.shape.channels;
+  const int64_t pixels = images * state.height * state.width, c = plan.shape.channels;
   if (state.pixel == c || state.dense()) return s.ahead->add(data, pixels * (state.dense() ? plan.padded : c) / 16 + 1);
   for (int64_t at = 0; at < c; at += 16) s.ahead->add(data + at, pixels, state.pixel * sizeof(float));
 }
@@ -98,7 +99,8 @@ inline void announce(const Scratch& s, const Plan& plan, const float* image, int
 inline Tile sized(const Tile& tile, int64_t height, int64_t width) {
   const float* memory = tile.data - tile.halo * (tile.row + kLanes);
   const int64_t row = (width + 2 * tile.halo) * kLanes;
-  return {const_cast<float*>(memory) + tile.halo * (row + kLanes), row, (height + 2 * tile.halo) * row, tile.halo};
+  return {const_cast<float*>(memory) + tile.halo * (row + kLanes), row, (height + 2 * tile.halo) * row, tile.halo,
+          tile.image};
 }
 
 // relu(state) into a tile. signs (groups, height * width), where wanted, receive where it lets gradients through.
@@ -228,133 +230,176 @@ template <typename Use> RNAS_INLINE void chunks(const Plan& plan, const Use& use
     use(first, step < plan.height_out - first ? step : plan.height_out - first);
 }
 
-// Calls run(first window, windows) for an image of `height` by `width` outputs, and after(first row, rows) for the rows
-// that are done.
-template <typename Run, typename After>
-RNAS_INLINE void window_runs(int64_t height, int64_t width, const Run& run, const After& after) {
-  const int64_t across = (width + 1) / 2, down = (height + 1) / 2, band = std::max<int64_t>(1, kRun / across);
-  for (int64_t y = 0; y < down; y += band) {
-    const int64_t end = std::min(down, y + band) * across;
-    for (int64_t first = y * across; first < end; first += kRun) run(first, std::min(kRun, end - first));
-    after(2 * y, std::min(2 * band, height - 2 * y));
+// The windows of a few images, one image behind the other.
+template <int64_t Outputs> struct WindowGrid {
+  int64_t height, width, images;
+  int64_t across() const { return windows_of(width, Outputs); }
+  int64_t down() const { return windows_of(height, Outputs); }
+
+  // Calls run(first window, windows), and after(image, first row, rows) for the rows that are done.
+  template <typename Run, typename After> RNAS_INLINE void runs(const Run& run, const After& after) const {
+    const int64_t rows = down() * images, band = std::max<int64_t>(1, kRun / across());
+    for (int64_t y = 0; y < rows; y += band) {
+      const int64_t end = std::min(rows, y + band);
+      for (int64_t first = y * across(); first < end * across(); first += kRun)
+        run(first, std::min(kRun, end * across() - first));
+      for (int64_t image = y / down(); image * down() < end; ++image) {
+        const int64_t from = std::max<int64_t>(0, y - image * down()), to = std::min(down(), end - image * down());
+        after(image, Outputs * from, std::min(Outputs * to, height) - Outputs * from);
+      }
+    }
   }
-}
+
+  // Calls use(image, row, first pixel of the row, count, place in the run) for windows [first, first + size), in pieces
+  // of `count` side by side.
+  template <typename Use> RNAS_INLINE void pieces(int64_t first, int64_t size, const Use& use) const {
+    window_rows(first, size, across(), [&](int64_t y, int64_t x, int64_t count, int64_t at) {
+      use(y / down(), Outputs * (y % down()), Outputs * x, count, at);
+    });
+  }
+};
 
 // Winograd's positions of the windows of a tile.
-inline void load_windows(const Plan& plan, const Tile& in, int64_t width, int64_t first, int64_t size, float* to) {
-  window_rows(first, size, (width + 1) / 2, [&](int64_t y, int64_t x, int64_t count, int64_t at) {
+template <int64_t Outputs>
+void load_windows(const Plan& plan, const Tile& in, const WindowGrid<Outputs>& grid, int64_t first, int64_t size,
+                  float* to) {
+  grid.pieces(first, size, [&](int64_t image, int64_t y, int64_t x, int64_t count, int64_t at) {
     for (int64_t group = 0; group < plan.groups; ++group)
-      windows_forward(in.data + group * in.plane + (2 * y - 1) * in.row + (2 * x - 1) * kLanes, in.row, count,
-                      to + (group * kRun + at) * kLanes, window_step(plan));
+      windows_forward<Outputs>(in.at(image).data + group * in.plane + (y - 1) * in.row + (x - 1) * kLanes, in.row, count,
+                               to + (group * kRun + at) * kLanes, window_step(plan));
   });
 }
 
-// y (+)= the 3x3 convolution of a tile, dense, `height` by `width`. matrices: (positions, padded, padded).
-template <bool Add, typename After>
-RNAS_INLINE void convolve_windows(const Plan& plan, const float* matrices, const Tile& in, int64_t height, int64_t width,
-                                  const Scratch& scratch, Work work, float* y, const After& after) {
+// y (+)= what a run of windows gives, from its products at the positions.
+template <int64_t Outputs, bool Add>
+void store_windows(const Plan& plan, const float* products, const WindowGrid<Outputs>& grid, int64_t first, int64_t size,
+                   float* out) {
+  const int64_t height = grid.height, width = grid.width;
+  grid.pieces(first, size, [&](int64_t image, int64_t y, int64_t x, int64_t count, int64_t at) {
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      float* to = out + (((image * plan.groups + group) * height + y) * width + x) * kLanes;
+      const float* from = products + (group * kRun + at) * kLanes;
+      for (int64_t t = 0; t < count; ++t)
+        window_output<Outputs, Add>(from + t * kLanes, window_step(plan), to + Outputs * t * kLanes, width * kLanes,
+                                    height - y, width - x - Outputs * t);
+    }
+  });
+}
+
+// y (+)= the 3x3 convolution of the images of a tile, dense. matrices: (positions, padded, padded).
+template <bool Add, int64_t Outputs, typename After>
+RNAS_INLINE void convolve_windows(const Plan& plan, const float* matrices, const Tile& in,
+                                  const WindowGrid<Outputs>& grid, const Scratch& scratch, Work work, float* y,
+                                  const After& after) {
   // With one group the products may overwrite the windows, which then stay in the first cache with the matrices.
   float* const products = plan.groups == 1 ? scratch.windows : scratch.products;
   const int64_t step = window_step(plan), plane = kRun * kLanes, c = plan.shape.channels;
-  window_runs(
-      height, width,
+  constexpr int64_t kPositions = position_count(Outputs);
+  grid.runs(
       [&](int64_t first, int64_t size) {
         const Section section(scratch.clock, work, size * kPositions * c * c);
-        load_windows(plan, in, width, first, size, scratch.windows);
+        load_windows(plan, in, grid, first, size, scratch.windows);
         for (int64_t p = 0; p < kPositions; ++p)
           pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.padded * plan.padded,
                            plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
-        window_rows(first, size, (width + 1) / 2, [&](int64_t row, int64_t x, int64_t count, int64_t at) {
-          for (int64_t group = 0; group < plan.groups; ++group) {
-            float* to = y + ((group * height + 2 * row) * width + 2 * x) * kLanes;
-            const float* from = products + (group * kRun + at) * kLanes;
-            for (int64_t t = 0; t < count; ++t)
-              window_output<Add>(from + t * kLanes, step, to + 2 * t * kLanes, width * kLanes, height - 2 * row,
-                                 width - 2 * (x + t));
-          }
-        });
+        store_windows<Outputs, Add>(plan, products, grid, first, size, y);
       },
       after);
 }
 
+// The weight gradients of a 3x3 convolution at the positions, from its inputs and the gradients of its outputs.
+template <int64_t Outputs>
+void weigh_windows(const Plan& plan, const Convolution& conv, const Tile& in, const Tile& grad,
+                   const WindowGrid<Outputs>& grid, const Scratch& scratch, const WeightSums& sums) {
+  const int64_t step = window_step(plan), plane = kRun * kLanes, c = plan.shape.channels;
+  constexpr int64_t kPositions = position_count(Outputs);
+  int64_t since = 0;  // windows that are not in double yet
+  grid.runs(
+      [&](int64_t first, int64_t size) {
+        const Section section(scratch.clock, Work::pointwise_weight, size * kPositions * c * c);
+        if (since + size > kFlush) {
+          add_up(plan, conv, sums);
+          since = 0;
+        }
+        since += size;
+        load_windows(plan, in, grid, first, size, scratch.windows);
+        grid.pieces(first, size, [&](int64_t image, int64_t y, int64_t x, int64_t count, int64_t at) {
+          for (int64_t group = 0; group < plan.groups; ++group)
+            windows_gradient<Outputs>(grad.at(image).data + group * grad.plane + y * grad.row + x * kLanes, grad.row,
+                                      count, scratch.products + (group * kRun + at) * kLanes, step);
+        });
+        for (int64_t p = 0; p < kPositions; ++p)
+          pointwise_weight(scratch.windows + p * step, plane, plan.groups, scratch.products + p * step, plane,
+                           plan.groups, size, sums.of(conv.packed + p * plan.padded * plan.padded), plan.padded);
+      },
+      [](int64_t, int64_t, int64_t) {});
+}
+
+// Where rows of a gradient are, [group at `plane`][row][pixel][lane].
+struct Rows {
+  const float* data;
+  int64_t row, plane;
+};
+
 // As convolve_backward, of a 3x3 convolution by Winograd's algorithm.
 template <bool Add, typename Gradient>
 RNAS_INLINE void convolve_windows_backward(const Plan& plan, const Convolution& conv, const Packed& packed,
-                                           const Tile& in, const Scratch& scratch, const Gradient& gradient,
-                                           float* in_grad, const WeightSums* sums) {
-  const int64_t height = plan.height_out, width = plan.width_out, c = plan.shape.channels;
-  const int64_t step = window_step(plan), plane = kRun * kLanes;
+                                           const Tile& in, int64_t images, const Scratch& scratch,
+                                           const Gradient& gradient, float* in_grad, const WeightSums* sums) {
+  const int64_t height = plan.height_out, width = plan.width_out;
   const Tile& grad = scratch.grad;
-  chunks(plan, [&](int64_t first, int64_t rows) {
-    int64_t g_plane = 0;
-    const float* g = gradient(first, rows, g_plane);
-    for (int64_t group = 0; group < plan.groups; ++group)
-      for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(grad.data + group * grad.plane + (first + r) * grad.row, g + group * g_plane + r * width * kLanes,
-                    width * kLanes * sizeof(float));
+  for (int64_t i = 0; i < images; ++i)
+    chunks(plan, [&](int64_t first, int64_t rows) {
+      const Tile at = grad.at(i);
+      float* const to = at.data + first * at.row;
+      const Rows g = gradient(i, first, rows, Tile{to, at.row, at.plane, 0, 0});
+      for (int64_t group = 0; group < plan.groups && g.data != to; ++group)
+        for (int64_t r = 0; r < rows; ++r)
+          std::memcpy(to + group * at.plane + r * at.row, g.data + group * g.plane + r * g.row,
+                      width * kLanes * sizeof(float));
+    });
+  with_outputs(conv, [&](auto outputs) {
+    const WindowGrid<decltype(outputs)::value> grid{height, width, images};
+    if (sums) weigh_windows(plan, conv, in, grad, grid, scratch, *sums);
+    if (in_grad)
+      convolve_windows<Add>(plan, packed.backward + conv.packed, grad, grid, scratch, Work::pointwise_input, in_grad,
+                            [](int64_t, int64_t, int64_t) {});
   });
-  int64_t flushed = 0;
-  if (sums)
-    window_runs(
-        height, width,
-        [&](int64_t first, int64_t size) {
-          const Section section(scratch.clock, Work::pointwise_weight, size * kPositions * c * c);
-          load_windows(plan, in, width, first, size, scratch.windows);
-          window_rows(first, size, (width + 1) / 2, [&](int64_t y, int64_t x, int64_t count, int64_t at) {
-            for (int64_t group = 0; group < plan.groups; ++group)
-              windows_gradient(grad.data + group * grad.plane + 2 * y * grad.row + 2 * x * kLanes, grad.row, count,
-                               scratch.products + (group * kRun + at) * kLanes, step);
-          });
-          for (int64_t p = 0; p < kPositions; ++p)
-            pointwise_weight(scratch.windows + p * step, plane, plan.groups, scratch.products + p * step, plane,
-                             plan.groups, size, sums->now + conv.packed + p * plan.padded * plan.padded, plan.padded);
-        },
-        [&](int64_t first, int64_t rows) {
-          if ((first + rows - flushed) * width < kFlush || first + rows == height) return;
-          sums->add_up(conv.packed_begin, conv.packed_end);
-          flushed = first + rows;
-        });
-  if (in_grad)
-    convolve_windows<Add>(plan, packed.backward + conv.packed, grad, height, width, scratch, Work::pointwise_input,
-                          in_grad, [](int64_t, int64_t) {});
 }
 
-// y (+)= conv(tile), dense. after(first, rows) is called when these rows of y are there.
+// y (+)= conv(tile), dense, of the first `images` of a bundle. after(image, first, rows) is called when these rows of y
+// are there.
 template <bool Add, typename After>
-RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float* packed, const Tile& in,
+RNAS_INLINE void convolve(const Plan& plan, const Convolution& conv, const float* packed, const Tile& in, int64_t images,
                           const Scratch& scratch, float* y, const After& after) {
   if (conv.winograd)
-    return convolve_windows<Add>(plan, packed + conv.packed, in, plan.height_out, plan.width_out, scratch,
-                                 Work::pointwise, y, after);
-  chunks(plan, [&](int64_t first, int64_t rows) {
-    const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
-    for (const Part& part : conv.parts) {
-      {
-        const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
-        gather(plan, conv, part, packed, in, first, rows, scratch.d);
+    return with_outputs(conv, [&](auto outputs) {
+      const WindowGrid<decltype(outputs)::value> grid{plan.height_out, plan.width_out, images};
+      convolve_windows<Add>(plan, packed + conv.packed, in, grid, scratch, Work::pointwise, y, after);
+    });
+  for (int64_t i = 0; i < images; ++i)
+    chunks(plan, [&](int64_t first, int64_t rows) {
+      const int64_t pixels = rows * plan.width_out, plane = pixels * kLanes;
+      for (const Part& part : conv.parts) {
+        {
+          const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
+          gather(plan, conv, part, packed, in.at(i), first, rows, scratch.d);
+        }
+        float* to = y + i * plan.image_out() + part.group * plan.plane_out() + first * plan.width_out * kLanes;
+        const Section section(scratch.clock, Work::pointwise, pixels * plan.shape.channels * part.count);
+        const auto multiply = Add || part.adds ? pointwise<true> : pointwise<false>;
+        multiply(scratch.d, plane, plan.groups, packed + part.packed + part.group * kLanes, plan.padded, part.groups, to,
+                 plan.plane_out(), pixels, *scratch.ahead);
       }
-      float* to = y + part.group * plan.plane_out() + first * plan.width_out * kLanes;
-      const Section section(scratch.clock, Work::pointwise, pixels * plan.shape.channels * part.count);
-      const auto multiply = Add || part.adds ? pointwise<true> : pointwise<false>;
-      multiply(scratch.d, plane, plan.groups, packed + part.packed + part.group * kLanes, plan.padded, part.groups, to,
-               plan.plane_out(), pixels, *scratch.ahead);
-    }
-    after(first, rows);
-  });
+      after(i, first, rows);
+    });
 }
 
-// The transpose of convolve, and its weight gradients. gradient(first, rows, plane) gives the gradient of these rows of
-// the output, [group at `plane`][pixel][lane]. in_grad (groups, height * width of the input) is set or added to; null:
-// not wanted. sums: a thread's weight sums in the packed order, which are left with what is less than kFlush pixels old in
-// their float32 part; null: not wanted.
+// convolve_backward of one image, by products over channels and a depthwise part.
 template <bool Add, typename Gradient>
-RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, const Packed& packed, const Tile& in,
-                                   int64_t height, int64_t width, const Scratch& scratch, const Gradient& gradient,
-                                   float* in_grad, const WeightSums* sums) {
-  float* const now = sums ? sums->now : nullptr;
-  if (!now && !in_grad) return;
-  if (conv.winograd)
-    return convolve_windows_backward<Add>(plan, conv, packed, in, scratch, gradient, in_grad, sums);
+RNAS_INLINE void convolve_image_backward(const Plan& plan, const Convolution& conv, const Packed& packed,
+                                         const Tile& in, int64_t height, int64_t width, const Scratch& scratch,
+                                         const Gradient& gradient, float* in_grad, const WeightSums* sums) {
   const int64_t band = std::max<int64_t>(1, kFlush / plan.width_out);  // rows of the output
   int64_t flushed = 0;
   const int64_t groups = plan.groups, out_width = plan.width_out, taps = conv.kernel * conv.kernel;
@@ -363,21 +408,22 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
     std::memset(in_grad, 0, groups * height * width * kLanes * sizeof(float));
   chunks(plan, [&](int64_t first, int64_t rows) {
     const int64_t pixels = rows * out_width, plane = pixels * kLanes;
-    int64_t g_plane = 0;
-    const float* g = gradient(first, rows, g_plane);
-    if (now && first - flushed >= band) {
-      sums->add_up(conv.packed_begin, conv.packed_end);
+    const Rows at = gradient(first, rows, Tile{scratch.chunk, out_width * kLanes, plane, 0, 0});
+    const float* const g = at.data;
+    const int64_t g_plane = at.plane;
+    if (sums && first - flushed >= band) {
+      add_up(plan, conv, *sums);
       flushed = first;
     }
     for (const Part& part : conv.parts) {
-      if (now) {
+      if (sums) {
         {
           const Section section(scratch.clock, Work::depthwise, depthwise_adds(plan, conv, pixels));
           gather(plan, conv, part, packed.forward, in, first, rows, scratch.d);
         }
         const Section section(scratch.clock, Work::pointwise_weight, pixels * plan.shape.channels * part.count);
         pointwise_weight(scratch.d, plane, groups, g + part.group * g_plane, g_plane, part.groups, pixels,
-                         now + part.packed + part.group * kLanes, plan.padded);
+                         sums->of(part.packed + part.group * kLanes), plan.padded);
       }
       const float* transposed = packed.backward + part.packed + part.group * kLanes * plan.padded;
       if (!depthwise && !in_grad) continue;
@@ -412,11 +458,11 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
     const int64_t weights = conv.packed + group * taps * kLanes;
     const float* plane = grad.data + group * grad.plane;
     const int64_t adds = plan.pixels_out() * taps * std::min(kLanes, plan.shape.channels - group * kLanes);
-    for (int64_t y = 0; now && y < plan.height_out; y += band) {
+    for (int64_t y = 0; sums && y < plan.height_out; y += band) {
       const Section section(scratch.clock, Work::depthwise_weight, y == 0 ? adds : 0);
-      if (y > 0) sums->add_up(weights, weights + taps * kLanes);
+      if (y > 0) add_up(conv, *sums, weights, taps * kLanes);
       conv.loops.weight(in.data + group * in.plane + (y * conv.stride - half) * in.row - half * kLanes, in.row,
-                        plane + y * grad.row, grad.row, std::min(band, plan.height_out - y), out_width, now + weights);
+                        plane + y * grad.row, grad.row, std::min(band, plan.height_out - y), out_width, sums->of(weights));
     }
     if (!in_grad) continue;
     const Section section(scratch.clock, Work::depthwise_input, adds);
@@ -430,6 +476,24 @@ RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, co
         conv.loops.transposed(plane, grad.row, packed.forward + weights, to + y * width * kLanes, y, width);
     }
   }
+}
+
+// The transpose of convolve, and its weight gradients. gradient(image, first, rows, tile) gives the gradient of these rows
+// of the output, which it may write to the tile, without gaps between the rows where there are none in the tile. in_grad
+// (images, groups, height * width of the input) is set or added to; null: not wanted. sums: a thread's weight sums in the
+// packed order, which are left with what is less than kFlush products old in their float32 part; null: not wanted.
+template <bool Add, typename Gradient>
+RNAS_INLINE void convolve_backward(const Plan& plan, const Convolution& conv, const Packed& packed, const Tile& in,
+                                   int64_t images, int64_t height, int64_t width, const Scratch& scratch,
+                                   const Gradient& gradient, float* in_grad, const WeightSums* sums) {
+  if (!sums && !in_grad) return;
+  if (conv.winograd)
+    return convolve_windows_backward<Add>(plan, conv, packed, in, images, scratch, gradient, in_grad, sums);
+  for (int64_t i = 0; i < images; ++i)
+    convolve_image_backward<Add>(
+        plan, conv, packed, in.at(i), height, width, scratch,
+        [&](int64_t first, int64_t rows, const Tile& to) { return gradient(i, first, rows, to); },
+        in_grad ? in_grad + i * plan.padded * height * width : nullptr, sums);
 }
 
 // ---- sums over pixels ------------------------------------------------------------------------------------------------
