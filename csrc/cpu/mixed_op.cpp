@@ -20,7 +20,7 @@ RNAS_DECLARE_NARROW(mixed_double_backward)
 namespace rnas::cpu::RNAS_LEVEL {
 
 MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
-  const Plan plan = make_plan(shape, true), fixed = make_plan(shape, false);
+  const Plan plan = make_plan(shape, true, threads), fixed = make_plan(shape, false, threads);
   const MixedInputs none{};
   MixedSizes sizes{};
   sizes.edges = plan.edges.size();
@@ -41,7 +41,7 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
 
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads) {
-  const Plan plan = make_plan(shape, in.batch_statistics);
+  const Plan plan = make_plan(shape, in.batch_statistics, threads);
   if (in.batch_statistics)
     BatchForward(plan, in, workspace, threads).forward(keep, out, mean, variance, static_cast<float*>(kept));
   else
@@ -50,7 +50,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
-  const Plan plan = make_plan(shape, in.batch_statistics);
+  const Plan plan = make_plan(shape, in.batch_statistics, threads);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   if (in.batch_statistics)
     BatchBackward(plan, in, workspace, threads).backward(keep, static_cast<const float*>(kept), grad_out, grad);
@@ -61,7 +61,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
                            const float* grad_out, const void* const* direction, float* grad_grad_out,
                            void* direction_kept, const MixedGradients& grad, void* workspace, int threads) {
-  const Plan plan = make_plan(shape, false);
+  const Plan plan = make_plan(shape, false, threads);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
   Fixed(plan, in, workspace, threads)
       .double_backward(keep, kept, grad_out, direction, grad_grad_out, direction_kept, grad);

@@ -71,16 +71,14 @@ class Batch {
     return {s.height, s.width, stride, plan_.height_out, plan_.width_out};
   }
 
-  // A backward pass needs the forward order of what is computed again, and of depthwise kernels.
+  // A backward pass computes again what was not kept.
   void pack_all(bool backward) {
     parallel(threads_, plan_.edges.size(), [&](int, int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e)
-        for (const Branch& branch : plan_.edges[e].branches)
-          for (const Convolution& conv : branch.stages) {
-            const bool kept = output_of(branch) >= 0 && conv.winograd;
-            pack(plan_, conv, in_.theta, nullptr, packed_,
-                 !backward ? Order::forward : kept ? Order::backward : Order::both);
-          }
+        for (const Branch& branch : plan_.edges[e].branches) {
+          const Order order = !backward ? Order::forward : output_of(branch) >= 0 ? Order::backward : Order::both;
+          for (const Convolution& conv : branch.stages) pack(plan_, conv, in_.theta, nullptr, packed_, order);
+        }
     });
   }
 

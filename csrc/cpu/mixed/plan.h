@@ -138,11 +138,12 @@ struct Windows {
 };
 
 // The larger ones have fewer products, and more matrices to read: they need a run of windows to share them. On fixed
-// statistics an image goes through the whole cell alone, on those of the batch a few may go together.
-inline Windows choose_windows(int64_t height, int64_t width, int64_t images) {
+// statistics an image goes through the whole cell alone, on those of the batch a few may go together, as many as leave
+// work for all threads.
+inline Windows choose_windows(int64_t height, int64_t width, int64_t images, int threads) {
   const int64_t small = windows_of(height, 2) * windows_of(width, 2), large = windows_of(height, 4) * windows_of(width, 4);
   if (large * images < kRun / 2 || large * position_count(4) >= small * position_count(2)) return {2, 1};
-  return {4, std::max<int64_t>(1, std::min(images, kRun / large))};
+  return {4, std::max<int64_t>(1, std::min(images / threads, kRun / large))};
 }
 
 struct Builder {
@@ -274,7 +275,7 @@ struct Builder {
 };
 
 // on_batch: for statistics of the batch.
-inline Plan make_plan(const MixedShape& shape, bool on_batch) {
+inline Plan make_plan(const MixedShape& shape, bool on_batch, int threads) {
   if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||
       shape.nodes < 1 || shape.stride < 1 || shape.stride > 2 || shape.candidates < 1)
     throw std::invalid_argument("mixed_op: sizes must be positive and the stride 1 or 2");
@@ -284,7 +285,7 @@ inline Plan make_plan(const MixedShape& shape, bool on_batch) {
   plan.padded = plan.groups * kLanes;
   plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
   plan.width_out = (shape.width + shape.stride - 1) / shape.stride;
-  const Windows choice = choose_windows(plan.height_out, plan.width_out, on_batch ? shape.batch : 1);
+  const Windows choice = choose_windows(plan.height_out, plan.width_out, on_batch ? shape.batch : 1, threads);
   Builder builder{plan, shape.channels, choice};
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
@@ -392,7 +393,7 @@ inline Packed take_packed(Arena& arena, const Plan& plan) {
   return {forward, arena.take<float>(plan.packed)};
 }
 
-// Which of the two orders are wanted.
+// Which of the two orders are wanted. Where that costs little there is always the forward one.
 enum class Order { forward, backward, both };
 
 // Kernels of kLanes outputs and one input, or (Backward) one output and kLanes inputs, turned round, to the positions.
@@ -404,14 +405,15 @@ void pack_positions(const Plan& plan, const Convolution& conv, const float* thet
   for (int64_t row = 0; row < padded; ++row)
     for (int64_t first = 0; first < padded; first += kLanes) {
       const int64_t lanes = row < c ? std::min(kLanes, c - first) : 0;
-      double taps[9][kLanes] = {};
+      float taps[9][kLanes] = {}, factors[kLanes] = {};
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const float* from = theta + conv.theta + row * row_step + (first + lane) * lane_step;
-        const double factor = scale ? scale[Backward ? row : first + lane] : 1.0f;
-        for (int64_t tap = 0; tap < 9; ++tap) taps[Backward ? 8 - tap : tap][lane] = factor * from[tap];
+        factors[lane] = scale ? scale[Backward ? row : first + lane] : 1.0f;
+        for (int64_t tap = 0; tap < 9; ++tap) taps[Backward ? 8 - tap : tap][lane] = from[tap];
       }
       Wide kernels[9], positions[kPositions];
-      std::memcpy(kernels, taps, sizeof(kernels));
+      const Wide factor = __builtin_convertvector(load(factors), Wide);
+      for (int64_t tap = 0; tap < 9; ++tap) kernels[tap] = factor * __builtin_convertvector(load(taps[tap]), Wide);
       kernel_positions<Outputs>(kernels, positions);
       for (int64_t p = 0; p < kPositions; ++p)
         store(to + conv.packed + (p * padded + row) * padded + first, __builtin_convertvector(positions[p], Vector));
@@ -457,13 +459,18 @@ inline void pack(const Plan& plan, const Convolution& conv, const float* theta, 
 template <typename Use>
 void kernel_gradients(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const Use& use) {
   const int64_t c = plan.shape.channels, padded = plan.padded;
-  for (int64_t output = 0; output < c; ++output)
+  for (int64_t first = 0; first < c; first += kLanes)
     for (int64_t input = 0; input < c; ++input) {
-      double taps[9] = {};
+      double taps[9][kLanes] = {}, kernel[9];
       for (int64_t tap = 0; tap < 9; ++tap)
-        for (int each = 0; each < count; ++each)
-          taps[tap] += sums[each][conv.summed + (tap * padded + input) * padded + output];
-      use(output, input, taps);
+        for (int each = 0; each < count; ++each) {
+          const double* from = sums[each] + conv.summed + (tap * padded + input) * padded + first;
+          for (int64_t lane = 0; lane < kLanes; ++lane) taps[tap][lane] += from[lane];
+        }
+      for (int64_t lane = 0; lane < std::min(kLanes, c - first); ++lane) {
+        for (int64_t tap = 0; tap < 9; ++tap) kernel[tap] = taps[tap][lane];
+        use(first + lane, input, kernel);
+      }
     }
 }
 
@@ -516,7 +523,7 @@ struct WeightSums {
 template <int64_t Outputs> void add_up_windows(const Plan& plan, const Convolution& conv, const WeightSums& sums) {
   constexpr int64_t kPositions = position_count(Outputs);
   const int64_t padded = plan.padded, matrix = padded * padded;
-  for (int64_t at = 0; at < plan.shape.channels * padded; at += kLanes) {
+  for (int64_t at = 0; at < matrix; at += kLanes) {  // inputs beyond the channels too: NaN would stay there
     float* now = sums.of(conv.packed) + at;
     double* total = sums.total + conv.summed + at;
     Wide positions[kPositions], taps[9];

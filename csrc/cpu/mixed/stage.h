@@ -286,23 +286,30 @@ void store_windows(const Plan& plan, const float* products, const WindowGrid<Out
   });
 }
 
-// y (+)= the 3x3 convolution of the images of a tile, dense. matrices: (positions, padded, padded).
-template <bool Add, int64_t Outputs, typename After>
-RNAS_INLINE void convolve_windows(const Plan& plan, const float* matrices, const Tile& in,
-                                  const WindowGrid<Outputs>& grid, const Scratch& scratch, Work work, float* y,
-                                  const After& after) {
+// y (+)= the 3x3 convolution at a run of windows. matrices: (positions, padded, padded).
+template <bool Add, int64_t Outputs>
+void multiply_windows(const Plan& plan, const float* matrices, const Tile& in, const WindowGrid<Outputs>& grid,
+                      int64_t first, int64_t size, const Scratch& scratch, Work work, float* y) {
   // With one group the products may overwrite the windows, which then stay in the first cache with the matrices.
   float* const products = plan.groups == 1 ? scratch.windows : scratch.products;
   const int64_t step = window_step(plan), plane = kRun * kLanes, c = plan.shape.channels;
   constexpr int64_t kPositions = position_count(Outputs);
+  const Section section(scratch.clock, work, size * kPositions * c * c);
+  load_windows(plan, in, grid, first, size, scratch.windows);
+  for (int64_t p = 0; p < kPositions; ++p)
+    pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.padded * plan.padded,
+                     plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
+  store_windows<Outputs, Add>(plan, products, grid, first, size, y);
+}
+
+// y (+)= the 3x3 convolution of the images of a tile, dense.
+template <bool Add, int64_t Outputs, typename After>
+RNAS_INLINE void convolve_windows(const Plan& plan, const float* matrices, const Tile& in,
+                                  const WindowGrid<Outputs>& grid, const Scratch& scratch, Work work, float* y,
+                                  const After& after) {
   grid.runs(
       [&](int64_t first, int64_t size) {
-        const Section section(scratch.clock, work, size * kPositions * c * c);
-        load_windows(plan, in, grid, first, size, scratch.windows);
-        for (int64_t p = 0; p < kPositions; ++p)
-          pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.padded * plan.padded,
-                           plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
-        store_windows<Outputs, Add>(plan, products, grid, first, size, y);
+        multiply_windows<Add>(plan, matrices, in, grid, first, size, scratch, work, y);
       },
       after);
 }
