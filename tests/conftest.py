@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -71,8 +72,9 @@ def poisoned_allocations():
 
 @pytest.fixture(scope="session")
 def kernels_on_host(tmp_path_factory):
-    """The module of tests/cuda_on_host.py."""
-    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+    """The module of tests/cuda_on_host.py, built once for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return cuda_on_host.build((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda_on_host")
 
 
 @pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])

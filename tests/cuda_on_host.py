@@ -5,6 +5,7 @@ A block's threads run one after another there, so that a test sees everything bu
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -25,12 +26,19 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
 
 def build(folder: Path) -> ModuleType:
-    """The module, compiled into `folder`; skips the test where a tool is missing."""
-    path = os.environ.get(VARIABLE) or _compile(folder)
+    """The module, compiled into `folder` where it is not there yet; skips the test where a tool is missing."""
+    path = os.environ.get(VARIABLE) or _compiled(folder)
     specification = importlib.util.spec_from_file_location("_cuda_on_host", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def _compiled(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes the first builds, and the others wait
+        return next(folder.glob("_cuda_on_host*.so"), None) or _compile(folder)
 
 
 def _compile(folder: Path) -> Path:
