@@ -89,11 +89,16 @@ def pixels_first(tensor: Tensor) -> Tensor:
 def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
     """Images (N, C, H, W) in a memory format, themselves where they are; differentiable.
 
+    What computed x gets its gradient in the format of x, of which its own kernels are fast, unless that are ours.
+
     Equivalent to: x.contiguous(memory_format=layout)
     """
     if x.is_contiguous(memory_format=layout) or _matrices(x, layout) is None:
         return x.contiguous(memory_format=layout)
-    return _Arranged.apply(x, layout) if torch.is_grad_enabled() and x.requires_grad else _transposed(x, layout)
+    if not torch.is_grad_enabled() or not x.requires_grad:
+        return _transposed(x, layout)
+    foreign = layout == torch.channels_last and not isinstance(x.grad_fn, _Arranged._backward_cls)
+    return _Arranged.apply(x, layout, torch.contiguous_format if foreign else None)
 
 
 def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
@@ -123,13 +128,16 @@ def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 class _Arranged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout):
+    def forward(ctx, x, layout, back):
         ctx.set_materialize_grads(False)
+        ctx.back = back  # the format of the gradient; None: as it comes
         return _transposed(x, layout)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None
+        if gradient is not None and ctx.back is not None:
+            gradient = arranged(gradient, ctx.back)
+        return gradient, None, None
 
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:

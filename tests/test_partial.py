@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused, partial
+from rnas.kernels import backend, fused, mixed_op, partial
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
@@ -241,3 +241,30 @@ def test_no_gradient_stays_none(compiled, layout):
 @pytest.mark.parametrize("make", [fused.empty, lambda like, shape: fused.empty_image(like, *shape[1:])])
 def test_new_images_are_views_of_nothing(make):
     assert not make(torch.zeros(64), (64, 32, 64, 64))._is_view()
+
+
+def test_what_computed_the_images_gets_its_gradient_in_their_format_unless_that_is_a_kernel(transposed):
+    formats = []
+
+    def seen(gradient):
+        formats.append([gradient.is_contiguous(memory_format=each) for each in LAYOUTS.values()])
+
+    x = torch.randn(4, 16, 32, 32, requires_grad=True)
+    plain = x * 1
+    plain.register_hook(seen)
+    last = fused.arranged(plain, torch.channels_last)
+    back = fused.arranged(last * 1, torch.contiguous_format)  # as the result of a kernel
+    back.register_hook(seen)
+    fused.arranged(back, torch.channels_last).backward(torch.randn(4, 16, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert formats == [[False, True], [True, False]] and len(transposed) == 4
+
+
+def test_a_cell_takes_contiguous_states_once_for_both_passes(transposed):
+    x = torch.randn(4, 16, 32, 32, requires_grad=True)
+    norms, weight = [torch.nn.BatchNorm2d(16)], torch.randn(16, 16, 3, 3)
+    state = x * 1
+    out = mixed_op(state, torch.ones(1), [weight], norms, primitives=("conv_3x3",))
+    assert out.is_contiguous() and len(transposed) == 2
+    state.mul_(2)  # the graph has a copy of its own
+    (gradient,) = torch.autograd.grad(out, x, torch.randn_like(out))
+    assert gradient.is_contiguous() and len(transposed) == 4  # that of the result, and this one
