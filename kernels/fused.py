@@ -140,6 +140,14 @@ class _Arranged(torch.autograd.Function):
         return gradient, None, None
 
 
+def taken(x: Tensor) -> Tensor:
+    """Images in the memory format of the CPU's kernels, for both passes: to be called in front of a registered op.
+
+    A compiler, and a GPU, are given x itself: the op rearranges it.
+    """
+    return arranged(x, torch.channels_last) if x.is_cpu and not torch.compiler.is_compiling() else x
+
+
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width), channels_last."""
     shape = (like.shape[0], height, width, channels)

@@ -232,16 +232,9 @@ def _mix(call: _Call) -> Tensor:
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
         options = (call.primitives, call.nodes, call.stride, call.last, call)
-        return _cell(_rearranged(call.states), weights, theta, call.norms_read, *options)
+        return _cell(list(map(fused.taken, call.states)), weights, theta, call.norms_read, *options)
     nodes = _partial_cell(call, weights)
     return nodes[-1] if call.last else torch.cat(nodes, dim=1)
-
-
-def _rearranged(states: tuple[Tensor, ...]) -> Sequence[Tensor]:
-    """The states as the CPU's kernels take them, once for both passes; gradients as `fused.arranged` gives them."""
-    if not states[0].is_cpu or torch.compiler.is_compiling():
-        return states
-    return [fused.arranged(state, torch.channels_last) for state in states]
 
 
 def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:

@@ -134,6 +134,7 @@ def _reference(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms) -> Tensor
 
 
 def _fused(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms, relu: bool = True) -> Tensor:
+    x = fused.taken(x)
     tables = [None if table is None else table[0] for table in (*norms.affine(weight), *norms.statistics(weight))]
     settings = _Settings(norms.eps, relu, fused.what_to_keep([x], (weight, *tables[:2]), norms.on_batch))
     out, mean, variance, _ = _forward_op(x, weight, *tables, *settings)

@@ -659,6 +659,29 @@ def test_a_switch_of_a_candidate_is_watched():
     assert_same(module, plain, images(seed=1), WEIGHTS[:2])
 
 
+class Held(nn.Module):
+    """A candidate with a factor that its class holds."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = separable()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.factor
+
+
+@pytest.mark.parametrize("of", ["class", "module"])
+def test_a_number_of_a_class_is_watched(of, monkeypatch):
+    module, plain, report = both(lambda: Mixed(Held(), separable()))
+    module(images(), WEIGHTS[:2]), plain(images(), WEIGHTS[:2])
+    assert report.counts.alone == 0 and len(report.replaced[0].candidates) == 2
+    for each in [Held] if of == "class" else [module.ops[0], plain.ops[0]]:
+        monkeypatch.setattr(each, "factor", 2.0, raising=False)
+    assert_same(module, plain, images(seed=1), WEIGHTS[:2])
+
+
 class Drops(Gated):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.body(x), 0.5, self.training)

@@ -27,7 +27,7 @@ Scale = Held | float
 
 def hold(x: Tensor) -> Held:
     """For `seen`. A deferred tensor is marked: `Scope.before_writing` sees to it that it stays what it is."""
-    if not hasattr(x, "_rnas_source"):
+    if type(x) is Tensor or not hasattr(x, "_rnas_source"):
         return Held(x, version_of(x))
     x._rnas_source = True
     return Held(x, UNKNOWN)
@@ -83,10 +83,10 @@ def stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
 class Call:
     """A candidate, called on a state. `x` is a tensor or, where a node is not computed yet, a Deferred."""
 
-    __slots__ = ("__weakref__", "consumed", "extras", "held", "own", "plan", "state")
+    __slots__ = ("__weakref__", "consumed", "extras", "held", "own", "plan", "state", "x")
 
     def __init__(self, plan, x: Tensor, extras: tuple[tuple, dict]) -> None:
-        self.plan, self.held = plan, hold(x)
+        self.plan, self.held, self.x = plan, hold(x), x
         self.state = plan.state()
         """Its weights and modes when it was called."""
         self.extras = extras
@@ -100,11 +100,6 @@ class Call:
     def value(self) -> Tensor | None:
         """Its own result, where there is one that nobody has written to."""
         return None if self.own is None or version_of(self.own.tensor) != self.own.version else self.own.tensor
-
-    @property
-    def x(self) -> Tensor:
-        """The state."""
-        return self.held.tensor
 
 
 class Group(NamedTuple):

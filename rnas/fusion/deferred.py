@@ -46,8 +46,9 @@ class Deferred(Tensor):
     @staticmethod
     def make(scope, shape: torch.Size, like: Tensor, groups, addends=(), finish=None) -> Deferred:
         """like: of its dtype and on its device. finish: what is done to the sum behind all."""
-        options = {"dtype": like.dtype, "device": like.device, "requires_grad": scope.grad}
-        made = Tensor._make_wrapper_subclass(Deferred, shape, **options)
+        made = Tensor._make_wrapper_subclass(
+            Deferred, shape, dtype=like.dtype, device=like.device, requires_grad=scope.grad
+        )
         made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
         made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
         made._rnas_value, made._rnas_source = None, False  # whether candidates were called on it
@@ -238,15 +239,12 @@ def copied(x: Deferred) -> Deferred:
 
 def times(x: Deferred, other) -> Tensor:
     """x * other."""
-    if not _takes_part(x) or not _is_scale(x, other):
-        return value_of(x) * value_of(other)
-    # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
-    scale = other if is_number(other) else hold(other if x._rnas_scope.grad else other.clone())
-    finish = None if x._rnas_finish is None else x._rnas_finish.times(scale)
-    if finish is None and x._rnas_finish is not None:  # it cannot wait any longer
+    scale = _scale(x, other) if _takes_part(x) else None
+    finish = None if scale is None or x._rnas_finish is None else x._rnas_finish.times(scale)
+    if scale is None or (finish is None and x._rnas_finish is not None):  # it cannot wait any longer
         return value_of(x) * value_of(other)
     groups = tuple([_times_group(group, scale) for group in x._rnas_groups])
-    addends = tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
+    addends = x._rnas_addends and tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
 
 
@@ -256,41 +254,43 @@ def _times_group(group: Group, scale: Scale) -> Group:
     return Group((*group.outer, scale), group.calls, group.scales)
 
 
-def _is_scale(x: Deferred, other) -> bool:
-    """Whether x * other is the same candidates with other weights."""
+def _scale(x: Deferred, other) -> Scale | None:
+    """`other`, where x * other is the same candidates with other weights."""
     if is_number(other):
-        return True
+        return other
     if not isinstance(other, Tensor) or type(other) is Deferred:
-        return False
-    like = x._rnas_like
-    if other.numel() != 1:
-        return x._rnas_finish is not None and x._rnas_finish.takes(other)
-    if other.device != like.device or not other.is_floating_point():
-        return False
+        return None
+    like, dimensions = x._rnas_like, other.dim()
+    if dimensions and other.numel() != 1:
+        takes = x._rnas_finish is not None and x._rnas_finish.takes(other)
     # A tensor with dimensions takes part in the choice of the result's dtype, and in its shape.
-    return not other.dim() or (other.dtype == like.dtype and other.dim() <= 4)
+    elif dimensions and (other.dtype != like.dtype or dimensions > 4):
+        takes = False
+    else:
+        takes = other.is_floating_point() and other.device == like.device
+    # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
+    return hold(other if x._rnas_scope.grad else other.clone()) if takes else None
 
 
 def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
     """x + other, or other + x."""
+    first, second = (other, x) if other_first else (x, other)
     if _takes_part(x):
-        if is_number(other) and other == 0:  # where sum() begins
-            groups = x._rnas_groups
-            if is_raw(x):  # a new tensor, and not the result of the candidate itself
-                groups = (Group((), groups[0].calls, (1.0,)),)
-            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, x._rnas_addends, x._rnas_finish)
-        if is_open(other) and not other._rnas_source and _agree(x, other):
-            first, second = (other, x) if other_first else (x, other)
+        if type(other) is Deferred and other._rnas_value is None and not other._rnas_source and _agree(x, other):
             if first._rnas_finish is None and second._rnas_finish is None:
                 return _joined(first, second, None)
             if first._rnas_finish is not None and second._rnas_finish is not None:
                 finish = first._rnas_finish.plus(second._rnas_finish)
                 if finish is not None:
                     return _joined(first, second, finish)
+        elif is_number(other) and other == 0:  # where sum() begins
+            groups = x._rnas_groups
+            if is_raw(x):  # a new tensor, and not the result of the candidate itself
+                groups = (Group((), groups[0].calls, (1.0,)),)
+            return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, x._rnas_addends, x._rnas_finish)
         elif x._rnas_finish is None and _is_addend(x, other):  # a state of a cell too, by its value
             addends = (*x._rnas_addends, ((), hold(value_of(other))))
             return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, x._rnas_groups, addends)
-    first, second = (other, x) if other_first else (x, other)
     return value_of(first) + value_of(second)
 
 

@@ -252,7 +252,7 @@ def _as_edge(group: Group, empty: bool = False) -> Edge | None:
 
 def _can_be_fused(call: Call) -> bool:
     """Whether its batch norms have not seen it, and it is in the modes in which it was called."""
-    return not call.consumed and call.value is None and call.state.modes == call.plan.state().modes
+    return not call.consumed and call.value is None and call.state.modes == call.plan.modes()
 
 
 def _shape(x: Tensor) -> torch.Size:

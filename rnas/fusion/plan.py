@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -42,38 +43,66 @@ class State(NamedTuple):
     """Training flags of the norms."""
 
 
+_NOTHING = State((), ())
+
+
+class _Watched(NamedTuple):
+    """A module in a recognised one, and what it held: compared at every call, so in as few steps as can be."""
+
+    module: nn.Module
+    kind: type | None
+    """None: of the recognised module, which is to get another class."""
+    children: list[nn.Module | None]
+    settings: Callable[[dict], object] | None
+    """What reads its settings from its __dict__."""
+    values: object
+    """What that gave."""
+    absent: tuple[str, ...]
+    """Attributes of its class that are read and that it has none of its own in place of."""
+
+
 class Plan:
     """What a recognised module computes, and what must not have changed since it was recognised."""
 
     def __init__(self, module: nn.Module, guess: Guess, layers: Layers, reads: Reads) -> None:
         self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
-        self._modules = list(module.modules())
-        self._types = list(map(type, self._modules[1:]))  # the first is to get another
-        kinds = dict.fromkeys(map(original_class, self._modules))
-        self._forwards = [(kind, kind.forward) for kind in kinds]
-        self._children = [(each, tuple(each._modules.values())) for each in self._modules if each._modules]
-        self._settings = reads.values + [
-            (each, name, each.__dict__[name])
-            for each in self._modules
-            for name in _SETTINGS.get(kind_of(each), ())
-            if name in each.__dict__
-        ]
+        modules = list(module.modules())
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(original_class, modules))]
+        self._watched = [_watched(each, reads, is_first=each is module) for each in modules]
+        self._of_classes = [each for each in reads.values if isinstance(each[0], type)]
+        self._has_state = bool(layers.convolutions or layers.norms)
 
     def holds(self) -> bool:
         """Whether the module is as it was: the same layers without hooks, the same settings."""
-        if any([each.__dict__[name] for each in self._modules for name in _HOOKS]):  # `is_hooked`, without its calls
+        try:
+            for module, kind, children, settings, values, absent in self._watched:
+                held = module.__dict__
+                if (
+                    held["_forward_hooks"]
+                    or held["_forward_pre_hooks"]
+                    or held["_backward_hooks"]
+                    or held["_backward_pre_hooks"]
+                    or "forward" in held
+                    or (kind is not None and type(module) is not kind)
+                    or (settings is not None and settings(held) != values)
+                    or (absent and not held.keys().isdisjoint(absent))
+                ):
+                    return False
+                modules = held["_modules"]
+                if (modules or children) and list(modules.values()) != children:
+                    return False
+        except KeyError:  # a setting is gone
             return False
-        if any([holder.__dict__.get(name) != value for holder, name, value in self._settings]):
-            return False
-        if any([tuple(module._modules.values()) != children for module, children in self._children]):
-            return False
-        if any(["forward" in each.__dict__ for each in self._modules]):
-            return False
-        if any([kind.forward is not forward for kind, forward in self._forwards]):
-            return False
-        if any([each._parameters.get("bias") is not None for each in self.layers.convolutions]):
-            return False
-        return list(map(type, self._modules[1:])) == self._types
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:
+                return False
+        for kind, name, value in self._of_classes:
+            if kind.__dict__.get(name) != value:
+                return False
+        for each in self.layers.convolutions:
+            if each._parameters.get("bias") is not None:
+                return False
+        return True
 
     def takes(self, arguments: tuple, options: dict) -> bool:
         """Whether a call with these arguments is one on the images alone."""
@@ -99,14 +128,20 @@ class Plan:
 
     def state(self) -> State:
         """Of now."""
-        weights = [
-            (id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self.weights()
-        ]
-        return State(tuple(weights), tuple([norm.training for norm in self.layers.norms]))
+        return State(self._weights_state(), self.modes()) if self._has_state else _NOTHING
+
+    def modes(self) -> tuple[bool, ...]:
+        """The training flags of the norms."""
+        return tuple([norm.training for norm in self.layers.norms])
+
+    def _weights_state(self) -> tuple[tuple[int, int, bool], ...]:
+        return tuple(
+            [(id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self.weights()]
+        )
 
     def check(self, state: State) -> None:
         """Raises RuntimeError where the weights are others than in `state`."""
-        if state.weights != self.state().weights:
+        if self.layers.convolutions and state.weights != self._weights_state():
             raise RuntimeError(
                 "rnas.accelerate: the weights of a candidate operation were replaced, written to or frozen before its "
                 "result was used; call .contiguous() on the result before, or rnas.restore(model)"
@@ -115,7 +150,7 @@ class Plan:
     @contextmanager
     def in_modes(self, state: State) -> Iterator[None]:
         """The training flags of the norms as in `state`."""
-        before = [norm.training for norm in self.layers.norms]
+        before = self.modes()
         try:
             for norm, training in zip(self.layers.norms, state.modes):
                 norm.training = training
@@ -123,3 +158,14 @@ class Plan:
         finally:
             for norm, training in zip(self.layers.norms, before):
                 norm.training = training
+
+
+def _watched(module: nn.Module, reads: Reads, is_first: bool) -> _Watched:
+    held = module.__dict__
+    names = [name for holder, name, _ in reads.values if holder is module]
+    names += [name for name in _SETTINGS.get(kind_of(module), ()) if name in held]
+    settings = itemgetter(*dict.fromkeys(names)) if names else None
+    values = None if settings is None else settings(held)
+    absent = tuple(dict.fromkeys(name for holder, name in reads.absent if holder is module))
+    kind, children = None if is_first else type(module), list(module._modules.values())
+    return _Watched(module, kind, children, settings, values, absent)

@@ -14,7 +14,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -34,6 +34,8 @@ class Reads:
 
     values: list[tuple[object, str, object]] = field(default_factory=list)
     """(a module or class, attribute, its value): numbers and words on which a forward depends."""
+    absent: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """(a module, attribute): those of a class, of which the module has none of its own."""
     ignores_extras: bool = False
     """Whether arguments behind the images are never looked at."""
     may_be_none: tuple[str, ...] = ()
@@ -44,16 +46,17 @@ class Reads:
 
 def reads(module: nn.Module) -> Reads:
     """Raises Foreign where the module's code, or that of a module in it, reads something that cannot be compared."""
-    values: list[tuple[object, str, object]] = []
+    found = Reads()
     for each in module.modules():
         if type(each).__call__ is not nn.Module.__call__ and not hasattr(type(each), "_rnas_original"):
             raise Foreign(f"{type(each).__name__} has a __call__ of its own")
         if not is_of_torch(type(each)):
-            _Reader(each, values).read(type(each).forward, DEPTH)
+            _Reader(each, found).read(type(each).forward, DEPTH)
     if is_of_torch(type(module)):
-        return Reads(values)
+        return found
     forward = inspect.unwrap(type(module).forward)
-    return Reads(values, _ignores_extras(forward), *_may_be_none(forward))
+    names, required = _may_be_none(forward)
+    return replace(found, ignores_extras=_ignores_extras(forward), may_be_none=names, required=required)
 
 
 def is_of_torch(kind: type) -> bool:
@@ -75,8 +78,8 @@ def _is_torch(name: str | None) -> bool:
 class _Reader:
     """Reads the code that runs in the forward of one module."""
 
-    def __init__(self, module: nn.Module, values: list[tuple[object, str, object]]) -> None:
-        self.module, self.values = module, values
+    def __init__(self, module: nn.Module, found: Reads) -> None:
+        self.module, self.found = module, found
         self.holders = list(module.modules())
 
     def read(self, function, depth: int) -> None:
@@ -128,9 +131,10 @@ class _Reader:
                 value = holder.__dict__[name]
                 if not is_simple(value):
                     raise Foreign(f"its forward reads {name}, {type(value).__name__}, which cannot be watched")
-                self.values.append((holder, name, value))
+                self.found.values.append((holder, name, value))
             elif name not in holder._modules and name not in holder._parameters and name not in holder._buffers:
                 if not is_of_torch(type(holder)):
+                    self.found.absent.append((holder, name))
                     self._check_class(type(holder), name, depth)
 
     def _check_class(self, kind: type, name: str, depth: int) -> None:
@@ -139,7 +143,7 @@ class _Reader:
             return
         value = owner.__dict__[name]
         if is_simple(value):
-            self.values.append((owner, name, value))
+            self.found.values.append((owner, name, value))
             return
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if not isinstance(value, types.FunctionType):

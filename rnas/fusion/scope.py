@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,31 @@ def _saved_through(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(*each)
 
 
+class _State(NamedTuple):
+    """What candidates are called on, read once for all of them."""
+
+    given: Tensor | None
+    x: Tensor | None
+    """What stands for it: see `Scope.interned`."""
+    like: Tensor | None
+    channels: int
+    shape: torch.Size | None
+    """(N, C, H, W) of a result. None where a channel is one value: of its statistics PyTorch says what is wrong."""
+    halved: torch.Size | None
+    """Likewise, at stride 2."""
+
+    @staticmethod
+    def of(given: Tensor, x: Tensor) -> _State:
+        """x: (N, C, H, W)."""
+        is_open = type(x) is Deferred
+        n, c, h, w = x._rnas_shape if is_open else x.shape
+        shapes = [torch.Size((n, c, *size)) for size in ((h, w), (-(-h // 2), -(-w // 2)))]
+        return _State(given, x, x._rnas_like if is_open else x, c, *[None if s.numel() == c else s for s in shapes])
+
+
+_NO_STATE = _State(None, None, None, 0, None, None)
+
+
 class Scope:
     """One run of the forward of a module that holds candidates."""
 
@@ -74,8 +100,7 @@ class Scope:
         self._others: list[weakref.ref[Deferred]] = []  # nodes of cells of which the last alone was computed
         self._called = self._open = 0
         self._latest: dict[int, Call] = {}  # of every candidate
-        self._covered: Tensor | None = None  # the last state that the kernels cover
-        self._same: tuple[Tensor | None, Tensor | None] = (None, None)  # a state, and what stands for it
+        self._state = _NO_STATE  # the last one that the kernels cover
         self._slices: dict[tuple, Tensor] = {}
         self._arranged: dict[tuple, tuple[Tensor, Tensor]] = {}  # (what is kept alive for its id, the value)
         self._pooled: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -88,28 +113,22 @@ class Scope:
         x = arguments[0]
         if type(x) is Deferred and x._rnas_value is not None:
             x = x._rnas_value
-        if x is not self._covered and x is not self._same[0]:
+        state = self._state
+        if x is not state.given and x is not state.x:
             if not self._covers(x):
                 return None
-            self._same = (x, self.interned(x))
-        if x is self._same[0]:
-            x = self._same[1]
-        self._covered = x
-        shape = x._rnas_shape if type(x) is Deferred else x.shape
+            state = self._state = _State.of(x, self.interned(x))
         guess = plan.guess
-        if guess.channels not in (0, shape[1]) or len(shape) != 4 or not self.is_as_before():
+        if guess.channels not in (0, state.channels) or torch.is_grad_enabled() != self.grad:
             return None
         if self._hooks != _saved_tensor_hooks():  # a checkpoint that begins inside has to see what runs in it
             return None
-        n, channels, height, width = shape
-        if guess.stride != 1:
-            height, width = -(-height // 2), -(-width // 2)
-        if n * height * width == 1:  # batch statistics of one value: PyTorch says what is wrong
+        shape = state.shape if guess.stride == 1 else state.halved
+        if shape is None:
             return None
-        call = Call(plan, x, (arguments[1:], options))
+        call = Call(plan, state.x, (arguments[1:], options))
         self._remember(call)
-        like = x._rnas_like if type(x) is Deferred else x
-        return Deferred.make(self, torch.Size((n, channels, height, width)), like, (Group((), (call,), (None,)),))
+        return Deferred.make(self, shape, state.like, (Group((), (call,), (None,)),))
 
     def _remember(self, call: Call) -> None:
         """Of calls of one candidate, batch norms see the first first."""
@@ -127,7 +146,7 @@ class Scope:
     def _covers(self, x) -> bool:
         """Whether the fused operation takes such a state."""
         if is_open(x):
-            return x._rnas_scope is self
+            return x._rnas_scope is self and len(x._rnas_shape) == 4
         if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape or fused.is_watched((x,)):
             return False
         if torch.is_autocast_enabled(x.device.type) or engine.of(x).obstacle(x.shape[1]) is not None:
@@ -276,10 +295,12 @@ class Scope:
 
     def _move_averages(self) -> None:
         """Calls whose result nobody used still move the averages of their batch norms."""
-        with self._as_before():
-            for call in self._calls:
-                if not call.consumed and any(norm.training for norm in call.plan.layers.norms):
-                    lower.alone(call)
+        moving = [call for call in self._calls if not call.consumed and any(call.plan.modes())]
+        if moving:
+            with self._as_before():
+                for call in moving:
+                    if not call.consumed:  # by one before it
+                        lower.alone(call)
 
     def let_go(self) -> None:
         """Keeps nothing alive from here on: what is still deferred, elsewhere, holds what it is made of.
@@ -291,7 +312,7 @@ class Scope:
 
     def _forget(self) -> None:
         self._left += [weakref.ref(call) for call in self._calls if not call.consumed]
-        self._calls, self._covered, self._same = [], None, (None, None)
+        self._calls, self._state = [], _NO_STATE
         for each in (self._latest, self._slices, self._arranged, self._pooled):
             each.clear()
 
