@@ -314,7 +314,7 @@ def _flat(tensors: list[Tensor], x: Tensor, arrays=None) -> Tensor:
     """All of them behind one another, as a tensor of one dimension. arrays: them, as compiled code has read them."""
     if not tensors:
         return x.new_empty(0)
-    if len(tensors) == 1 or torch.compiler.is_compiling():
+    if len(tensors) == 1 or fused.is_watched(()):
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return _Flat.apply(arrays, *tensors)
@@ -333,12 +333,9 @@ class _Flat(torch.autograd.Function):
     """`_flat` as one node of the graph, where concatenating reshaped tensors would make two per tensor."""
 
     @staticmethod
-    def forward(arrays, *tensors):
+    def forward(ctx, arrays, *tensors):  # a `setup_context` would take as long as the rest
+        ctx.like = tensors  # for their shapes
         return _flatten(arrays, tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.like = inputs[1:]  # for their shapes
 
     @staticmethod
     @batched.one_at_a_time

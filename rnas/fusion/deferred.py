@@ -38,7 +38,8 @@ class Finish:
 class Deferred(Tensor):
     """`sum(groups) + sum(addends)`, (N, C, H, W), until somebody looks at it; from then on its value."""
 
-    _rnas_value: Tensor | None
+    _rnas_value: Tensor | None = None
+    _rnas_source = False  # whether candidates were called on it
     _rnas_groups: tuple[Group, ...]
     _rnas_addends: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and a tensor that broadcasts
     _rnas_finish: Finish | None
@@ -51,7 +52,6 @@ class Deferred(Tensor):
         )
         made._rnas_scope, made._rnas_shape, made._rnas_like = scope, shape, like
         made._rnas_groups, made._rnas_addends, made._rnas_finish = groups, addends, finish
-        made._rnas_value, made._rnas_source = None, False  # whether candidates were called on it
         return made
 
     def has_become(self, value: Tensor) -> None:
