@@ -74,7 +74,7 @@ def measure_style(session: Session, style: str, batch: int) -> list[Row]:
         network=model,
     )
     with measure.ConvolutionCounter() as counter:
-        _step(model, x[:2], y[:2])
+        _step(model, _leaves(model), x[:2], y[:2])
     for row in rows:
         row.flops = batch * counter.total // 2 if row.status == MEASURED else None
     return rows
@@ -85,14 +85,18 @@ def _prepare(model: nn.Module, x: Tensor, y: Tensor, layout: torch.memory_format
     if accelerated:
         report = rnas.accelerate(model)
         note = "" if not report.left else f"{len(report.left)} modules left as they are"
-    run = partial(_step, model, x.clone(memory_format=layout), y)
+    run = partial(_step, model, _leaves(model), x.clone(memory_format=layout), y)
     return Prepared(run, run, run, note)
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Gradients of the cross entropy to all weights and to alpha."""
-    torch.manual_seed(0)
-    loss = cross_entropy(model(x), y)
+def _leaves(model: nn.Module) -> list[Tensor]:
+    """What an optimizer holds: weights and alpha, each once."""
     leaves = {id(each): each for each in (*model.parameters(), *model.arch_parameters())}
-    found = torch.autograd.grad(loss, [each for each in leaves.values() if each.requires_grad], allow_unused=True)
+    return [each for each in leaves.values() if each.requires_grad]
+
+
+def _step(model: nn.Module, leaves: list[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    """Gradients of the cross entropy to the leaves."""
+    torch.manual_seed(0)
+    found = torch.autograd.grad(cross_entropy(model(x), y), leaves, allow_unused=True)
     return [each for each in found if each is not None]
