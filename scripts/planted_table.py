@@ -33,6 +33,7 @@ def rows(file: str, *table: tuple[str, ...]) -> list[Planted]:
 
 
 ALONE = "mixed_op every_primitive_alone"
+POOLS = "mixed_op gradients_of_a_pool"
 EDGE = "mixed_op test_edge and (affine or other) and not skip"
 WIDE = "mixed_op every_simd_level_and_number_of_channels"
 TIES = "mixed_op ties_go"
@@ -182,10 +183,21 @@ POOL = rows(
 
 PLAN = rows(
     "cpu/mixed/plan.h",
+    ("halo: windows read beyond it", "mixed_op go_together", "int64_t halo_of(", "return 1 + std::max(",
+     "return std::max("),
+    ("halo: windows that end beyond the image", DENSE, "int64_t halo_of(", "conv.winograd - pixels",
+     "conv.winograd - pixels > 9"),
+    ("halo: not dilated", f"{ALONE} and dil_conv", "int64_t halo_of(", "static_cast<int>(conv.dilation)", "1"),
+    ("halo: shifted parts", f"{ALONE} and skip", "int64_t halo_of(",
+     "std::max({most, std::abs(part.dy), std::abs(part.dx)})", "0"),
     ("factorized reduce: no offset to the right", f"{ALONE} and skip", "Convolution factorized_reduce(",
      "part(even, odd, c, 1, plan.theta, 1, 1)", "part(even, odd, c, 1, plan.theta, 1, 0)"),
     ("dense convolution: rows and columns swapped", f"{ALONE} and conv_3x3", "Convolution dense(",
      "tap / kernel - kernel / 2, tap % kernel - kernel / 2", "tap % kernel - kernel / 2, tap / kernel - kernel / 2"),
+)  # fmt: skip
+
+PACKING = rows(
+    "cpu/mixed/packing.h",
     ("parameters: the kernel is not flipped", f"{ALONE} and sep_conv", "inline void pack(", "(taps - 1 - tap)", "tap"),
     ("parameters: no scale in the transposed matrix", EDGE, "inline void pack(",
      "to.backward[part.packed + output * padded + input] = factor * from",
@@ -211,8 +223,8 @@ PLAN = rows(
      "now[at] = 0;", ""),
 )  # fmt: skip
 
-STAGE = rows(
-    "cpu/mixed/stage.h",
+IMAGES = rows(
+    "cpu/mixed/images.h",
     ("gradient: zero for no node", LAST, "void begin_gradient(", "if (at < 0)", "if (state < plan.shape.inputs)"),
     ("node: the first that is asked for not stored", LAST, "void store_node(", "at >= 0", "at > 0"),
     ("node: all at one place", CELL, "void store_node(", "* pixel + at, pixel", "* pixel + at / 2, pixel"),
@@ -223,6 +235,26 @@ STAGE = rows(
      "= positive(load(from + x * kLanes))"),
     ("mid: no scale", ALONE, "void load_mid(", "fma(load(from + x * kLanes), a, b)", "load(from + x * kLanes) + b"),
     ("mid: a direction without the shift", TWICE, "void load_mid_linear(", "+ x * kLanes) + b)", "+ x * kLanes))"),
+)  # fmt: skip
+
+WINDOWS = rows(
+    "cpu/mixed/windows.h",
+    ("windows: an image's first row in every band", "mixed_op large_images", "void store_windows(",
+     "* height + y) * width", "* height) * width"),
+    ("windows: rows of a bundle's first image alone", "mixed_op go_together", "RNAS_INLINE void runs(",
+     "image * down() < end", "image == y / down()"),
+    ("windows: the last row is not written", f"{DENSE} and train", "void store_windows(", "height - y, width",
+     "height - y - 1, width"),
+    ("windows: all images at the place of the first", "mixed_op go_together", "void store_windows(",
+     "(image * plan.groups + group)", "group"),
+    ("windows backward: gradients of the first image", "mixed_op go_together", "void weigh_windows(",
+     "grad.at(image).data", "grad.at(0).data"),
+    ("windows backward: sums in float32 alone", "mixed_op huge_image", "void weigh_windows(", "since + size > kFlush",
+     "since < 0"),
+)  # fmt: skip
+
+STAGE = rows(
+    "cpu/mixed/stage.h",
     ("gather: no stride between chunks", "mixed_op large_images", "void gather(",
      "(first * conv.stride - half) * in.row", "(first - half) * in.row"),
     ("gather: no shift to the side", f"{ALONE} and conv_3x3", "void gather(", "+ part.dx * kLanes", ""),
@@ -237,18 +269,6 @@ STAGE = rows(
      "void convolve_image_backward(", "if (y > 0) add_up(conv, *sums, weights, taps * kLanes);", ""),
     ("convolve backward: a band of rows without stride", "mixed_op huge_image",
      "void convolve_image_backward(", "(y * conv.stride - half) * in.row", "(y - half) * in.row"),
-    ("windows: an image's first row in every band", "mixed_op large_images", "void store_windows(",
-     "* height + y) * width", "* height) * width"),
-    ("windows: rows of a bundle's first image alone", "mixed_op go_together", "RNAS_INLINE void runs(",
-     "image * down() < end", "image == y / down()"),
-    ("windows: the last row is not written", f"{DENSE} and train", "void store_windows(", "height - y, width",
-     "height - y - 1, width"),
-    ("windows: all images at the place of the first", "mixed_op go_together", "void store_windows(",
-     "(image * plan.groups + group)", "group"),
-    ("windows backward: gradients of the first image", "mixed_op go_together", "void weigh_windows(",
-     "grad.at(image).data", "grad.at(0).data"),
-    ("windows backward: sums in float32 alone", "mixed_op huge_image", "void weigh_windows(", "since + size > kFlush",
-     "since < 0"),
     ("moments: runs at the same mean", "mixed_op large_images", "void add_moments(", " + delta * delta * between", ""),
     ("moments: the own mean is not taken off", EDGE, "void add_moments(", " - rest * rest * exact", ""),
     ("moments: short runs lose a pixel", EDGE, "void add_moments(", "for (; p < count; ++p)",
@@ -301,14 +321,39 @@ BATCH_FORWARD = rows(
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
 )  # fmt: skip
 
-BATCH_BACKWARD = rows(
-    "cpu/mixed/batch_backward.h",
-    ("batch: ones without a gradient", ONES, "void backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
-    ("batch: an identity on every edge", OWN, "Leaving leaving(", "if (edge.skip >= 0) found", "found"),
-    ("batch: an average pool on every edge", OWN, "Leaving leaving(", "if (edge.avg >= 0) found", "found"),
+GRADIENTS = rows(
+    "cpu/mixed/gradients.h",
     ("batch: gradient of gamma without the mixing weight", EDGE, "void norm_gradients(", "(factor * normalised)",
      "(normalised)"),
     ("batch: mixing gradient without beta", EDGE, "void norm_gradients(", " + norms_.beta[at] * sum[channel]", ""),
+)  # fmt: skip
+
+POOLS_BACKWARD = rows(
+    "cpu/mixed/pools_backward.h",
+    ("batch: an identity on every edge", OWN, "Leaving leaving(", "if (edge.skip >= 0) found", "found"),
+    ("batch: an average pool on every edge", OWN, "Leaving leaving(", "if (edge.avg >= 0) found", "found"),
+    ("batch: pools backward without the mean term", EDGE, "void pool_gradients(", "constant += load(",
+     "constant -= load("),
+    ("batch: gradient past the last pixels", EDGE, "void weighted(",
+     "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
+    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "if (!begun) std", "std"),
+    ("batch: pools do not begin a gradient", f"{ALONE} and pool", "void pool_gradients(",
+     "if (!begun) std", "if (false) std"),
+    ("batch: what norms look at is forgotten", EDGE, "float* pooled(", "plan_.shape.pool_norm ?", "false ?"),
+    ("batch: mixing gradient of a pool without norm", EDGE, "void settle_pools(",
+     "mixing_grad = std::accumulate(dots.begin(), dots.end(), 0.0)", "mixing_grad = dots[0]"),
+    ("batch: a pool without norm by another weight", EDGE, "void set_pools(", "[mix];", "[0];"),
+    ("batch: a pool without norm and a slope", EDGE, "void set_pools(", "to.b[c] = to.d[c] = 0",
+     "to.b[c] = to.d[c] = 1"),
+    ("batch: products of pools only where weights are learnt", POOLS, "bool has_dots(",
+     " || plan_.shape.pool_norm", ""),
+    ("batch: winners only where products are asked for", POOLS, "void pool_dots(",
+     "from.with_pool[0].empty() && !average", "!average"),
+)  # fmt: skip
+
+BATCH_BACKWARD = rows(
+    "cpu/mixed/batch_backward.h",
+    ("batch: ones without a gradient", ONES, "bool backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
     ("batch: weights of second stages are not flushed", EDGE, "void backward_second(",
      "flush(thread, branch.last(), n, n + 1, end);", ""),
     ("batch: through the mid without relu", EDGE, "void through_mid(",
@@ -319,22 +364,18 @@ BATCH_BACKWARD = rows(
      "load(behind + at + column * kLanes)"),
     ("batch: the first branch's gradient is lost", EDGE, "void backward_state(", "convolve_backward<true>",
      "convolve_backward<false>"),
-    ("batch: pools backward without the mean term", EDGE, "void pool_gradients(", "constant += load(",
-     "constant -= load("),
-    ("batch: mixing gradient of a pool without norm", EDGE, "void settle_pools(", "mixing_grad += dots[c]",
-     "mixing_grad = dots[c]"),
-    ("batch: gradient past the last pixels", EDGE, "void weighted(",
-     "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
     ("batch: added to a gradient that has not begun", EDGE, "void backward_state(", "if (begun_[edge.source])",
      "if (true)"),
     ("batch: every edge begins the gradient of its state", CELL, "void backward_state(", "if (begun_[edge.source])",
      "if (false)"),
-    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "if (!begun) std", "std"),
-    ("batch: pools do not begin a gradient", f"{ALONE} and pool", "void pool_gradients(",
-     "if (!begun) std", "if (false) std"),
-    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void backward(",
-     "clear_gradient(source)", "(void)0"),
-    ("batch: what norms look at is forgotten", EDGE, "float* pooled(", "plan_.shape.pool_norm ?", "false ?"),
+    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void backward_source(",
+     "if (of_state) pool_gradients(from, source, state, s, n, begun);", ""),
+    ("batch: pools behind every edge", LAST, "void backward_source(", "e == from.last", "true"),
+    ("batch: pools behind an edge and once more", OWN, "void backward_source(", "finished |=", "finished ="),
+    ("batch: pools in front of their norms' sums", EDGE, "void backward_source(", "at_once = !",
+     "at_once = true || !"),
+    ("batch: pools behind their norms and once more", LAST, "void backward_source(", "if (!at_once)\n", "if (true)\n"),
+    ("batch: no sum of a gradient", CELL, "void backward_source(", "if (is_node) dot(", "if (false) dot("),
 )  # fmt: skip
 
 FIXED = rows(
@@ -533,6 +574,6 @@ SHAPE = rows(
     ("shape: the first edge's candidates for all", OWN, "", "edge * candidates : 0", "0 * edge * candidates : 0"),
 )  # fmt: skip
 
-PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *STAGE, *NORMS, *BATCH, *BATCH_FORWARD]
-PLANTED += [*BATCH_BACKWARD, *FIXED, *RELU_CONV_NORM]
+PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *PACKING, *IMAGES, *WINDOWS, *STAGE]
+PLANTED += [*NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD, *FIXED, *RELU_CONV_NORM]
 PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *TRANSPOSED, *OBJECTS]

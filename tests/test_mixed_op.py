@@ -479,6 +479,14 @@ def test_only_the_gradients_asked_for(wanted, cell, mode):
         assert all((leaf.grad is not None) == (kind in wanted) for leaf in problem.leaves(kind))
 
 
+@pytest.mark.parametrize("wanted", [*((kind,) for kind in KINDS), KINDS[1:]], ids="+".join)
+@pytest.mark.parametrize("pool_norm", [True, False])
+@pytest.mark.parametrize("others", [("skip_connect",), ("conv_1x1",)], ids=str)
+@pytest.mark.parametrize("pool", reference.POOLS)
+def test_only_the_gradients_of_a_pool_that_are_asked_for(pool, others, pool_norm, wanted):
+    check(space=((pool, *others), pool_norm), cell="two nodes", wanted=wanted, shape=(2, 4, 8, 8))
+
+
 @pytest.mark.parametrize("kind", ["inputs", "parameters", "affine"])
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])
 def test_one_tensor_of_many(kind, mode):

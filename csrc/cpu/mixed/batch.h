@@ -2,7 +2,8 @@
 
 // The cell on batch statistics. A norm needs all images before any can go on, so the work runs in stages over the whole
 // batch: edge by edge, and within an edge stage by stage, with what a stage hands to the next in the workspace. Here is
-// what both passes have: memory, and where things are in it. batch_forward.h, batch_backward.h: the passes.
+// what both passes have: memory, and where things are in it. batch_forward.h: the forward pass. gradients.h, on it
+// pools_backward.h, and on that batch_backward.h: the backward pass.
 
 #include "mixed/norms.h"
 

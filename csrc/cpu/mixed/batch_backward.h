@@ -2,23 +2,15 @@
 
 // The backward pass of a cell on batch statistics.
 
-#include "mixed/batch.h"
+#include "mixed/pools_backward.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
 
-class BatchBackward : public Batch {
+class BatchBackward : public PoolsBackward {
  public:
   BatchBackward(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
-      : Batch(plan, in, workspace, threads) {
-    const int64_t n = plan.shape.batch;
-    winners_ = arena_.take<Winner>(plan.max ? n * winners_per_image() : 0);
-    for (int64_t state = 0; state < plan.states(); ++state) {
-      const bool last = state + 1 == plan.states();
-      const bool of_caller = (state < plan.shape.inputs && plan.stored_dense()) || (last && plan.asked_dense());
-      const int64_t floats = n * plan.height(state) * plan.width(state) * plan.padded;
-      grads_.push_back(of_caller ? nullptr : arena_.take<float>(floats));
-    }
+      : PoolsBackward(plan, in, workspace, threads) {
     for (int thread = 0; thread < threads; ++thread) {
       float* now = arena_.take<float>(plan.packed_of_edge());
       weight_sums_.push_back({now, arena_.take<double>(plan.summed)});
@@ -27,8 +19,6 @@ class BatchBackward : public Batch {
       first_.push_back(take_affine(arena_, plan));
       last_.push_back(take_affine(arena_, plan));
     }
-    for (int64_t each = 0; each < 2 * plan.shape.nodes; ++each) pool_.push_back(take_affine(arena_, plan));
-    grad_sums_ = arena_.take<double>(plan.states() * plan.padded);
   }
 
   void backward(Keep keep, const float* kept, const float* grad_out, const MixedGradients& grad) {
@@ -45,96 +35,43 @@ class BatchBackward : public Batch {
         }
       });
     begin_gradients(grad_out);
-    for (int64_t source = plan_.states() - 1; source >= 0; --source) {
-      const State state = state_of(source);
-      for (size_t e = 0; e < plan_.edges.size(); ++e)
-        if (plan_.edges[e].source == source) backward_edge(plan_.edges[e], e, state);
-      if (source + 1 < plan_.states()) pools_backward(source, state);
-      if (!begun_[source] && wanted(source)) clear_gradient(source);
-      sum_gradient(source);
-    }
+    for (int64_t source = plan_.states() - 1; source >= 0; --source) backward_source(source, state_of(source));
     if (grad.states && !plan_.stored_dense()) finish_states();
     if (grad.theta) finish_weights();
   }
 
  private:
-  int64_t winners_per_image() const {
-    return plan_.groups * (plan_.shape.height + plan_.height_out) * plan_.width_out;
-  }
-  Winner* across(int64_t n, int64_t group) const {
-    return winners_ + n * winners_per_image() + group * (plan_.shape.height + plan_.height_out) * plan_.width_out;
-  }
-  Winner* down(int64_t n, int64_t group) const { return across(n, group) + plan_.shape.height * plan_.width_out; }
-
-  float* gradient(int64_t state, int64_t n) const {
-    return grads_[state] + n * plan_.height(state) * plan_.width(state) * plan_.padded;
-  }
-
-  // Those that the caller gives. The others begin with the first that is added to them.
-  void begin_gradients(const float* grad_out) {
-    for (int64_t state = 0; state < plan_.states(); ++state) begun_.push_back(plan_.asked(state) >= 0);
-    if (plan_.stored_dense())
-      for (int64_t state = 0; state < plan_.shape.inputs; ++state)
-        if (wanted(state)) grads_[state] = static_cast<float*>(grad_.states[state]);
-    if (plan_.asked_dense()) {
-      grads_.back() = const_cast<float*>(grad_out);  // read only
-      return;
-    }
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
-      const Section section(scratch_[thread].clock, Work::nodes);
-      for (int64_t n = begin; n < end; ++n)
-        for (int64_t state = 0; state < plan_.states(); ++state)
-          if (begun_[state]) begin_gradient(plan_, grad_out, state, n, gradient(state, n));
-    });
-  }
-
-  void clear_gradient(int64_t state) {
-    const int64_t floats = plan_.height(state) * plan_.width(state) * plan_.padded;
-    parallel(threads_, images(), [&](int, int64_t begin, int64_t end) {
-      std::memset(gradient(state, begin), 0, (end - begin) * floats * sizeof(float));
-    });
-  }
-
-  // The sum over pixels of a finished gradient.
-  void sum_gradient(int64_t state) {
-    if (state < plan_.shape.inputs) return;
-    std::vector<double> each(images() * plan_.padded);
-    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) dot(scratch_[thread], gradient(state, n), nullptr, nullptr, &each[n * plan_.padded]);
-    });
-    total(each.data(), grad_sums_ + state * plan_.padded);
-  }
-
-  // to[c] = sum over the pixels of an image of g * (y - pivot).
-  void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
-    const Section section(s.clock, Work::norms);
-    std::fill_n(to, plan_.padded, 0.0);
-    add_dot(plan_, g, y, pivot, s.sums, to);
-  }
-
-  // Adds up (images, padded).
-  void total(const double* each, double* to) const {
-    for (int64_t c = 0; c < plan_.padded; ++c) to[c] = 0;
-    for (int64_t n = 0; n < images(); ++n)
-      for (int64_t c = 0; c < plan_.padded; ++c) to[c] += each[n * plan_.padded + c];
-  }
-
-  // Gradients of a norm's affine parameters and of the factor behind it, from dot = sum g (y - mean) and sum = sum g.
-  void norm_gradients(int64_t norm, double factor, const double* dot, const double* sum, double* factor_grad) const {
-    const int64_t c = plan_.shape.channels;
-    double all = 0;
-    for (int64_t channel = 0; channel < c; ++channel) {
-      const int64_t at = norm * plan_.padded + channel;
-      const double normalised = norms_.inverse[at] * dot[channel];
-      all += norms_.gamma[at] * normalised + norms_.beta[at] * sum[channel];
-      if (grad_.gamma) grad_.gamma[norm * c + channel] = static_cast<float>(factor * normalised);
-      if (grad_.beta) grad_.beta[norm * c + channel] = static_cast<float>(factor * sum[channel]);
-    }
-    if (factor_grad) *factor_grad = all;
-  }
-
-  void set_mixing_gradient(int64_t e, int64_t mix, double value) const {
-    if (grad_.weights) grad_.weights[e * plan_.shape.candidates + mix] = static_cast<float>(value);
+  // Everything that leaves a state.
+  void backward_source(int64_t source, const State& state) {
+    const Leaving from = leaving(source);
+    const bool of_state = wanted(source), is_node = source >= plan_.shape.inputs;
+    std::vector<double> skip_dots(from.with_skip.empty() ? 0 : from.edges.size() * images() * plan_.padded);
+    std::vector<double> sums(is_node ? images() * plan_.padded : 0);
+    // The sum over pixels of a finished gradient.
+    const auto sum = [&](const Scratch& s, int64_t n) {
+      if (is_node) dot(s, gradient(source, n), nullptr, nullptr, &sums[n * plan_.padded]);
+    };
+    // The last pass over the images does what it can of what is left while an image is in the cache: without norms
+    // behind the pools that is all.
+    const bool at_once = !plan_.shape.pool_norm || !(from.with_pool[0].size() + from.with_pool[1].size());
+    if (!plan_.shape.pool_norm) set_pools(from);
+    const auto finish = [&](const Scratch& s, int64_t n, bool begun) {
+      pool_dots(from, state, s, n, skip_dots.data());
+      if (!at_once) return;
+      if (of_state) pool_gradients(from, source, state, s, n, begun);
+      sum(s, n);
+    };
+    bool finished = false;
+    for (int64_t e : from.edges) finished |= backward_edge(plan_.edges[e], e, state, e == from.last, finish);
+    if (!finished)
+      each_image([&](const Scratch& s, int64_t n) { finish(s, n, begun_[source]); });
+    settle_pools(from, skip_dots.data());
+    if (!at_once)
+      each_image([&](const Scratch& s, int64_t n) {
+        if (of_state) pool_gradients(from, source, state, s, n, begun_[source]);
+        sum(s, n);
+      });
+    if (is_node) total(sums.data(), grad_sums_ + source * plan_.padded);
   }
 
   // Behind images [first, last) of a thread's, of which the last is in front of `end`.
@@ -144,15 +81,13 @@ class BatchBackward : public Batch {
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
-  // Whether the gradient of a state goes anywhere.
-  bool wanted(int64_t state) const {
-    return state >= plan_.shape.inputs || (grad_.states && grad_.states[state]);
-  }
-
-  void backward_edge(const Edge& edge, int64_t e, const State& state) {
+  // is_last: finish(scratch, image, whether there is a gradient of the state yet) is called for each image behind all
+  // else that reads it. Returns whether it was.
+  template <typename Finish>
+  bool backward_edge(const Edge& edge, int64_t e, const State& state, bool is_last, const Finish& finish) {
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     if (edge.ones >= 0) set_mixing_gradient(e, edge.ones, std::accumulate(grad_sum, grad_sum + plan_.padded, 0.0));
-    if (edge.branches.empty()) return;
+    if (edge.branches.empty()) return false;
     for (WeightSums& sums : weight_sums_) sums.begin = edge.packed_begin();  // the edge before has left zeros
     const float* w = mixing(e);
     const size_t branches = edge.branches.size();
@@ -215,7 +150,7 @@ class BatchBackward : public Batch {
     }
 
     const bool of_state = wanted(edge.source);
-    if (!of_state && !grad_.theta && !grad_.gamma && !grad_.beta) return;
+    if (!of_state && !grad_.theta && !grad_.gamma && !grad_.beta) return false;
 
     // The second stages; the workspace takes the gradients in front of their ReLU.
     if (second) {
@@ -246,7 +181,7 @@ class BatchBackward : public Batch {
     }
 
     // Everything on the side of the state.
-    if (!of_state && !grad_.theta) return;
+    if (!of_state && !grad_.theta) return false;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Scratch& s = scratch_[thread];
       const Tile tile = sized(s.state, state.height, state.width);
@@ -267,9 +202,11 @@ class BatchBackward : public Batch {
           if (of_state) announce(s, plan_, gradient(edge.source, last), next * state.height * state.width);
         }
         backward_state(edge, state, n, last, thread, s, tile, end);
+        for (int64_t i = n; i < last && is_last; ++i) finish(s, i, true);
       }
     });
     if (of_state) begun_[edge.source] = true;
+    return is_last;
   }
 
   void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, int64_t end) {
@@ -358,195 +295,6 @@ class BatchBackward : public Batch {
       }
   }
 
-  // The edges that leave a state, and which of them have a pool or an identity.
-  struct Leaving {
-    std::vector<int64_t> edges;
-    std::vector<size_t> with_pool[2], with_skip;  // max, average
-    bool any() const { return !with_pool[0].empty() || !with_pool[1].empty() || !with_skip.empty(); }
-  };
-
-  Leaving leaving(int64_t source) const {
-    Leaving found;
-    for (size_t e = 0; e < plan_.edges.size(); ++e) {
-      const Edge& edge = plan_.edges[e];
-      if (edge.source != source) continue;
-      if (edge.max >= 0) found.with_pool[0].push_back(found.edges.size());
-      if (edge.avg >= 0) found.with_pool[1].push_back(found.edges.size());
-      if (edge.skip >= 0) found.with_skip.push_back(found.edges.size());
-      found.edges.push_back(e);
-    }
-    return found;
-  }
-
-  // Pools and identities of all edges that leave a state.
-  void pools_backward(int64_t source, const State& state) {
-    const Leaving from = leaving(source);
-    if (!from.any()) return;
-    std::vector<double> skip_dots(from.with_skip.empty() ? 0 : from.edges.size() * images() * plan_.padded);
-    pool_dots(from, state, skip_dots.data());
-    settle_pools(from, skip_dots.data());
-    if (wanted(source)) pool_gradients(from, source, state);
-  }
-
-  // Sums of the image of edge i that leaves a state.
-  double* pool_sums(size_t i, int kind, int64_t n) const {
-    return pool_sums_ + ((2 * i + kind) * images() + n) * plan_.padded;
-  }
-  // A pooled state: norms look at it once more, else it is forgotten.
-  float* pooled(const Scratch& s, int kind, int64_t n) const {
-    return plan_.shape.pool_norm ? (kind == 0 ? max_ : avg_) + n * plan_.image_out() : s.mid_grad;
-  }
-
-  // The pools once more, and the products of what they give, and of the state itself, and the gradients.
-  void pool_dots(const Leaving& from, const State& state, double* skip_dots) const {
-    const PoolShape shape = pool_shape(state);
-    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
-      const Scratch& s = scratch_[thread];
-      for (int64_t n = take(); n >= 0; n = take()) {
-        const float* x = state.data + n * state.image;
-        if (!state.dense()) {
-          load_dense(plan_, state, n, s.state_grad);
-          x = s.state_grad;
-        }
-        for (int kind = 0; kind < 2; ++kind) {
-          if (from.with_pool[kind].empty()) continue;
-          float* const to = pooled(s, kind, n);
-          for (int64_t group = 0; group < plan_.groups; ++group) {
-            const Section section(s.clock, Work::pools);
-            const float* in = x + group * state.height * state.width * kLanes;
-            float* out = to + group * plan_.plane_out();
-            if (kind == 0)
-              max_pool(in, state.width * kLanes, shape, s.pool_rows, out, across(n, group), down(n, group));
-            else
-              average_pool(in, state.width * kLanes, shape, s.pool_rows, out);
-          }
-          for (size_t i : from.with_pool[kind]) {
-            const Edge& edge = plan_.edges[from.edges[i]];
-            const int64_t norm = kind == 0 ? edge.max_norm : edge.avg_norm;
-            const float* mean = norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr;
-            dot(s, gradient(edge.target, n), to, mean, pool_sums(i, kind, n));
-          }
-        }
-        if (!grad_.weights) continue;
-        for (size_t i : from.with_skip) {
-          const int64_t target = plan_.edges[from.edges[i]].target;
-          dot(s, gradient(target, n), x, nullptr, skip_dots + (i * images() + n) * plan_.padded);
-        }
-      }
-    });
-  }
-
-  // From these products to gradients of mixing weights and norms, and to what goes back through them.
-  void settle_pools(const Leaving& from, const double* skip_dots) const {
-    std::vector<double> dots(plan_.padded);
-    for (size_t i = 0; i < from.edges.size(); ++i) {
-      const int64_t e = from.edges[i];
-      const Edge& edge = plan_.edges[e];
-      const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
-      const auto settle_pool = [&](int kind, int64_t mix, int64_t norm) {
-        total(pool_sums(i, kind, 0), dots.data());
-        const double w = mixing(e)[mix];
-        const Affine& to = pool_[2 * i + kind];
-        double mixing_grad = 0;
-        if (norm >= 0) {
-          norm_gradients(norm, w, dots.data(), grad_sum, &mixing_grad);
-          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum, count(), to);
-        } else {
-          for (int64_t c = 0; c < plan_.padded; ++c) {
-            mixing_grad += dots[c];
-            to.a[c] = static_cast<float>(w);
-            to.b[c] = to.d[c] = 0;
-          }
-        }
-        set_mixing_gradient(e, mix, mixing_grad);
-      };
-      if (edge.max >= 0) settle_pool(0, edge.max, edge.max_norm);
-      if (edge.avg >= 0) settle_pool(1, edge.avg, edge.avg_norm);
-      if (edge.skip >= 0 && grad_.weights) {
-        total(skip_dots + i * images() * plan_.padded, dots.data());
-        set_mixing_gradient(e, edge.skip, std::accumulate(dots.begin(), dots.end(), 0.0));
-      }
-    }
-  }
-
-  // What goes back through each pool: a weighted sum of the gradients, the pooled state and a constant; and identities.
-  void pool_gradients(const Leaving& from, int64_t source, const State& state) {
-    const PoolShape shape = pool_shape(state);
-    const int64_t pixels = state.height * state.width;
-    const bool begun = begun_[source];
-    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
-      const Scratch& s = scratch_[thread];
-      for (int64_t n = take(); n >= 0; n = take())
-        for (int64_t group = 0; group < plan_.groups; ++group) {
-          const Section section(s.clock, Work::pools);
-          float* to = gradient(source, n) + group * pixels * kLanes;
-          if (!begun) std::memset(to, 0, pixels * kLanes * sizeof(float));
-          const int64_t plane = group * plan_.plane_out();
-          for (int kind = 0; kind < 2; ++kind) {
-            const std::vector<size_t>& with = from.with_pool[kind];
-            if (with.empty()) continue;
-            Vector slope = zero(), constant = zero();
-            for (size_t i : with) {
-              slope += load(pool_[2 * i + kind].b + group * kLanes);
-              constant += load(pool_[2 * i + kind].d + group * kLanes);
-            }
-            weighted(from, with, n, plane, plan_.pixels_out(), s.mid_grad,
-                     plan_.shape.pool_norm ? pooled(s, kind, n) + plane : nullptr, slope, constant,
-                     [&](size_t i) { return load(pool_[2 * i + kind].a + group * kLanes); });
-            if (kind == 0)
-              max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
-            else
-              average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
-          }
-          if (!from.with_skip.empty())
-            weighted(from, from.with_skip, n, plane, pixels, to, to, set(1.0f), zero(),
-                     [&](size_t i) { return set(mixing(from.edges[i])[plan_.edges[from.edges[i]].skip]); });
-        }
-    });
-    begun_[source] = true;
-  }
-
-  // On a plane of image n: to = slope * from + constant, of a null `from` the constant alone, + the sum over some of the
-  // edges of factor(edge) * gradient of its target.
-  template <typename Factor>
-  RNAS_INLINE void weighted(const Leaving& all, const std::vector<size_t>& some, int64_t n, int64_t plane,
-                            int64_t pixels, float* to, const float* from, Vector slope, Vector constant,
-                            const Factor& factor) const {
-    for (int64_t p = 0; p < pixels; p += kBlock) {
-      const int64_t size = std::min<int64_t>(kBlock, pixels - p);
-      Vector sum[kBlock];
-#pragma GCC unroll 8
-      for (int64_t q = 0; q < kBlock; ++q)
-        sum[q] = from ? fma(load(from + (p + std::min(q, size - 1)) * kLanes), slope, constant) : constant;
-      for (size_t i : some) {
-        const float* g = gradient(plan_.edges[all.edges[i]].target, n) + plane + p * kLanes;
-        const Vector f = factor(i);
-        if (size == kBlock) {
-#pragma GCC unroll 8
-          for (int q = 0; q < kBlock; ++q) {
-            __builtin_prefetch(g + (q + 32) * kLanes);
-            sum[q] = fma(load(g + q * kLanes), f, sum[q]);
-          }
-        } else {
-          for (int64_t q = 0; q < size; ++q) sum[q] = fma(load(g + q * kLanes), f, sum[q]);
-        }
-      }
-      for (int64_t q = 0; q < size; ++q) store(to + (p + q) * kLanes, sum[q]);
-    }
-  }
-
-  void finish_states() {
-    for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
-      if (!grad_.states[state]) continue;
-      const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
-      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
-        const Section section(scratch_[thread].clock, Work::nodes);
-        for (int64_t n = begin; n < end; ++n)
-          store_state<false>(plan_, gradient(state, n), static_cast<float*>(grad_.states[state]) + n * pixels * c, c, pixels);
-      });
-    }
-  }
-
   void finish_weights() {
     std::vector<const double*> totals;
     for (const WeightSums& sums : weight_sums_) totals.push_back(sums.total);
@@ -558,13 +306,8 @@ class BatchBackward : public Batch {
     });
   }
 
-  Winner* winners_ = nullptr;
-  MixedGradients grad_{};
-  std::vector<float*> grads_;    // of each state, dense
-  std::vector<bool> begun_;      // of which of them there is anything yet
   std::vector<WeightSums> weight_sums_;
-  std::vector<Affine> first_, last_, pool_;
-  double* grad_sums_ = nullptr;  // (states, padded)
+  std::vector<Affine> first_, last_;
 };
 
 }  // namespace

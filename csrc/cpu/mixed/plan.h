@@ -3,18 +3,13 @@
 // What a cell consists of: edges, their branches, and where each finds its parameters, norms and kept activations.
 
 #include <algorithm>
-#include <atomic>
-#include <numeric>
+#include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
 #include "mixed/convolution.h"
 #include "mixed/winograd.h"
 #include "rnas/mixed_op.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
@@ -26,8 +21,7 @@ constexpr int64_t kFlush = 2048;
 // From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
 // 3x3 convolution always is.)
 constexpr int64_t kCostly = 32;
-// Halo of the tiles around a state and around the mid of a separable convolution.
-constexpr int64_t kHalo = 4;
+// Halo of the tiles around the mid of a separable convolution.
 constexpr int64_t kMidHalo = 2;
 
 // A matrix (outputs, inputs) inside theta that makes outputs [first, first + count) from the pixels shifted by (dy, dx).
@@ -93,6 +87,7 @@ struct Plan {
   int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep, beside the nodes
   bool max = false, avg = false;  // whether there are any
   int64_t winograd = 0;           // likewise, outputs of a window on a side
+  int64_t halo = 0;               // of the tiles around a state and around a gradient
   int64_t bundle = 1;             // images that go through a convolution together
   int64_t states() const { return shape.inputs + shape.nodes; }
   int64_t kept_nodes() const { return shape.nodes - 1; }  // all but the last: dense, in front of everything else
@@ -182,10 +177,21 @@ struct Builder {
     for (size_t each = 1; each < conv.parts.size(); ++each)
       conv.parts[each].adds = conv.parts[each].group < conv.parts[each - 1].group + conv.parts[each - 1].groups;
     conv.packed_end = plan.packed;
+    plan.halo = std::max(plan.halo, halo_of(conv));
     conv.summed = plan.summed;
     plan.summed += conv.winograd ? 9 * plan.padded * plan.padded : conv.packed_end - conv.packed_begin;
     conv.norm = plan.norms++;
     return conv;
+  }
+
+  // How far it reads beyond an image, or its transpose beyond a gradient.
+  int64_t halo_of(const Convolution& conv) const {
+    if (conv.kernel > 0) return half_width(static_cast<int>(conv.kernel), static_cast<int>(conv.dilation));
+    const auto beyond = [&](int64_t pixels) { return windows_of(pixels, conv.winograd) * conv.winograd - pixels; };
+    if (conv.winograd) return 1 + std::max(beyond(plan.height_out), beyond(plan.width_out));
+    int64_t most = 0;
+    for (const Part& part : conv.parts) most = std::max({most, std::abs(part.dy), std::abs(part.dx)});
+    return most;
   }
 
   Convolution separable(int64_t kernel, int64_t dilation, int64_t stride) {
@@ -296,257 +302,6 @@ inline Plan make_plan(const MixedShape& shape, bool on_batch, int threads) {
     }
   if (plan.winograd) plan.bundle = choice.bundle;
   return plan;
-}
-
-// ---- memory ----------------------------------------------------------------------------------------------------------
-
-// Hands out a workspace piece by piece. On a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T> T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    // A further line keeps pieces of a power of two from falling on the same cache sets.
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Images with a halo of zeros, one behind the other.
-struct Tile {
-  float* data;  // pixel (0, 0) of the first group of the first
-  int64_t row, plane, halo, image;
-  Tile at(int64_t i) const { return {data + i * image, row, plane, halo, image}; }
-};
-
-inline Tile take_tile(Arena& arena, int64_t groups, int64_t height, int64_t width, int64_t halo, int64_t images = 1) {
-  const int64_t row = (width + 2 * halo) * kLanes, plane = (height + 2 * halo) * row;
-  float* memory = arena.take<float>(images * groups * plane);
-  return {memory ? memory + halo * row + halo * kLanes : nullptr, row, plane, halo, groups * plane};
-}
-
-inline void clear(const Tile& tile, int64_t groups, int64_t images = 1) {
-  for (int64_t i = 0; i < images; ++i)
-    std::memset(tile.at(i).data - tile.halo * (tile.row + kLanes), 0, groups * tile.plane * sizeof(float));
-}
-
-// ---- threads ---------------------------------------------------------------------------------------------------------
-
-// work(thread, begin, end) on shares of [0, count) that depend on `count` and the number of threads alone.
-template <typename Work> void parallel(int threads, int64_t count, const Work& work) {
-  if (threads > count) threads = static_cast<int>(count);
-  if (threads <= 1) {
-    if (count > 0) work(0, int64_t{0}, count);
-    return;
-  }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t begin = count * thread / team, end = count * (thread + 1) / team;
-    if (begin < end) work(static_cast<int>(thread), begin, end);
-  }
-#else
-  work(0, int64_t{0}, count);
-#endif
-}
-
-// work(thread, take), where take() gives the next of [0, count) or -1. Each thread has a share of its own, front to back;
-// one that is done takes from the back of the others'. For work whose results do not depend on who does it.
-template <typename Work> void parallel_shared(int threads, int64_t count, const Work& work) {
-  struct alignas(64) Share {
-    std::atomic<uint64_t> range;  // begin in the upper half, end in the lower
-  };
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
-  std::vector<Share> shares(threads);
-  for (int64_t each = 0; each < threads; ++each)
-    shares[each].range = static_cast<uint64_t>(count * each / threads) << 32 | (count * (each + 1) / threads);
-  parallel(threads, threads, [&](int own, int64_t, int64_t) {
-    const auto take = [&]() -> int64_t {
-      for (int each = 0; each < threads; ++each) {
-        std::atomic<uint64_t>& range = shares[(own + each) % threads].range;
-        for (uint64_t now = range; now >> 32 < (now & 0xffffffff);)
-          if (range.compare_exchange_weak(now, each == 0 ? now + (uint64_t{1} << 32) : now - 1))
-            return static_cast<int64_t>(each == 0 ? now >> 32 : (now & 0xffffffff) - 1);
-      }
-      return -1;
-    };
-    work(own, take);
-  });
-}
-
-// ---- parameters ------------------------------------------------------------------------------------------------------
-
-// All parameters of a cell in the order of the loops. forward: depthwise [group][tap][lane], parts and Winograd's
-// positions [input][output]; backward: kernels flipped, matrices [output][input].
-struct Packed {
-  float *forward, *backward;
-};
-
-inline Packed take_packed(Arena& arena, const Plan& plan) {
-  float* forward = arena.take<float>(plan.packed);
-  return {forward, arena.take<float>(plan.packed)};
-}
-
-// Which of the two orders are wanted. Where that costs little there is always the forward one.
-enum class Order { forward, backward, both };
-
-// Kernels of kLanes outputs and one input, or (Backward) one output and kLanes inputs, turned round, to the positions.
-template <int64_t Outputs, bool Backward>
-void pack_positions(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, float* to) {
-  constexpr int64_t kPositions = position_count(Outputs);
-  const int64_t c = plan.shape.channels, padded = plan.padded;
-  const int64_t lane_step = Backward ? 9 : 9 * c, row_step = Backward ? 9 * c : 9;
-  for (int64_t row = 0; row < padded; ++row)
-    for (int64_t first = 0; first < padded; first += kLanes) {
-      const int64_t lanes = row < c ? std::min(kLanes, c - first) : 0;
-      float taps[9][kLanes] = {}, factors[kLanes] = {};
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const float* from = theta + conv.theta + row * row_step + (first + lane) * lane_step;
-        factors[lane] = scale ? scale[Backward ? row : first + lane] : 1.0f;
-        for (int64_t tap = 0; tap < 9; ++tap) taps[Backward ? 8 - tap : tap][lane] = from[tap];
-      }
-      Wide kernels[9], positions[kPositions];
-      const Wide factor = __builtin_convertvector(load(factors), Wide);
-      for (int64_t tap = 0; tap < 9; ++tap) kernels[tap] = factor * __builtin_convertvector(load(taps[tap]), Wide);
-      kernel_positions<Outputs>(kernels, positions);
-      for (int64_t p = 0; p < kPositions; ++p)
-        store(to + conv.packed + (p * padded + row) * padded + first, __builtin_convertvector(positions[p], Vector));
-    }
-}
-
-// Packs one convolution. scale (C): what each output is multiplied with, or null.
-inline void pack(const Plan& plan, const Convolution& conv, const float* theta, const float* scale, const Packed& to,
-                 Order order) {
-  const bool backward = order != Order::forward;
-  if (conv.winograd)
-    return with_outputs(conv, [&](auto outputs) {
-      constexpr int64_t kOutputs = decltype(outputs)::value;
-      if (order != Order::backward) pack_positions<kOutputs, false>(plan, conv, theta, scale, to.forward);
-      if (backward) pack_positions<kOutputs, true>(plan, conv, theta, scale, to.backward);
-    });
-  const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
-  std::memset(to.forward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
-  if (backward)
-    std::memset(to.backward + conv.packed_begin, 0, (conv.packed_end - conv.packed_begin) * sizeof(float));
-  for (int64_t channel = 0; channel < c; ++channel)
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t base = conv.packed + channel / kLanes * taps * kLanes + channel % kLanes;
-      const float value = theta[conv.theta + channel * taps + tap];
-      to.forward[base + tap * kLanes] = value;
-      if (backward) to.backward[base + (taps - 1 - tap) * kLanes] = value;
-    }
-  for (const Part& part : conv.parts)
-    for (int64_t group = 0; group < c; group += kLanes)  // inputs in groups: the writes then stay within few lines
-      for (int64_t row = 0; row < part.count; ++row) {
-        const int64_t output = part.first + row, end = std::min(c, group + kLanes);
-        const float factor = scale ? scale[output] : 1.0f;
-        const float* from = theta + part.theta + row * part.output_stride;
-        for (int64_t input = group; input < end; ++input)
-          to.forward[part.packed + input * padded + output] = factor * from[input * part.input_stride];
-        if (!backward) continue;
-        for (int64_t input = group; input < end; ++input)
-          to.backward[part.packed + output * padded + input] = factor * from[input * part.input_stride];
-      }
-}
-
-// Calls use(output, input, gradients) for every kernel (3, 3) of a convolution by Winograd's algorithm.
-template <typename Use>
-void kernel_gradients(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const Use& use) {
-  const int64_t c = plan.shape.channels, padded = plan.padded;
-  for (int64_t first = 0; first < c; first += kLanes)
-    for (int64_t input = 0; input < c; ++input) {
-      double taps[9][kLanes] = {}, kernel[9];
-      for (int64_t tap = 0; tap < 9; ++tap)
-        for (int each = 0; each < count; ++each) {
-          const double* from = sums[each] + conv.summed + (tap * padded + input) * padded + first;
-          for (int64_t lane = 0; lane < kLanes; ++lane) taps[tap][lane] += from[lane];
-        }
-      for (int64_t lane = 0; lane < std::min(kLanes, c - first); ++lane) {
-        for (int64_t tap = 0; tap < 9; ++tap) kernel[tap] = taps[tap][lane];
-        use(first + lane, input, kernel);
-      }
-    }
-}
-
-inline void unpack_kernels(const Plan& plan, const Convolution& conv, const double* const* sums, int count,
-                           const float* scale, float* grad_theta) {
-  kernel_gradients(plan, conv, sums, count, [&](int64_t output, int64_t input, const double* taps) {
-    float* to = grad_theta + conv.theta + (output * plan.shape.channels + input) * 9;
-    for (int64_t tap = 0; tap < 9; ++tap) to[tap] = static_cast<float>((scale ? scale[output] : 1.0f) * taps[tap]);
-  });
-}
-
-// The reverse for gradients that have been added up: theta_grad = scale * sum of `count` arrays.
-inline void unpack(const Plan& plan, const Convolution& conv, const double* const* sums, int count, const float* scale,
-                   float* grad_theta) {
-  if (conv.winograd) return unpack_kernels(plan, conv, sums, count, scale, grad_theta);
-  const int64_t c = plan.shape.channels, padded = plan.padded, taps = conv.kernel * conv.kernel;
-  const auto total = [&](int64_t at) {
-    double sum = 0;
-    for (int each = 0; each < count; ++each) sum += sums[each][conv.summed + at - conv.packed_begin];
-    return sum;
-  };
-  for (int64_t channel = 0; channel < c; ++channel)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      grad_theta[conv.theta + channel * taps + tap] = static_cast<float>(
-          total(conv.packed + channel / kLanes * taps * kLanes + tap * kLanes + channel % kLanes));
-  for (const Part& part : conv.parts)
-    for (int64_t row = 0; row < part.count; ++row) {
-      const int64_t output = part.first + row;
-      for (int64_t input = 0; input < c; ++input)
-        grad_theta[part.theta + row * part.output_stride + input * part.input_stride] = static_cast<float>(
-            (scale ? scale[output] : 1.0f) * total(part.packed + input * padded + output));
-    }
-}
-
-// A thread's sums of weight gradients, float32 in the packed order for a while and double in the end.
-struct WeightSums {
-  float* now;
-  double* total;
-  int64_t begin = 0;  // where in the packed order `now` begins
-  float* of(int64_t packed) const { return now + (packed - begin); }
-  void add_up(int64_t first, int64_t end) const {
-    for (int64_t at = first; at < end; ++at) {
-      total[at] += now[at];
-      now[at] = 0;
-    }
-  }
-};
-
-// Kernels, from the sums at the positions of their windows.
-template <int64_t Outputs> void add_up_windows(const Plan& plan, const Convolution& conv, const WeightSums& sums) {
-  constexpr int64_t kPositions = position_count(Outputs);
-  const int64_t padded = plan.padded, matrix = padded * padded;
-  for (int64_t at = 0; at < matrix; at += kLanes) {  // inputs beyond the channels too: NaN would stay there
-    float* now = sums.of(conv.packed) + at;
-    double* total = sums.total + conv.summed + at;
-    Wide positions[kPositions], taps[9];
-    for (int64_t p = 0; p < kPositions; ++p) {
-      positions[p] = __builtin_convertvector(load(now + p * matrix), Wide);
-      store(now + p * matrix, zero());
-    }
-    kernel_gradient<Outputs>(positions, taps);
-    for (int64_t tap = 0; tap < 9; ++tap)
-      for (int64_t lane = 0; lane < kLanes; ++lane) total[tap * matrix + lane] += taps[tap][lane];
-  }
-}
-
-// Of a convolution that is none, `count` values from `packed` on.
-inline void add_up(const Convolution& conv, const WeightSums& sums, int64_t packed, int64_t count) {
-  WeightSums{sums.of(packed), sums.total + conv.summed + (packed - conv.packed_begin)}.add_up(0, count);
-}
-
-inline void add_up(const Plan& plan, const Convolution& conv, const WeightSums& sums) {
-  if (conv.winograd)
-    return with_outputs(
-        conv, [&](auto outputs) { add_up_windows<decltype(outputs)::value>(plan, conv, sums); });
-  add_up(conv, sums, conv.packed_begin, conv.packed_end - conv.packed_begin);
 }
 
 }  // namespace

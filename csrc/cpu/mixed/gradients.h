@@ -1,0 +1,112 @@
+#pragma once
+
+// The gradients of the states of a cell on batch statistics, of its norms and of its mixing weights.
+
+#include <numeric>
+
+#include "mixed/batch.h"
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+class BatchGradients : public Batch {
+ protected:
+  BatchGradients(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
+      : Batch(plan, in, workspace, threads) {
+    const int64_t n = plan.shape.batch;
+    for (int64_t state = 0; state < plan.states(); ++state) {
+      const bool last = state + 1 == plan.states();
+      const bool of_caller = (state < plan.shape.inputs && plan.stored_dense()) || (last && plan.asked_dense());
+      const int64_t floats = n * plan.height(state) * plan.width(state) * plan.padded;
+      grads_.push_back(of_caller ? nullptr : arena_.take<float>(floats));
+    }
+    grad_sums_ = arena_.take<double>(plan.states() * plan.padded);
+  }
+
+  float* gradient(int64_t state, int64_t n) const {
+    return grads_[state] + n * plan_.height(state) * plan_.width(state) * plan_.padded;
+  }
+
+  // Those that the caller gives. The others begin with the first that is added to them.
+  void begin_gradients(const float* grad_out) {
+    for (int64_t state = 0; state < plan_.states(); ++state) begun_.push_back(plan_.asked(state) >= 0);
+    if (plan_.stored_dense())
+      for (int64_t state = 0; state < plan_.shape.inputs; ++state)
+        if (wanted(state)) grads_[state] = static_cast<float*>(grad_.states[state]);
+    if (plan_.asked_dense()) {
+      grads_.back() = const_cast<float*>(grad_out);  // read only
+      return;
+    }
+    parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+      const Section section(scratch_[thread].clock, Work::nodes);
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t state = 0; state < plan_.states(); ++state)
+          if (begun_[state]) begin_gradient(plan_, grad_out, state, n, gradient(state, n));
+    });
+  }
+
+  // Whether the gradient of a state goes anywhere.
+  bool wanted(int64_t state) const {
+    return state >= plan_.shape.inputs || (grad_.states && grad_.states[state]);
+  }
+
+  // work(scratch, n) for each image, by whoever is free.
+  template <typename Work> void each_image(const Work& work) const {
+    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
+      for (int64_t n = take(); n >= 0; n = take()) work(scratch_[thread], n);
+    });
+  }
+
+  // to[c] = sum over the pixels of an image of g * (y - pivot).
+  void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
+    const Section section(s.clock, Work::norms);
+    std::fill_n(to, plan_.padded, 0.0);
+    add_dot(plan_, g, y, pivot, s.sums, to);
+  }
+
+  // Adds up (images, padded).
+  void total(const double* each, double* to) const {
+    for (int64_t c = 0; c < plan_.padded; ++c) to[c] = 0;
+    for (int64_t n = 0; n < images(); ++n)
+      for (int64_t c = 0; c < plan_.padded; ++c) to[c] += each[n * plan_.padded + c];
+  }
+
+  // Gradients of a norm's affine parameters and of the factor behind it, from dot = sum g (y - mean) and sum = sum g.
+  void norm_gradients(int64_t norm, double factor, const double* dot, const double* sum, double* factor_grad) const {
+    const int64_t c = plan_.shape.channels;
+    double all = 0;
+    for (int64_t channel = 0; channel < c; ++channel) {
+      const int64_t at = norm * plan_.padded + channel;
+      const double normalised = norms_.inverse[at] * dot[channel];
+      all += norms_.gamma[at] * normalised + norms_.beta[at] * sum[channel];
+      if (grad_.gamma) grad_.gamma[norm * c + channel] = static_cast<float>(factor * normalised);
+      if (grad_.beta) grad_.beta[norm * c + channel] = static_cast<float>(factor * sum[channel]);
+    }
+    if (factor_grad) *factor_grad = all;
+  }
+
+  void set_mixing_gradient(int64_t e, int64_t mix, double value) const {
+    if (grad_.weights) grad_.weights[e * plan_.shape.candidates + mix] = static_cast<float>(value);
+  }
+
+  void finish_states() {
+    for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
+      if (!grad_.states[state]) continue;
+      const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
+      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
+        const Section section(scratch_[thread].clock, Work::nodes);
+        for (int64_t n = begin; n < end; ++n)
+          store_state<false>(plan_, gradient(state, n), static_cast<float*>(grad_.states[state]) + n * pixels * c, c,
+                             pixels);
+      });
+    }
+  }
+
+  MixedGradients grad_{};
+  std::vector<float*> grads_;    // of each state, dense
+  std::vector<bool> begun_;      // of which of them there is anything yet
+  double* grad_sums_ = nullptr;  // (states, padded)
+};
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL
