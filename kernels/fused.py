@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from rnas.kernels import backend
+from rnas.kernels import backend, batched
 
 NOTHING, MASKS, ACTIVATIONS, OUTPUTS = 0, 1, 2, 3
 """What a forward pass keeps: rnas::Keep in csrc/include/rnas/mixed_op.h."""
@@ -134,6 +134,7 @@ class _Arranged(torch.autograd.Function):
         return _transposed(x, layout)
 
     @staticmethod
+    @batched.one_at_a_time
     def backward(ctx, gradient):
         if gradient is not None and ctx.back is not None:
             gradient = arranged(gradient, ctx.back)

@@ -27,9 +27,9 @@ def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         (N, K, H, W), channels_last where `x` is and else contiguous.
 
     Differentiable, twice too, in x, weight and the norm's affine parameters. Neither relu(x) nor what enters the norm
-    is kept for backward: `x` and the result are, and where statistics are fixed and nothing but `x` requires a gradient
-    only its signs. The fused kernel serves float32 on a CPU; other calls, and a second derivative on batch statistics,
-    go to plain PyTorch.
+    is kept for backward: `x`, in channels_last, and the result are, and where statistics are fixed and nothing but `x`
+    requires a gradient only its signs. The fused kernel serves float32 on a CPU; other calls, and a second derivative
+    on batch statistics, go to plain PyTorch.
 
     Equivalent to: norm(conv2d(relu(x), weight))
 

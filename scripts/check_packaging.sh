@@ -86,8 +86,31 @@ path_without() {
 }
 COMPILERS=(cc c++ gcc g++ clang clang++ 'gcc-[0-9]*' 'g++-[0-9]*' 'clang-[0-9]*' 'clang++-[0-9]*' '*-linux-gnu-g++*' '*-linux-gnu-gcc*' nvcc)
 
-# It is the ways to install that count here: one instruction set, little optimisation, one architecture.
-export CMAKE_ARGS=-DRNAS_LEVEL=baseline
+# Runs a compiler, or hands out what it has made of the same text with the same options before.
+mkdir "$WORK/compiled"
+cat >"$WORK/once" <<'LAUNCHER'
+#!/usr/bin/env bash
+set -euo pipefail
+command=("$@") preprocess=() object=
+for ((i = 0; i < $#; i++)); do
+  case ${command[i]} in
+    -o) object=${command[++i]} ;;
+    -MF | -MT) i=$((i + 1)) ;;
+    -MD | -c) ;;
+    *) preprocess+=("${command[i]}") ;;
+  esac
+done
+[[ -n $object && " $* " == *' -c '* ]] || exec "$@"
+key=$({ printf '%s\n' "${preprocess[@]}" | grep -v / || true; "${preprocess[@]}" -E -P; } | sha256sum | cut -c 1-64)
+kept=${0%/*}/compiled/$key
+if [ -f "$kept" ]; then exec cp "$kept" "$object"; fi
+"$@"
+cp "$object" "$kept.$$" && mv "$kept.$$" "$kept"
+LAUNCHER
+chmod +x "$WORK/once"
+
+# It is the ways to install that count here: one instruction set, little optimisation, one architecture, each file once.
+export CMAKE_ARGS="-DRNAS_LEVEL=baseline -DCMAKE_CXX_COMPILER_LAUNCHER=$WORK/once"
 MODULES=_cpu
 if command -v nvcc >/dev/null; then
   MODULES='_cpu _cuda'

@@ -374,7 +374,8 @@ BATCH_BACKWARD = rows(
     ("batch: pools behind an edge and once more", OWN, "void backward_source(", "finished |=", "finished ="),
     ("batch: pools in front of their norms' sums", EDGE, "void backward_source(", "at_once = !",
      "at_once = true || !"),
-    ("batch: pools behind their norms and once more", LAST, "void backward_source(", "if (!at_once)\n", "if (true)\n"),
+    ("batch: pools behind their norms and once more", LAST, "void backward_source(", "if (!at_once && of",
+     "if (of"),
     ("batch: no sum of a gradient", CELL, "void backward_source(", "if (is_node) dot(", "if (false) dot("),
 )  # fmt: skip
 

@@ -254,6 +254,18 @@ def identity_written(ops, x, w):
     return total, state
 
 
+def transposed_between_calls(ops, x, w):
+    x = x[..., 1:] * 1
+    first = ops[1](x).relu()
+    x.transpose_(2, 3)
+    second = ops[2](x)
+    return first + w[0] * second.reshape(second.shape).transpose(2, 3)
+
+
+def a_stack_as_a_state(ops, x, w):
+    return w[0] * ops[0](torch.stack([ops[1](x), ops[2](x)])).sum(0) + w[1] * ops[1](x)
+
+
 def refilled(ops, x, w):
     buffer, out = torch.zeros(()), 0
     for weight, op in zip(w, ops):
@@ -303,6 +315,8 @@ AROUND = {
     "an edge and a half": lambda ops, x, w: (lambda h: h + 0.5 * h)(w[0] * ops[1](x) + w[1] * ops[2](x)),
     "two states in the other order": lambda ops, x, w: (lambda a, b: b + a)(w[0] * ops[1](x), w[1] * ops[1](x + 1)),
     "modes around a call": modes_around_a_call,
+    "a state transposed between calls": transposed_between_calls,
+    "a stack as a state": a_stack_as_a_state,
     "a result written, then summed": a_result_written,
     "a sum of the identity written": identity_written,
     "autocast off inside": autocast_inside,
@@ -613,6 +627,7 @@ CHANGES = {
     "one layer more": lambda m: m.ops[1].append(nn.ReLU()),
     "another candidate": lambda m: m.ops.__setitem__(1, nn.Conv2d(8, 8, 1)),
     "a forward of its own": lambda m: setattr(m.ops[1], "forward", lambda x: x * 2),
+    "a convolution of its own": lambda m: setattr(m.ops[1][1], "_conv_forward", lambda x, w, b: x * w.sum()),
     "a forward of a layer": lambda m: setattr(m.ops[1][0], "forward", F.leaky_relu),
     "another weight": lambda m: setattr(m.ops[1][1], "weight", nn.Parameter(torch.ones(8, 1, 3, 3))),
     "a weight set to zero": lambda m: m.ops[1][1].weight.data.zero_(),
@@ -672,13 +687,14 @@ class Held(nn.Module):
         return self.body(x) * self.factor
 
 
+@pytest.mark.parametrize("value", [2.0, torch.arange(8.0)[:, None, None]], ids=["number", "tensor"])
 @pytest.mark.parametrize("of", ["class", "module"])
-def test_a_number_of_a_class_is_watched(of, monkeypatch):
+def test_a_number_of_a_class_is_watched(of, value, monkeypatch):
     module, plain, report = both(lambda: Mixed(Held(), separable()))
     module(images(), WEIGHTS[:2]), plain(images(), WEIGHTS[:2])
     assert report.counts.alone == 0 and len(report.replaced[0].candidates) == 2
     for each in [Held] if of == "class" else [module.ops[0], plain.ops[0]]:
-        monkeypatch.setattr(each, "factor", 2.0, raising=False)
+        monkeypatch.setattr(each, "factor", value, raising=False)
     assert_same(module, plain, images(seed=1), WEIGHTS[:2])
 
 

@@ -239,9 +239,11 @@ def copied(x: Deferred) -> Deferred:
 
 def times(x: Deferred, other) -> Tensor:
     """x * other."""
-    scale = _scale(x, other) if _takes_part(x) else None
-    finish = None if scale is None or x._rnas_finish is None else x._rnas_finish.times(scale)
-    if scale is None or (finish is None and x._rnas_finish is not None):  # it cannot wait any longer
+    scale, finish = _scale(x, other) if _takes_part(x) else None, None
+    if scale is not None and x._rnas_finish is not None:
+        finish = x._rnas_finish.times(scale)
+        scale = None if finish is None else scale  # it cannot wait any longer
+    if scale is None:
         return value_of(x) * value_of(other)
     groups = tuple([_times_group(group, scale) for group in x._rnas_groups])
     addends = x._rnas_addends and tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
@@ -276,7 +278,7 @@ def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
     """x + other, or other + x."""
     first, second = (other, x) if other_first else (x, other)
     if _takes_part(x):
-        if type(other) is Deferred and other._rnas_value is None and not other._rnas_source and _agree(x, other):
+        if is_open(other) and not other._rnas_source and _agree(x, other):
             if first._rnas_finish is None and second._rnas_finish is None:
                 return _joined(first, second, None)
             if first._rnas_finish is not None and second._rnas_finish is not None:

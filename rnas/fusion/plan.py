@@ -58,7 +58,20 @@ class _Watched(NamedTuple):
     values: object
     """What that gave."""
     absent: tuple[str, ...]
-    """Attributes of its class that are read and that it has none of its own in place of."""
+    """Attributes of its class that count as long as it has none of its own in their place."""
+
+    @staticmethod
+    def of(module: nn.Module, reads: Reads, is_first: bool) -> _Watched:
+        """As it is now. is_first: whether it is the recognised module."""
+        held, known = module.__dict__, kind_of(module)
+        names = [name for holder, name, _ in reads.values if holder is module]
+        names += [name for name in _SETTINGS.get(known, ()) if name in held]
+        settings = itemgetter(*dict.fromkeys(names)) if names else None
+        values = None if settings is None else settings(held)
+        absent = [name for holder, name in reads.absent if holder is module]
+        absent += ["_conv_forward"] if known is nn.Conv2d else []
+        kind, children = None if is_first else type(module), list(module._modules.values())
+        return _Watched(module, kind, children, settings, values, tuple(dict.fromkeys(absent)))
 
 
 class Plan:
@@ -68,7 +81,7 @@ class Plan:
         self.module, self.guess, self.layers, self.reads = module, guess, layers, reads
         modules = list(module.modules())
         self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(original_class, modules))]
-        self._watched = [_watched(each, reads, is_first=each is module) for each in modules]
+        self._watched = [_Watched.of(each, reads, is_first=each is module) for each in modules]
         self._of_classes = [each for each in reads.values if isinstance(each[0], type)]
         self._has_state = bool(layers.convolutions or layers.norms)
 
@@ -78,7 +91,7 @@ class Plan:
             for module, kind, children, settings, values, absent in self._watched:
                 held = module.__dict__
                 if (
-                    held["_forward_hooks"]
+                    held["_forward_hooks"]  # `is_hooked`, without its calls
                     or held["_forward_pre_hooks"]
                     or held["_backward_hooks"]
                     or held["_backward_pre_hooks"]
@@ -91,13 +104,13 @@ class Plan:
                 modules = held["_modules"]
                 if (modules or children) and list(modules.values()) != children:
                     return False
-        except KeyError:  # a setting is gone
+            for kind, name, value in self._of_classes:
+                if kind.__dict__.get(name) != value:
+                    return False
+        except (KeyError, RuntimeError):  # a setting is gone, or is a tensor that cannot be compared
             return False
         for kind, forward in self._forwards:
             if kind.forward is not forward:
-                return False
-        for kind, name, value in self._of_classes:
-            if kind.__dict__.get(name) != value:
                 return False
         for each in self.layers.convolutions:
             if each._parameters.get("bias") is not None:
@@ -158,14 +171,3 @@ class Plan:
         finally:
             for norm, training in zip(self.layers.norms, before):
                 norm.training = training
-
-
-def _watched(module: nn.Module, reads: Reads, is_first: bool) -> _Watched:
-    held = module.__dict__
-    names = [name for holder, name, _ in reads.values if holder is module]
-    names += [name for name in _SETTINGS.get(kind_of(module), ()) if name in held]
-    settings = itemgetter(*dict.fromkeys(names)) if names else None
-    values = None if settings is None else settings(held)
-    absent = tuple(dict.fromkeys(name for holder, name in reads.absent if holder is module))
-    kind, children = None if is_first else type(module), list(module._modules.values())
-    return _Watched(module, kind, children, settings, values, absent)

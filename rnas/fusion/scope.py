@@ -68,6 +68,8 @@ class _State(NamedTuple):
     given: Tensor | None
     x: Tensor | None
     """What stands for it: see `Scope.interned`."""
+    size: torch.Size | None
+    """(N, C, H, W) of a tensor; None of one that is not computed yet."""
     like: Tensor | None
     channels: int
     shape: torch.Size | None
@@ -79,12 +81,14 @@ class _State(NamedTuple):
     def of(given: Tensor, x: Tensor) -> _State:
         """x: (N, C, H, W)."""
         is_open = type(x) is Deferred
-        n, c, h, w = x._rnas_shape if is_open else x.shape
-        shapes = [torch.Size((n, c, *size)) for size in ((h, w), (-(-h // 2), -(-w // 2)))]
-        return _State(given, x, x._rnas_like if is_open else x, c, *[None if s.numel() == c else s for s in shapes])
+        size, like = (x._rnas_shape, x._rnas_like) if is_open else (x.shape, x)
+        n, c, h, w = size
+        shapes = [torch.Size((n, c, *each)) for each in ((h, w), (-(-h // 2), -(-w // 2)))]
+        shapes = [None if each.numel() == c else each for each in shapes]
+        return _State(given, x, None if is_open else size, like, c, *shapes)
 
 
-_NO_STATE = _State(None, None, None, 0, None, None)
+_NO_STATE = _State(None, None, None, None, 0, None, None)
 
 
 class Scope:
@@ -114,7 +118,8 @@ class Scope:
         if type(x) is Deferred and x._rnas_value is not None:
             x = x._rnas_value
         state = self._state
-        if x is not state.given and x is not state.x:
+        known = x is state.given or x is state.x
+        if not known or (state.size is not None and x.shape != state.size):  # that may change in place
             if not self._covers(x):
                 return None
             state = self._state = _State.of(x, self.interned(x))

@@ -2,6 +2,8 @@
 
 // The backward pass of a cell on batch statistics.
 
+#include <numeric>
+
 #include "mixed/pools_backward.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
@@ -51,11 +53,12 @@ class BatchBackward : public PoolsBackward {
     const auto sum = [&](const Scratch& s, int64_t n) {
       if (is_node) dot(s, gradient(source, n), nullptr, nullptr, &sums[n * plan_.padded]);
     };
-    // The last pass over the images does what it can of what is left while an image is in the cache: without norms
-    // behind the pools that is all.
-    const bool at_once = !plan_.shape.pool_norm || !(from.with_pool[0].size() + from.with_pool[1].size());
+    // The last pass over the images does what it can of what is left while an image is in the cache. Norms behind pools
+    // need the products of all images before anything can go back through them.
+    const bool at_once = !plan_.shape.pool_norm || (from.with_pool[0].empty() && from.with_pool[1].empty());
     if (!plan_.shape.pool_norm) set_pools(from);
     const auto finish = [&](const Scratch& s, int64_t n, bool begun) {
+      if (!of_state && !has_dots()) return;
       pool_dots(from, state, s, n, skip_dots.data());
       if (!at_once) return;
       if (of_state) pool_gradients(from, source, state, s, n, begun);
@@ -66,9 +69,9 @@ class BatchBackward : public PoolsBackward {
     if (!finished)
       each_image([&](const Scratch& s, int64_t n) { finish(s, n, begun_[source]); });
     settle_pools(from, skip_dots.data());
-    if (!at_once)
+    if (!at_once && of_state)
       each_image([&](const Scratch& s, int64_t n) {
-        if (of_state) pool_gradients(from, source, state, s, n, begun_[source]);
+        pool_gradients(from, source, state, s, n, begun_[source]);
         sum(s, n);
       });
     if (is_node) total(sums.data(), grad_sums_ + source * plan_.padded);
@@ -81,8 +84,8 @@ class BatchBackward : public PoolsBackward {
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
-  // is_last: finish(scratch, image, whether there is a gradient of the state yet) is called for each image behind all
-  // else that reads it. Returns whether it was.
+  // is_last: where the gradient of the state or of weights is wanted, finish(scratch, image, whether there is a gradient
+  // of the state yet) is called for each image behind all else that reads it. Returns whether it was.
   template <typename Finish>
   bool backward_edge(const Edge& edge, int64_t e, const State& state, bool is_last, const Finish& finish) {
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;

@@ -7,7 +7,6 @@
 
 #include "mixed/memory.h"
 #include "mixed/plan.h"
-#include "mixed/pool.h"
 #include "mixed/section.h"
 
 namespace rnas::cpu::RNAS_LEVEL {

@@ -2,6 +2,7 @@
 
 // One convolution of a branch on an image or a few: tiles in, dense images out; and sums over their pixels.
 
+#include "mixed/pool.h"
 #include "mixed/windows.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
