@@ -134,25 +134,28 @@ use editable _cpu "$WORK" "$SOURCE"
 use editable _cpu "$SOURCE" "$SOURCE"
 rm -f "$SOURCE"/rnas/*.so
 
+# What follows is about what is built, and not about how its tools get here.
+HERE=(--no-build-isolation)
+
 step 'pip install ., CUDA left out by FORCE_CUDA=0'
-FORCE_CUDA=0 install no_cuda "$SOURCE"
+FORCE_CUDA=0 install no_cuda "${HERE[@]}" "$SOURCE"
 said no_cuda 'building rnas._cpu only (FORCE_CUDA=0)'
 use no_cuda _cpu
 
 step 'pip install . without nvcc'
 WITHOUT_NVCC=$(path_without nvcc)
-PATH=$WITHOUT_NVCC install no_nvcc "$SOURCE"
+PATH=$WITHOUT_NVCC install no_nvcc "${HERE[@]}" "$SOURCE"
 said no_nvcc 'building rnas._cpu only (no nvcc found)'
 use no_nvcc _cpu
 
 step 'pip install . without nvcc, FORCE_CUDA=1: refused'
 environment forced
 if PATH=$WITHOUT_NVCC FORCE_CUDA=1 "$PYTHON" -m pip --python "$WORK/forced/bin/python" install -v --no-deps \
-  --ignore-installed "$SOURCE" >"$WORK/forced.log" 2>&1; then fail 'FORCE_CUDA=1 without nvcc was accepted'; fi
+  --ignore-installed "${HERE[@]}" "$SOURCE" >"$WORK/forced.log" 2>&1; then fail 'FORCE_CUDA=1 without nvcc was accepted'; fi
 said forced 'FORCE_CUDA=1 and no nvcc was found'
 
 step 'pip install . without a compiler: plain PyTorch'
-PATH=$(path_without "${COMPILERS[@]}") install no_compiler "$SOURCE"
+PATH=$(path_without "${COMPILERS[@]}") install no_compiler "${HERE[@]}" "$SOURCE"
 said no_compiler 'no C++ compiler found: building without compiled kernels'
 use no_compiler ''
 
