@@ -239,7 +239,8 @@ def copied(x: Deferred) -> Deferred:
 
 def times(x: Deferred, other) -> Tensor:
     """x * other."""
-    scale, finish = _scale(x, other) if _takes_part(x) else None, None
+    scale = _scale(x, other) if _takes_part(x) else None
+    finish = None
     if scale is not None and x._rnas_finish is not None:
         finish = x._rnas_finish.times(scale)
         scale = None if finish is None else scale  # it cannot wait any longer

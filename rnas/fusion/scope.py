@@ -124,7 +124,7 @@ class Scope:
                 return None
             state = self._state = _State.of(x, self.interned(x))
         guess = plan.guess
-        if guess.channels not in (0, state.channels) or torch.is_grad_enabled() != self.grad:
+        if guess.channels not in (0, state.channels) or not self.is_as_before():
             return None
         if self._hooks != _saved_tensor_hooks():  # a checkpoint that begins inside has to see what runs in it
             return None
