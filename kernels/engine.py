@@ -42,6 +42,9 @@ class Cpu:
     MAKES_LAST = True
     """Whether it makes the last node alone, and takes the gradient to that alone, where no other is asked for."""
 
+    TAKES_PLANES = True
+    """Whether it writes results and gradients of states, and reads gradients of results, channels first too."""
+
     READS_NODES = False
     """Whether a backward pass reads the nodes that the forward pass has returned, rather than what is kept of them."""
 
@@ -103,6 +106,9 @@ class Cuda:
 
     MAKES_LAST = False
     """As `Cpu.MAKES_LAST`."""
+
+    TAKES_PLANES = False
+    """As `Cpu.TAKES_PLANES`."""
 
     READS_NODES = True
     """As `Cpu.READS_NODES`."""

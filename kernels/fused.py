@@ -97,8 +97,8 @@ def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
         return x.contiguous(memory_format=layout)
     if not torch.is_grad_enabled() or not x.requires_grad:
         return _transposed(x, layout)
-    foreign = layout == torch.channels_last and not isinstance(x.grad_fn, _Arranged._backward_cls)
-    return _Arranged.apply(x, layout, torch.contiguous_format if foreign else None)
+    back = torch.contiguous_format if layout == torch.channels_last and not takes_any_format(x) else None
+    return _Arranged.apply(x, layout, back)
 
 
 def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
@@ -126,6 +126,21 @@ def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
     return out
 
 
+_WITH_ANY_FORMAT: list[type] = []
+
+
+def with_any_format(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Decorates functions whose backward pass takes gradients of images in either memory format."""
+    _WITH_ANY_FORMAT.append(function._backward_cls)
+    return function
+
+
+def takes_any_format(x: Tensor) -> bool:
+    """Whether one of those has computed x."""
+    return isinstance(x.grad_fn, tuple(_WITH_ANY_FORMAT))
+
+
+@with_any_format
 class _Arranged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layout, back):

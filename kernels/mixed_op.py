@@ -217,6 +217,8 @@ class _Settings(NamedTuple):
     eps: float
     keep: int
     last: bool
+    planes_out: bool  # whether the result is channels first, else channels last
+    planes_grad: bool  # likewise the gradients to the states
 
 
 def _fused(call: _Call) -> Tensor:
@@ -231,10 +233,18 @@ def _mix(call: _Call) -> Tensor:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
-        options = (call.primitives, call.nodes, call.stride, call.last, call)
+        options = (call.primitives, call.nodes, call.stride, call.last, call, *_planes(call.states))
         return _cell(list(map(fused.taken, call.states)), weights, theta, call.norms_read, *options)
     nodes = _partial_cell(call, weights)
     return nodes[-1] if call.last else torch.cat(nodes, dim=1)
+
+
+def _planes(states: Sequence[Tensor]) -> tuple[bool, bool]:
+    """Whether the result of a cell on these, and the gradients to them, are to be made channels first by the kernels."""
+    if torch.compiler.is_compiling() or not engine.of(states[0]).TAKES_PLANES:  # rearranged behind the op
+        return False, False
+    planes = [fused.layout(state) == torch.contiguous_format for state in states]
+    return planes[0], all(planes) and not any(map(fused.takes_any_format, states))
 
 
 def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
@@ -273,10 +283,22 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     return nodes
 
 
-def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: bool, call: _Call) -> Tensor:
-    """A cell all of whose channels are mixed, with the other options of `call`, in the kernels' memory format.
+def _cell(
+    states,
+    weights,
+    theta,
+    norms,
+    names,
+    nodes: int,
+    stride: int,
+    last: bool,
+    call: _Call,
+    planes_out: bool = False,
+    planes_grad: bool = False,
+) -> Tensor:
+    """A cell all of whose channels are mixed, with the other options of `call`, states in the kernels' memory format.
 
-    names: as `_Call.primitives`.
+    names: as `_Call.primitives`. planes: as `_Settings`.
     """
     x = states[0]
     gamma, beta = norms.affine(x)
@@ -286,7 +308,7 @@ def _cell(states, weights, theta, norms, names, nodes: int, stride: int, last: b
         weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
     primitives = ";".join([",".join(row) for row in arguments.once(names)])
-    settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last)
+    settings = _Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last, planes_out, planes_grad)
     tables = (weights, theta, gamma, beta, mean, variance)
     out, mean, variance, *_ = _forward_op(list(states), *tables, *settings)
     if norms.on_batch:
@@ -347,12 +369,15 @@ class _Flat(torch.autograd.Function):
 # ---- the registered ops ----------------------------------------------------------------------------------------------
 
 
-def _call(states: Sequence[Tensor], settings: _Settings) -> tuple[tuple[int, ...], engine.Sizes]:
+def _call(
+    states: Sequence[Tensor], settings: _Settings, planes_out: bool = False, planes_grad: bool = False
+) -> tuple[tuple[int, ...], engine.Sizes]:
     """The shape as the compiled functions take it, and the sizes that follow from it."""
     on = engine.of(states[0])
     n, c, h, w = (int(size) for size in states[0].shape)
     last = settings.last and on.MAKES_LAST
-    shape = (n, c, h, w, len(states), settings.nodes, settings.stride, int(settings.pool_norm), int(last))
+    flags = map(int, (settings.pool_norm, last, planes_out, planes_grad))
+    shape = (n, c, h, w, len(states), settings.nodes, settings.stride, *flags)
     return shape, on.sizes(shape, settings.primitives, on.image_dtype(states[0]))
 
 
@@ -366,7 +391,8 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
     _, sizes = _call(states, settings)
     size = (sizes.height_out, sizes.width_out)
     channels = settings.nodes * x.shape[1]
-    out = fused.empty_image(x, x.shape[1] if settings.last else channels, *size)
+    layout = torch.contiguous_format if settings.planes_out else torch.channels_last
+    out = fused.empty_in(layout, x, x.shape[1] if settings.last else channels, *size)
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
     activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
     kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
@@ -374,13 +400,13 @@ def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, 
     if on.image_dtype(x) != x.dtype:
         kept += 4 * x.shape[0] * channels * math.prod(size) if settings.keep else 0  # see _nodes
     elif settings.last and not on.MAKES_LAST:
-        all_nodes = fused.empty_image(x, channels, *size)
+        all_nodes = fused.empty_in(layout, x, channels, *size)
     return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), all_nodes
 
 
 def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
     settings, on = _Settings(*settings), engine.of(states[0])
-    shape, sizes = _call(states, settings)
+    shape, sizes = _call(states, settings, settings.planes_out)
     rows = engine.rows(settings.primitives)
     if theta.numel() != sizes.theta or weights.numel() != sizes.edges * max(map(len, rows)):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
@@ -444,18 +470,19 @@ def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings
     return _outputs(states, mean is None, settings, take)
 
 
-def _gradients(states, weights, theta, gamma, beta, wanted) -> list[Tensor | None]:
+def _gradients(states, weights, theta, gamma, beta, wanted, planes: bool = False) -> list[Tensor | None]:
     """Tensors for the gradients that are wanted: of the states together, weights, theta, gamma and beta.
 
     wanted: one flag for each state, then four. Where one state's gradient is wanted and another's is not, that is zero.
+    planes: whether those of the states are channels first.
     """
     n, c, h, w = states[0].shape
     of_states, images = wanted[: len(states)], None
     if any(of_states):
-        images = fused.empty(states[0], (len(states), n, h, w, c))
+        images = fused.empty(states[0], (len(states), n, *((c, h, w) if planes else (h, w, c))))
         if not all(of_states):
             images.zero_()
-        images = images.permute(0, 1, 4, 2, 3)
+        images = images if planes else images.permute(0, 1, 4, 2, 3)
     tables = (weights, theta, gamma, beta)
     return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[len(states) :]))]
 
@@ -464,15 +491,17 @@ def _backward(
     grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
 ):
     settings, on = _Settings(*settings), engine.of(states[0])
-    shape, sizes = _call(states, settings)
-    of_states, *gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    if not on.MAKES_LAST:
+        grad_out = _of_all_nodes(grad_out, settings.nodes * states[0].shape[1])
+    planes = on.TAKES_PLANES and grad_out.is_contiguous()
+    shape, sizes = _call(states, settings, planes, settings.planes_grad)
+    of_states, *gradients = _gradients(states, weights, theta, gamma, beta, wanted, settings.planes_grad)
     dtype = on.image_dtype(states[0])
     raw = None if of_states is None else of_states.to(dtype)
     images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
-    if not on.MAKES_LAST:
-        grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
-    (grad_out,) = on.images([grad_out], dtype)
+    if not planes:
+        (grad_out,) = on.images([grad_out], dtype)
     workspace = on.workspace(sizes.workspace)
     on.module.mixed_backward(
         shape,
@@ -511,7 +540,7 @@ def _addresses_of_states(images: Tensor | None, wanted: Sequence[bool]) -> list[
 def _backward_fake(
     grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
 ):
-    gradients = _gradients(states, weights, theta, gamma, beta, wanted)
+    gradients = _gradients(states, weights, theta, gamma, beta, wanted, _Settings(*settings).planes_grad)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -557,6 +586,7 @@ def _double_backward_fake(
     return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
 
+@fused.with_any_format
 class _Forward(torch.autograd.Function):
     """`images` are the states and, where only masks are kept, a link to each of them."""
 
@@ -730,7 +760,8 @@ def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
 
 
 _TABLES = "Tensor weights, Tensor theta, Tensor? gamma, Tensor? beta"
-_SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep, bool last"
+_SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep, bool last, bool planes_out, "
+_SETTINGS += "bool planes_grad"
 _SAVED = f"Tensor grad_out, Tensor[] states, Tensor out, Tensor kept, {_TABLES}, Tensor mean, Tensor variance"
 
 

@@ -27,17 +27,17 @@ inline Primitive primitive(const std::string& name) {
 }
 
 // A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm,
-// last) and the primitives' names.
+// last, planes_out, planes_grad) and the primitives' names.
 struct OwnedShape {
   OwnedShape(const Sizes& s, const Names& names) {
-    if (s.size() != 9) throw std::invalid_argument("a shape has 9 numbers");
+    if (s.size() != 11) throw std::invalid_argument("a shape has 11 numbers");
     size_t candidates = 0;
     for (const std::vector<std::string>& row : names) candidates = std::max(candidates, row.size());
     for (const std::vector<std::string>& row : names)
       for (size_t each = 0; each < candidates; ++each)
         primitives.push_back(each < row.size() ? primitive(row[each]) : Primitive::none);
     shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(candidates), s[7] != 0,
-             names.size() > 1, s[8] != 0};
+             names.size() > 1, s[8] != 0, s[9] != 0, s[10] != 0};
     const int64_t edges = s[5] * s[4] + s[5] * (s[5] - 1) / 2;
     if (shape.each_edge && static_cast<int64_t>(names.size()) != edges)
       throw std::invalid_argument("primitives come in one row, or in one for each edge");

@@ -29,7 +29,7 @@ class Batch {
     }
     max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
     avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
-    pool_sums_ = arena_.take<double>(2 * 2 * plan.shape.nodes * n * plan.padded);
+    pool_sums_ = arena_.take<double>(2 * std::max<int64_t>(2, plan.edges.size()) * n * plan.padded);
   }
   Batch(const Batch&) = delete;
 
@@ -107,7 +107,7 @@ class Batch {
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
   std::vector<float*> nodes_;    // in a forward pass the nodes, dense: the caller's lie side by side, too far apart
   float *max_ = nullptr, *avg_ = nullptr;
-  double* pool_sums_ = nullptr;  // (edges that leave a state, 2 pools, images, padded), or the pools' moments
+  double* pool_sums_ = nullptr;  // (edges, 2 pools, images, padded), or the moments of a state's pools
   float* kept_ = nullptr;
 };
 

@@ -37,44 +37,85 @@ class BatchBackward : public PoolsBackward {
         }
       });
     begin_gradients(grad_out);
-    for (int64_t source = plan_.states() - 1; source >= 0; --source) backward_source(source, state_of(source));
-    if (grad.states && !plan_.stored_dense()) finish_states();
+    waiting_.push_back({plan_.states() - 1, {}, {}, true});
+    for (int64_t source = plan_.states() - 2; source >= 0; --source) backward_source(source, state_of(source));
+    catch_up();
+    for (size_t e = 0; e < plan_.edges.size(); ++e)
+      if (plan_.edges[e].ones >= 0) {
+        const double* sum = grad_sums_ + plan_.edges[e].target * plan_.padded;
+        set_mixing_gradient(e, plan_.edges[e].ones, std::accumulate(sum, sum + plan_.padded, 0.0));
+      }
     if (grad.theta) finish_weights();
   }
 
  private:
+  // A state, and what goes back to it through pools and identities.
+  struct Source {
+    int64_t index;
+    State state;
+    Leaving from;
+    bool begun;  // whether there is a gradient that they add to
+  };
+
   // Everything that leaves a state.
-  void backward_source(int64_t source, const State& state) {
-    const Leaving from = leaving(source);
-    const bool of_state = wanted(source), is_node = source >= plan_.shape.inputs;
-    std::vector<double> skip_dots(from.with_skip.empty() ? 0 : from.edges.size() * images() * plan_.padded);
-    std::vector<double> sums(is_node ? images() * plan_.padded : 0);
-    // The sum over pixels of a finished gradient.
-    const auto sum = [&](const Scratch& s, int64_t n) {
-      if (is_node) dot(s, gradient(source, n), nullptr, nullptr, &sums[n * plan_.padded]);
-    };
-    // The last pass over the images does what it can of what is left while an image is in the cache. Norms behind pools
-    // need the products of all images before anything can go back through them.
+  void backward_source(int64_t index, const State& state) {
+    Source source{index, state, leaving(index), true};
+    const Leaving& from = source.from;
+    // Norms behind pools need the products of all images before anything can go back through them.
     const bool at_once = !plan_.shape.pool_norm || (from.with_pool[0].empty() && from.with_pool[1].empty());
     if (!plan_.shape.pool_norm) set_pools(from);
-    const auto finish = [&](const Scratch& s, int64_t n, bool begun) {
-      if (!of_state && !has_dots()) return;
-      pool_dots(from, state, s, n, skip_dots.data());
-      if (!at_once) return;
-      if (of_state) pool_gradients(from, source, state, s, n, begun);
-      sum(s, n);
+    // The last pass over the images does what it can of what is left while an image is in the cache.
+    const auto finish = [&](const Scratch& s, int64_t n) {
+      at_once ? finish_image(source, s, n) : pool_dots(from, state, s, n);
     };
     bool finished = false;
     for (int64_t e : from.edges) finished |= backward_edge(plan_.edges[e], e, state, e == from.last, finish);
+    source.begun = begun_[index];
+    if (!finished && at_once) {
+      waiting_.push_back(std::move(source));
+      return;
+    }
     if (!finished)
-      each_image([&](const Scratch& s, int64_t n) { finish(s, n, begun_[source]); });
-    settle_pools(from, skip_dots.data());
-    if (!at_once && of_state)
       each_image([&](const Scratch& s, int64_t n) {
-        pool_gradients(from, source, state, s, n, begun_[source]);
-        sum(s, n);
+        catch_up(s, n);
+        finish(s, n);
       });
-    if (is_node) total(sums.data(), grad_sums_ + source * plan_.padded);
+    settle();
+    settle_pools(from);
+    if (!at_once && wanted(index))
+      each_image([&](const Scratch& s, int64_t n) {
+        pool_gradients(from, index, state, s, n, source.begun);
+        finish_gradient(s, index, n);
+      });
+    add_up_gradient(index);
+  }
+
+  // What goes back to image n of a state through pools and identities, behind all else.
+  void finish_image(const Source& source, const Scratch& s, int64_t n) const {
+    const bool is_last = source.index + 1 == plan_.states(), of_state = wanted(source.index);
+    if (is_last) begin_last(s, n);
+    if (!is_last && (of_state || has_dots())) pool_dots(source.from, source.state, s, n);
+    if (!of_state) return;
+    pool_gradients(source.from, source.index, source.state, s, n, source.begun);
+    finish_gradient(s, source.index, n);
+  }
+
+  // States that no convolution leaves wait: an image of theirs is finished in the next pass over the images, in front of
+  // what needs their gradients, so that it is read once. Behind that pass: settle.
+  void catch_up(const Scratch& s, int64_t n) const {
+    for (const Source& source : waiting_) finish_image(source, s, n);
+  }
+  void settle() {
+    for (const Source& source : waiting_) {
+      settle_pools(source.from);
+      add_up_gradient(source.index);
+    }
+    waiting_.clear();
+  }
+  // Those that wait when no pass is left.
+  void catch_up() {
+    if (!waiting_.empty()) each_image([&](const Scratch& s, int64_t n) { catch_up(s, n); });
+    settle();
   }
 
   // Behind images [first, last) of a thread's, of which the last is in front of `end`.
@@ -84,12 +125,10 @@ class BatchBackward : public PoolsBackward {
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
-  // is_last: where the gradient of the state or of weights is wanted, finish(scratch, image, whether there is a gradient
-  // of the state yet) is called for each image behind all else that reads it. Returns whether it was.
+  // is_last: where the gradient of the state or of weights is wanted, finish(scratch, image) is called for each image
+  // behind all else that reads it. Returns whether it was.
   template <typename Finish>
   bool backward_edge(const Edge& edge, int64_t e, const State& state, bool is_last, const Finish& finish) {
-    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
-    if (edge.ones >= 0) set_mixing_gradient(e, edge.ones, std::accumulate(grad_sum, grad_sum + plan_.padded, 0.0));
     if (edge.branches.empty()) return false;
     for (WeightSums& sums : weight_sums_) sums.begin = edge.packed_begin();  // the edge before has left zeros
     const float* w = mixing(e);
@@ -102,6 +141,7 @@ class BatchBackward : public PoolsBackward {
       clear(tile, plan_.groups);
       clear(s.mid, plan_.groups);
       for (int64_t n = take(); n >= 0; n = take()) {
+        catch_up(s, n);
         const float* g = gradient(edge.target, n);
         bool loaded = false;
         for (size_t b = 0; b < branches; ++b) {
@@ -140,6 +180,8 @@ class BatchBackward : public PoolsBackward {
         }
       }
     });
+    settle();
+    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     std::vector<double> dots(plan_.padded), gradient_sums(plan_.padded);
     bool second = false;
     for (size_t b = 0; b < branches; ++b) {
@@ -205,7 +247,7 @@ class BatchBackward : public PoolsBackward {
           if (of_state) announce(s, plan_, gradient(edge.source, last), next * state.height * state.width);
         }
         backward_state(edge, state, n, last, thread, s, tile, end);
-        for (int64_t i = n; i < last && is_last; ++i) finish(s, i, true);
+        for (int64_t i = n; i < last && is_last; ++i) finish(s, i);
       }
     });
     if (of_state) begun_[edge.source] = true;
@@ -311,6 +353,7 @@ class BatchBackward : public PoolsBackward {
 
   std::vector<WeightSums> weight_sums_;
   std::vector<Affine> first_, last_;
+  std::vector<Source> waiting_;
 };
 
 }  // namespace

@@ -26,12 +26,7 @@ class BatchForward : public Batch {
     kept_ = keep >= Keep::activations ? kept : nullptr;
     batch_mean_ = mean;
     batch_variance_ = variance;
-    for (int64_t source = 0; source + 1 < plan_.states(); ++source) {
-      const State state = state_of(source);
-      begin_source(source, state);
-      for (size_t e = 0; e < plan_.edges.size(); ++e)
-        if (plan_.edges[e].source == source) forward_edge(plan_.edges[e], e, state);
-    }
+    for (int64_t source = 0; source + 1 < plan_.states(); ++source) forward_source(source, state_of(source));
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         add_pending(scratch_[thread], n);
@@ -84,84 +79,120 @@ class BatchForward : public Batch {
     });
   }
 
-  // Pools of a state, for all its edges, with their moments, and what remains to be done for a node.
-  void begin_source(int64_t source, const State& state) {
-    const bool node_done = plan_.asked(source) >= 0;
-    const bool max = plan_.leaves(source, &Edge::max), avg = plan_.leaves(source, &Edge::avg);
-    if (!max && !avg && !node_done) return;
-    const PoolShape shape = pool_shape(state);
-    const int64_t pixels = state.height * state.width;
-    double *max_sums = pool_sums_, *avg_sums = pool_sums_ + 2 * images() * plan_.padded;
-    parallel_shared(threads_, images(), [&](int thread, const auto& take) {
-      const Scratch& s = scratch_[thread];
-      for (int64_t n = take(); n >= 0; n = take()) {
-        add_pending(s, n);  // before the pools it refers to change
-        if (node_done) finish_node(s, source, n);
-        const float* image_in = state.data + n * state.image;
-        if (!state.dense() && (max || avg)) {
-          load_dense(plan_, state, n, s.state_grad);
-          image_in = s.state_grad;
-        }
-        for (int64_t group = 0; group < plan_.groups; ++group) {
-          const Section section(s.clock, Work::pools);
-          const float* in = image_in + group * pixels * kLanes;
-          const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
-          if (max) max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, nullptr, nullptr);
-          if (avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
-        }
-        if (!plan_.shape.pool_norm) continue;
-        const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-        if (max) moments(s, max_ + image, max_sums + row)(0, 0, plan_.height_out);
-        if (avg) moments(s, avg_ + image, avg_sums + row)(0, 0, plan_.height_out);
+  // Everything that leaves a state. What an image needs once is done in the first pass over the images, convolutions' or
+  // one of its own.
+  void forward_source(int64_t source, const State& state) {
+    const Arrival now{source, state, plan_.leaves(source, &Edge::max), plan_.leaves(source, &Edge::avg),
+                      plan_.asked(source) >= 0};
+    bool arrived = !now.max && !now.avg && !now.asked;
+    std::vector<int64_t> edges = plan_.leaving(source);
+    std::stable_partition(edges.begin(), edges.end(), [&](int64_t e) { return !plan_.edges[e].branches.empty(); });
+    const auto behind_pass = [&] {
+      pending_.clear();
+      if (!arrived) settle_pools(source);
+      arrived = true;
+    };
+    if (!arrived && (edges.empty() || plan_.edges[edges[0]].branches.empty())) {
+      parallel_shared(threads_, images(), [&](int thread, const auto& take) {
+        for (int64_t n = take(); n >= 0; n = take()) arrive(now, scratch_[thread], n);
+      });
+      behind_pass();
+    }
+    for (int64_t e : edges) {
+      const Edge& edge = plan_.edges[e];
+      if (!edge.branches.empty()) {
+        first_stage(edge, now, arrived);
+        behind_pass();
+        settle_convolutions(edge);
       }
-    });
-    pending_.clear();
-    if (!plan_.shape.pool_norm) return;
-    for (const Edge& edge : plan_.edges)
-      if (edge.source == source) {
-        if (edge.max >= 0) settle(edge.max_norm, max_sums);
-        if (edge.avg >= 0) settle(edge.avg_norm, avg_sums);
-      }
+      leave(edge, e, state);
+    }
   }
 
-  void forward_edge(const Edge& edge, int64_t e, const State& state) {
-    if (!edge.branches.empty()) {
-      parallel_shared(threads_, bundles(), [&](int thread, const auto& take) {
-        const Scratch& s = scratch_[thread];
-        const Tile tile = sized(s.state, state.height, state.width);
-        clear(tile, plan_.groups, plan_.bundle);
-        for (int64_t bundle = take(); bundle >= 0; bundle = take()) {
-          const int64_t begin = bundle * plan_.bundle, end = std::min(begin + plan_.bundle, images());
-          for (int64_t n = begin; n < end; ++n) {
-            add_pending(s, n);
-            load_state(s, state, n, tile.at(n - begin));
-          }
-          s.ahead->clear();
-          if (const int64_t next = std::min(end + plan_.bundle, images()) - end) {
-            announce_pending(s, end, next);
-            announce(s, plan_, state, end, next);
-            for (size_t b = 0; b < edge.branches.size(); ++b)
-              if (!is_pending(first_output(edge, b, 0)))
-                announce(s, plan_, first_output(edge, b, end), next * plan_.pixels_out());
-          }
-          for (size_t b = 0; b < edge.branches.size(); ++b) {
-            const Branch& branch = edge.branches[b];
-            float* to = first_output(edge, b, begin);
-            convolve<false>(plan_, branch.stages[0], packed_.forward, tile, end - begin, s, to,
-                            moments(s, to, sums_[b] + 2 * begin * plan_.padded));
-          }
-        }
-      });
-      pending_.clear();
-      bool second = false;
-      for (const Branch& branch : edge.branches) second |= branch.stages.size() > 1;
-      settle_stage(edge, false);
-      if (second) {
-        second_stage(edge);
-        settle_stage(edge, true);
-      }
+  // A state from which edges leave: whether there are pools, and whether it is a node that the caller asks for.
+  struct Arrival {
+    int64_t source;
+    const State& state;
+    bool max, avg, asked;
+  };
+
+  // Finishes an image of a state: what remains to be added, to where the caller wants it, and its pools with their
+  // moments, for all edges.
+  void arrive(const Arrival& now, const Scratch& s, int64_t n) const {
+    add_pending(s, n);  // before the pools it refers to change
+    if (now.asked) finish_node(s, now.source, n);
+    if (!now.max && !now.avg) return;
+    const State& state = now.state;
+    const PoolShape shape = pool_shape(state);
+    const float* image_in = state.data + n * state.image;
+    if (!state.dense()) {
+      load_dense(plan_, state, n, s.state_grad);
+      image_in = s.state_grad;
     }
-    leave(edge, e, state);
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      const Section section(s.clock, Work::pools);
+      const float* in = image_in + group * state.height * state.width * kLanes;
+      const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
+      if (now.max) max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, nullptr, nullptr);
+      if (now.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
+    }
+    if (!plan_.shape.pool_norm) return;
+    const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
+    if (now.max) moments(s, max_ + image, max_sums() + row)(0, 0, plan_.height_out);
+    if (now.avg) moments(s, avg_ + image, avg_sums() + row)(0, 0, plan_.height_out);
+  }
+  double* max_sums() const { return pool_sums_; }
+  double* avg_sums() const { return pool_sums_ + 2 * images() * plan_.padded; }
+
+  // The norms behind the pools of a state.
+  void settle_pools(int64_t source) {
+    if (!plan_.shape.pool_norm) return;
+    for (int64_t e : plan_.leaving(source)) {
+      const Edge& edge = plan_.edges[e];
+      if (edge.max >= 0) settle(edge.max_norm, max_sums());
+      if (edge.avg >= 0) settle(edge.avg_norm, avg_sums());
+    }
+  }
+
+  // The first stages of an edge's convolutions. arrived: whether its state is finished.
+  void first_stage(const Edge& edge, const Arrival& now, bool arrived) {
+    const State& state = now.state;
+    parallel_shared(threads_, bundles(), [&](int thread, const auto& take) {
+      const Scratch& s = scratch_[thread];
+      const Tile tile = sized(s.state, state.height, state.width);
+      clear(tile, plan_.groups, plan_.bundle);
+      for (int64_t bundle = take(); bundle >= 0; bundle = take()) {
+        const int64_t begin = bundle * plan_.bundle, end = std::min(begin + plan_.bundle, images());
+        for (int64_t n = begin; n < end; ++n) {
+          arrived ? add_pending(s, n) : arrive(now, s, n);
+          load_state(s, state, n, tile.at(n - begin));
+        }
+        s.ahead->clear();
+        if (const int64_t next = std::min(end + plan_.bundle, images()) - end) {
+          announce_pending(s, end, next);
+          announce(s, plan_, state, end, next);
+          for (size_t b = 0; b < edge.branches.size(); ++b)
+            if (!is_pending(first_output(edge, b, 0)))
+              announce(s, plan_, first_output(edge, b, end), next * plan_.pixels_out());
+        }
+        for (size_t b = 0; b < edge.branches.size(); ++b) {
+          const Branch& branch = edge.branches[b];
+          float* to = first_output(edge, b, begin);
+          convolve<false>(plan_, branch.stages[0], packed_.forward, tile, end - begin, s, to,
+                          moments(s, to, sums_[b] + 2 * begin * plan_.padded));
+        }
+      }
+    });
+  }
+
+  // What is left of an edge's convolutions behind their first stages.
+  void settle_convolutions(const Edge& edge) {
+    bool second = false;
+    for (const Branch& branch : edge.branches) second |= branch.stages.size() > 1;
+    settle_stage(edge, false);
+    if (!second) return;
+    second_stage(edge);
+    settle_stage(edge, true);
   }
 
   // The second stages of the separable convolutions, into y.

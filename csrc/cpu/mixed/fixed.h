@@ -363,7 +363,7 @@ class Fixed {
   void backward_image(int64_t n, const Local& local, bool parameters, bool linear) const {
     const Scratch& s = local.scratch;
     Bits* mask = masks(n, local);
-    const int64_t inputs = plan_.shape.inputs, c = plan_.shape.channels;
+    const int64_t inputs = plan_.shape.inputs;
     for (int64_t state = 0; state < plan_.states(); ++state)
       begin_gradient(plan_, grad_out_, state, n, local.states[state]);
     if (parameters) add_sum(local.states[plan_.states() - 1], nullptr, s, local.sum + (plan_.states() - 1) * plan_.padded);
@@ -372,11 +372,8 @@ class Fixed {
       if (parameters && source >= inputs) add_sum(local.states[source], nullptr, s, local.sum + source * plan_.padded);
     }
     if (!grad_.states) return;
-    for (int64_t state = 0; state < inputs; ++state) {
-      if (!grad_.states[state]) continue;
-      const int64_t pixels = plan_.height(state) * plan_.width(state);
-      store_state<false>(plan_, local.states[state], static_cast<float*>(grad_.states[state]) + n * pixels * c, c, pixels);
-    }
+    for (int64_t state = 0; state < inputs; ++state)
+      if (grad_.states[state]) store_gradient(plan_, local.states[state], state, n, grad_.states[state]);
   }
 
   // The rows of a dense image from `row` on.

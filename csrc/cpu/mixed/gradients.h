@@ -16,33 +16,56 @@ class BatchGradients : public Batch {
     const int64_t n = plan.shape.batch;
     for (int64_t state = 0; state < plan.states(); ++state) {
       const bool last = state + 1 == plan.states();
-      const bool of_caller = (state < plan.shape.inputs && plan.stored_dense()) || (last && plan.asked_dense());
+      const bool of_caller = (state < plan.shape.inputs && plan.gradient_dense()) || (last && plan.asked_dense());
       const int64_t floats = n * plan.height(state) * plan.width(state) * plan.padded;
       grads_.push_back(of_caller ? nullptr : arena_.take<float>(floats));
     }
     grad_sums_ = arena_.take<double>(plan.states() * plan.padded);
+    image_sums_ = arena_.take<double>(plan.states() * n * plan.padded);
   }
 
   float* gradient(int64_t state, int64_t n) const {
     return grads_[state] + n * plan_.height(state) * plan_.width(state) * plan_.padded;
   }
 
-  // Those that the caller gives. The others begin with the first that is added to them.
+  // Those that the caller gives, but for the last node's (`begin_last`). The others begin with the first that is added to
+  // them.
   void begin_gradients(const float* grad_out) {
+    grad_out_ = grad_out;
+    if (plan_.asked_dense()) grads_.back() = const_cast<float*>(grad_out);  // read only
     for (int64_t state = 0; state < plan_.states(); ++state) begun_.push_back(plan_.asked(state) >= 0);
-    if (plan_.stored_dense())
+    if (plan_.gradient_dense())
       for (int64_t state = 0; state < plan_.shape.inputs; ++state)
         if (wanted(state)) grads_[state] = static_cast<float*>(grad_.states[state]);
-    if (plan_.asked_dense()) {
-      grads_.back() = const_cast<float*>(grad_out);  // read only
-      return;
-    }
+    if (plan_.shape.results() == 1) return;
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       const Section section(scratch_[thread].clock, Work::nodes);
       for (int64_t n = begin; n < end; ++n)
-        for (int64_t state = 0; state < plan_.states(); ++state)
+        for (int64_t state = 0; state + 1 < plan_.states(); ++state)
           if (begun_[state]) begin_gradient(plan_, grad_out, state, n, gradient(state, n));
     });
+  }
+
+  // That of the last node, which no edge leaves, of image n.
+  void begin_last(const Scratch& s, int64_t n) const {
+    const int64_t last = plan_.states() - 1;
+    if (plan_.asked_dense()) return;
+    const Section section(s.clock, Work::nodes);
+    begin_gradient(plan_, grad_out_, last, n, gradient(last, n));
+  }
+
+  // A finished gradient of image n: its sums over the pixels, or to where the caller wants it.
+  void finish_gradient(const Scratch& s, int64_t state, int64_t n) const {
+    if (state >= plan_.shape.inputs) {
+      dot(s, gradient(state, n), nullptr, nullptr, image_sums(state, n));
+    } else if (!plan_.gradient_dense()) {
+      const Section section(s.clock, Work::nodes);
+      store_gradient(plan_, gradient(state, n), state, n, grad_.states[state]);
+    }
+  }
+  // Behind that of all images.
+  void add_up_gradient(int64_t state) const {
+    if (state >= plan_.shape.inputs) total(image_sums(state, 0), grad_sums_ + state * plan_.padded);
   }
 
   // Whether the gradient of a state goes anywhere.
@@ -55,6 +78,10 @@ class BatchGradients : public Batch {
     parallel_shared(threads_, images(), [&](int thread, const auto& take) {
       for (int64_t n = take(); n >= 0; n = take()) work(scratch_[thread], n);
     });
+  }
+
+  double* image_sums(int64_t state, int64_t n) const {
+    return image_sums_ + (state * images() + n) * plan_.padded;
   }
 
   // to[c] = sum over the pixels of an image of g * (y - pivot).
@@ -89,23 +116,13 @@ class BatchGradients : public Batch {
     if (grad_.weights) grad_.weights[e * plan_.shape.candidates + mix] = static_cast<float>(value);
   }
 
-  void finish_states() {
-    for (int64_t state = 0; state < plan_.shape.inputs; ++state) {
-      if (!grad_.states[state]) continue;
-      const int64_t c = plan_.shape.channels, pixels = plan_.height(state) * plan_.width(state);
-      parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
-        const Section section(scratch_[thread].clock, Work::nodes);
-        for (int64_t n = begin; n < end; ++n)
-          store_state<false>(plan_, gradient(state, n), static_cast<float*>(grad_.states[state]) + n * pixels * c, c,
-                             pixels);
-      });
-    }
-  }
 
   MixedGradients grad_{};
   std::vector<float*> grads_;    // of each state, dense
   std::vector<bool> begun_;      // of which of them there is anything yet
-  double* grad_sums_ = nullptr;  // (states, padded)
+  const float* grad_out_ = nullptr;
+  double* grad_sums_ = nullptr;   // (states, padded)
+  double* image_sums_ = nullptr;  // (states, images, padded)
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "mixed/memory.h"
 #include "mixed/plan.h"
+#include "mixed/planes.h"
 #include "mixed/section.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
@@ -138,31 +139,41 @@ inline void begin_gradient(const Plan& plan, const float* grad_out, int64_t stat
   const int64_t h = plan.height_out, w = plan.width_out, pixel = plan.pixel_asked(), at = plan.asked(state);
   if (at < 0)
     std::memset(to, 0, plan.height(state) * plan.width(state) * plan.padded * sizeof(float));
+  else if (plan.shape.planes_out)
+    load_planes(plan, grad_out + (n * pixel + at) * h * w, h * w, to);
   else
     load_dense(plan, State{grad_out + at, h * w * pixel, pixel, h, w}, n, to);
 }
 
-// Writes (or adds to) `state` from a dense image.
-template <bool Add> void store_state(const Plan& plan, const float* from, float* to, int64_t pixel, int64_t pixels) {
+// Writes `to` from a dense image.
+inline void store_state(const Plan& plan, const float* from, float* to, int64_t pixel, int64_t pixels) {
   const int64_t whole = plan.shape.channels / kLanes, rest = plan.shape.channels % kLanes;
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t group = 0; group < whole; ++group) {
-      float* at = to + p * pixel + group * kLanes;
-      const Vector v = load(from + (group * pixels + p) * kLanes);
-      store(at, Add ? load(at) + v : v);
+      store(to + p * pixel + group * kLanes, load(from + (group * pixels + p) * kLanes));
     }
-    if (rest) {
-      float* at = to + p * pixel + whole * kLanes;
-      const Vector v = load(from + (whole * pixels + p) * kLanes);
-      store_part(at, Add ? load_part(at, rest) + v : v, rest);
-    }
+    if (rest) store_part(to + p * pixel + whole * kLanes, load(from + (whole * pixels + p) * kLanes), rest);
   }
 }
 
 // A node, dense, of image n, to where the caller wants it, if so.
 inline void store_node(const Plan& plan, const float* node, int64_t state, int64_t n, float* out) {
   const int64_t pixel = plan.pixel_asked(), at = plan.asked(state), pixels = plan.pixels_out();
-  if (at >= 0) store_state<false>(plan, node, out + n * pixels * pixel + at, pixel, pixels);
+  if (at < 0) return;
+  if (plan.shape.planes_out)
+    store_planes(plan, node, pixels, out + (n * pixel + at) * pixels);
+  else
+    store_state(plan, node, out + n * pixels * pixel + at, pixel, pixels);
+}
+
+// The gradient of an input, dense, of image n, to where the caller wants it.
+inline void store_gradient(const Plan& plan, const float* gradient, int64_t state, int64_t n, void* out) {
+  const int64_t c = plan.shape.channels, pixels = plan.height(state) * plan.width(state);
+  float* to = static_cast<float*>(out) + n * pixels * c;
+  if (plan.shape.planes_grad)
+    store_planes(plan, gradient, pixels, to);
+  else
+    store_state(plan, gradient, to, c, pixels);
 }
 
 // relu(y * scale + shift) into the tile of the second stage. y dense, scale and shift (padded).

@@ -91,6 +91,13 @@ struct Plan {
   int64_t bundle = 1;             // images that go through a convolution together
   int64_t states() const { return shape.inputs + shape.nodes; }
   int64_t kept_nodes() const { return shape.nodes - 1; }  // all but the last: dense, in front of everything else
+  // The edges that leave a state.
+  std::vector<int64_t> leaving(int64_t source) const {
+    std::vector<int64_t> found;
+    for (size_t e = 0; e < edges.size(); ++e)
+      if (edges[e].source == source) found.push_back(e);
+    return found;
+  }
   // Whether an edge from a state has this candidate.
   bool leaves(int64_t source, int64_t Edge::*candidate) const {
     return std::any_of(edges.begin(), edges.end(),
@@ -104,9 +111,11 @@ struct Plan {
     return state < shape.inputs || node < 0 ? -1 : node * shape.channels;
   }
   int64_t pixel_asked() const { return shape.results() * shape.channels; }
-  // Whether images of C channels are dense as the caller stores them, and whether what is asked for is one such image.
+  // Whether images of C channels are dense as the caller stores them, and whether what is asked for, and the gradient of
+  // a state, is one such image.
   bool stored_dense() const { return shape.channels == kLanes; }
-  bool asked_dense() const { return stored_dense() && shape.results() == 1; }
+  bool asked_dense() const { return stored_dense() && shape.results() == 1 && !shape.planes_out; }
+  bool gradient_dense() const { return stored_dense() && !shape.planes_grad; }
   int64_t pixels_out() const { return height_out * width_out; }
   int64_t plane_out() const { return pixels_out() * kLanes; }
   int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state

@@ -12,34 +12,34 @@ class PoolsBackward : public BatchGradients {
   PoolsBackward(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
       : BatchGradients(plan, in, workspace, threads) {
     winners_ = arena_.take<Winner>(plan.max ? plan.shape.batch * winners_per_image() : 0);
-    for (int64_t each = 0; each < 2 * plan.shape.nodes; ++each) pool_.push_back(take_affine(arena_, plan));
+    for (size_t each = 0; each < 2 * plan.edges.size(); ++each) pool_.push_back(take_affine(arena_, plan));
+    skip_sums_ = arena_.take<double>(plan.edges.size() * plan.shape.batch * plan.padded);
   }
 
   // The edges that leave a state, and which of them have a pool or an identity.
   struct Leaving {
-    std::vector<int64_t> edges;
-    std::vector<size_t> with_pool[2], with_skip;  // max, average
-    int64_t last = -1;                            // the last one that has a convolution
+    std::vector<int64_t> edges, with_pool[2], with_skip;  // max, average
+    int64_t last = -1;                                    // the last one that has a convolution
   };
 
   Leaving leaving(int64_t source) const {
     Leaving found;
-    for (size_t e = 0; e < plan_.edges.size(); ++e) {
+    found.edges = plan_.leaving(source);
+    for (int64_t e : found.edges) {
       const Edge& edge = plan_.edges[e];
-      if (edge.source != source) continue;
-      if (edge.max >= 0) found.with_pool[0].push_back(found.edges.size());
-      if (edge.avg >= 0) found.with_pool[1].push_back(found.edges.size());
-      if (edge.skip >= 0) found.with_skip.push_back(found.edges.size());
+      if (edge.max >= 0) found.with_pool[0].push_back(e);
+      if (edge.avg >= 0) found.with_pool[1].push_back(e);
+      if (edge.skip >= 0) found.with_skip.push_back(e);
       if (!edge.branches.empty()) found.last = e;
-      found.edges.push_back(e);
     }
     return found;
   }
 
-  // Sums of the image of edge i that leaves a state.
-  double* pool_sums(size_t i, int kind, int64_t n) const {
-    return pool_sums_ + ((2 * i + kind) * images() + n) * plan_.padded;
+  // Sums of an image, of what an edge's pools and identity give and of gradients.
+  double* pool_sums(int64_t e, int kind, int64_t n) const {
+    return pool_sums_ + ((2 * e + kind) * images() + n) * plan_.padded;
   }
+  double* skip_sums(int64_t e, int64_t n) const { return skip_sums_ + (e * images() + n) * plan_.padded; }
   // A pooled state: norms look at it once more, else it is forgotten.
   float* pooled(const Scratch& s, int kind, int64_t n) const {
     return plan_.shape.pool_norm ? (kind == 0 ? max_ : avg_) + n * plan_.image_out() : s.mid_grad;
@@ -49,7 +49,7 @@ class PoolsBackward : public BatchGradients {
   bool has_dots() const { return grad_.weights || plan_.shape.pool_norm; }
 
   // The pools of an image once more, and the products of what they give, and of the state itself, and the gradients.
-  void pool_dots(const Leaving& from, const State& state, const Scratch& s, int64_t n, double* skip_dots) const {
+  void pool_dots(const Leaving& from, const State& state, const Scratch& s, int64_t n) const {
     const bool average = has_dots() && !from.with_pool[1].empty(), skip = grad_.weights && !from.with_skip.empty();
     if (from.with_pool[0].empty() && !average && !skip) return;  // a max pool has to find its winners again
     const PoolShape shape = pool_shape(state);
@@ -71,29 +71,26 @@ class PoolsBackward : public BatchGradients {
           average_pool(in, state.width * kLanes, shape, s.pool_rows, out);
       }
       if (!has_dots()) continue;
-      for (size_t i : from.with_pool[kind]) {
-        const Edge& edge = plan_.edges[from.edges[i]];
+      for (int64_t e : from.with_pool[kind]) {
+        const Edge& edge = plan_.edges[e];
         const int64_t norm = kind == 0 ? edge.max_norm : edge.avg_norm;
         const float* mean = norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr;
-        dot(s, gradient(edge.target, n), to, mean, pool_sums(i, kind, n));
+        dot(s, gradient(edge.target, n), to, mean, pool_sums(e, kind, n));
       }
     }
     if (!skip) return;
-    for (size_t i : from.with_skip) {
-      const int64_t target = plan_.edges[from.edges[i]].target;
-      dot(s, gradient(target, n), x, nullptr, skip_dots + (i * images() + n) * plan_.padded);
-    }
+    for (int64_t e : from.with_skip) dot(s, gradient(plan_.edges[e].target, n), x, nullptr, skip_sums(e, n));
   }
 
   // What goes back through pools without norms.
   void set_pools(const Leaving& from) const {
-    for (size_t i = 0; i < from.edges.size(); ++i) {
-      const Edge& edge = plan_.edges[from.edges[i]];
+    for (int64_t e : from.edges) {
+      const Edge& edge = plan_.edges[e];
       for (int kind = 0; kind < 2; ++kind) {
         const int64_t mix = kind == 0 ? edge.max : edge.avg;
-        const Affine& to = pool_[2 * i + kind];
+        const Affine& to = pool_[2 * e + kind];
         for (int64_t c = 0; c < plan_.padded && mix >= 0; ++c) {
-          to.a[c] = mixing(from.edges[i])[mix];
+          to.a[c] = mixing(e)[mix];
           to.b[c] = to.d[c] = 0;
         }
       }
@@ -101,20 +98,19 @@ class PoolsBackward : public BatchGradients {
   }
 
   // From these products to gradients of mixing weights and norms, and to what goes back through these.
-  void settle_pools(const Leaving& from, const double* skip_dots) const {
+  void settle_pools(const Leaving& from) const {
     if (!has_dots()) return;
     std::vector<double> dots(plan_.padded);
-    for (size_t i = 0; i < from.edges.size(); ++i) {
-      const int64_t e = from.edges[i];
+    for (int64_t e : from.edges) {
       const Edge& edge = plan_.edges[e];
       const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
       const auto settle_pool = [&](int kind, int64_t mix, int64_t norm) {
-        total(pool_sums(i, kind, 0), dots.data());
+        total(pool_sums(e, kind, 0), dots.data());
         const double w = mixing(e)[mix];
         double mixing_grad = 0;
         if (norm >= 0) {
           norm_gradients(norm, w, dots.data(), grad_sum, &mixing_grad);
-          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum, count(), pool_[2 * i + kind]);
+          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum, count(), pool_[2 * e + kind]);
         } else {
           mixing_grad = std::accumulate(dots.begin(), dots.end(), 0.0);
         }
@@ -123,7 +119,7 @@ class PoolsBackward : public BatchGradients {
       if (edge.max >= 0) settle_pool(0, edge.max, edge.max_norm);
       if (edge.avg >= 0) settle_pool(1, edge.avg, edge.avg_norm);
       if (edge.skip >= 0 && grad_.weights) {
-        total(skip_dots + i * images() * plan_.padded, dots.data());
+        total(skip_sums(e, 0), dots.data());
         set_mixing_gradient(e, edge.skip, std::accumulate(dots.begin(), dots.end(), 0.0));
       }
     }
@@ -141,42 +137,41 @@ class PoolsBackward : public BatchGradients {
       if (!begun) std::memset(to, 0, pixels * kLanes * sizeof(float));
       const int64_t plane = group * plan_.plane_out();
       for (int kind = 0; kind < 2; ++kind) {
-        const std::vector<size_t>& with = from.with_pool[kind];
+        const std::vector<int64_t>& with = from.with_pool[kind];
         if (with.empty()) continue;
         Vector slope = zero(), constant = zero();
-        for (size_t i : with) {
-          slope += load(pool_[2 * i + kind].b + group * kLanes);
-          constant += load(pool_[2 * i + kind].d + group * kLanes);
+        for (int64_t e : with) {
+          slope += load(pool_[2 * e + kind].b + group * kLanes);
+          constant += load(pool_[2 * e + kind].d + group * kLanes);
         }
-        weighted(from, with, n, plane, plan_.pixels_out(), s.mid_grad,
+        weighted(with, n, plane, plan_.pixels_out(), s.mid_grad,
                  plan_.shape.pool_norm ? pooled(s, kind, n) + plane : nullptr, slope, constant,
-                 [&](size_t i) { return load(pool_[2 * i + kind].a + group * kLanes); });
+                 [&](int64_t e) { return load(pool_[2 * e + kind].a + group * kLanes); });
         if (kind == 0)
           max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
         else
           average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
       }
       if (!from.with_skip.empty())
-        weighted(from, from.with_skip, n, plane, pixels, to, to, set(1.0f), zero(),
-                 [&](size_t i) { return set(mixing(from.edges[i])[plan_.edges[from.edges[i]].skip]); });
+        weighted(from.with_skip, n, plane, pixels, to, to, set(1.0f), zero(),
+                 [&](int64_t e) { return set(mixing(e)[plan_.edges[e].skip]); });
     }
   }
 
   // On a plane of image n: to = slope * from + constant, of a null `from` the constant alone, + the sum over some of the
   // edges of factor(edge) * gradient of its target.
   template <typename Factor>
-  RNAS_INLINE void weighted(const Leaving& all, const std::vector<size_t>& some, int64_t n, int64_t plane,
-                            int64_t pixels, float* to, const float* from, Vector slope, Vector constant,
-                            const Factor& factor) const {
+  RNAS_INLINE void weighted(const std::vector<int64_t>& some, int64_t n, int64_t plane, int64_t pixels, float* to,
+                            const float* from, Vector slope, Vector constant, const Factor& factor) const {
     for (int64_t p = 0; p < pixels; p += kBlock) {
       const int64_t size = std::min<int64_t>(kBlock, pixels - p);
       Vector sum[kBlock];
 #pragma GCC unroll 8
       for (int64_t q = 0; q < kBlock; ++q)
         sum[q] = from ? fma(load(from + (p + std::min(q, size - 1)) * kLanes), slope, constant) : constant;
-      for (size_t i : some) {
-        const float* g = gradient(plan_.edges[all.edges[i]].target, n) + plane + p * kLanes;
-        const Vector f = factor(i);
+      for (int64_t e : some) {
+        const float* g = gradient(plan_.edges[e].target, n) + plane + p * kLanes;
+        const Vector f = factor(e);
         if (size == kBlock) {
 #pragma GCC unroll 8
           for (int q = 0; q < kBlock; ++q) {
@@ -201,7 +196,8 @@ class PoolsBackward : public BatchGradients {
   Winner* down(int64_t n, int64_t group) const { return across(n, group) + plan_.shape.height * plan_.width_out; }
 
   Winner* winners_ = nullptr;
-  std::vector<Affine> pool_;  // what goes back through the pools of each edge that leaves a state
+  double* skip_sums_ = nullptr;  // (edges, images, padded)
+  std::vector<Affine> pool_;     // what goes back through the pools of each edge
 };
 
 }  // namespace

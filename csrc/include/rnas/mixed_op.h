@@ -11,7 +11,8 @@
 // S-1), (node 1: sources 0 .. S), ..., K primitives, B batch norms of all edges. Edges from an input state have
 // `stride`, edges from a node have stride 1.
 //
-// Images are float32, on a GPU also bfloat16 or float16, channels last; all else is float32. Parameters come as one
+// Images are float32, on a GPU also bfloat16 or float16, channels last unless `planes` says otherwise; all else is
+// float32. Parameters come as one
 // array `theta`, edge by edge and primitive by primitive, each as PyTorch stores it:
 //
 //   sep_conv_k    depthwise (C, 1, k, k), pointwise (C, C), depthwise, pointwise; two norms
@@ -50,6 +51,9 @@ struct MixedShape {
   bool pool_norm;
   bool each_edge = false;                  // whether each edge has its own; rows are filled up with Primitive::none
   bool last = false;                       // the last node alone is asked for. On the CPU only
+  // What is channels first, on the CPU only: `out` and `grad_out`, (N, J' * C, H', W'); the gradients to the states,
+  // (N, C, H, W).
+  bool planes_out = false, planes_grad = false;
   int64_t results() const { return last ? 1 : nodes; }  // J', how many nodes are asked for
   const Primitive* of_edge(int64_t edge) const { return primitives + (each_edge ? edge * candidates : 0); }
 };
@@ -83,7 +87,7 @@ struct MixedInputs {
 
 // Where gradients go; null for those not wanted, single states included.
 struct MixedGradients {
-  void* const* states;   // (S) images (N, H, W, C)
+  void* const* states;   // (S) images (N, H, W, C), or (N, C, H, W) with planes_grad
   float* weights;        // (E, K)
   float* theta;
   float *gamma, *beta;   // (B, C)
@@ -93,7 +97,7 @@ namespace cpu {
 
 MixedSizes mixed_sizes(const MixedShape& shape, int threads);
 
-// out (N, H', W', J' * C): the nodes side by side. On batch statistics, mean and variance (B, C) receive the batch's mean
+// out (N, H', W', J' * C), or (N, J' * C, H', W') with planes_out: the nodes side by side. On batch statistics, mean and variance (B, C) receive the batch's mean
 // and biased variance and in.mean and in.variance are not read. kept: mixed_sizes bytes for `keep`.
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads);
@@ -104,7 +108,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads);
 
-// Fixed statistics only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
+// Fixed statistics, and images with the channels last, only. For s = sum(direction * gradient to the states of the backward pass): grad_grad_out
 // (N, H', W', J' * C) receives the derivative of s with respect to grad_out, and `grad` that with respect to weights,
 // theta and gamma (those with respect to states and beta are zero: grad.states and grad.beta must be null; with
 // Keep::masks all must be). direction (S) images (N, H, W, C). direction_kept: memory of kept_linear bytes, or null
