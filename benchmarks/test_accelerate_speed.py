@@ -1,4 +1,4 @@
-"""`rnas.accelerate` on supernets in the styles of other code: a training step before and after."""
+"""A training step before and after `rnas.accelerate`, of supernets in the styles of other code and of one cell of each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from comparison import MEASURED, Gate, Row, compare
 from jobs import GRADIENT_TOLERANCE, relative_error
+from one_cell import OneCell
 from providers import Prepared
 from report import CLOCK, Session, broken, replay
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from rnas.seeding import generator
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from supernets import darts, hooked, nasbench201, pcdarts, smooth  # noqa: E402
 
-PREFIX = "accelerate, "
+WHOLE, CELL = "accelerate, ", "accelerate one cell, "
 BATCH = 64
 STYLES: dict[str, Callable[..., nn.Module]] = {
     "DARTS": darts.build,
@@ -32,8 +33,8 @@ STYLES: dict[str, Callable[..., nn.Module]] = {
     "a list of candidates per edge": smooth.build,
     "weights as attributes": partial(hooked.build, hooks=()),
     "NAS-Bench-201": nasbench201.build,
-    "NAS-Bench-201, one hot": partial(nasbench201.build, mode="hard"),
-    "NAS-Bench-201, chosen ones": partial(nasbench201.build, mode="chosen"),
+    "NAS-Bench-201, 8 samples, one hot": partial(nasbench201.build, mode="hard"),
+    "NAS-Bench-201, 8 samples, chosen ones": partial(nasbench201.build, mode="chosen"),
 }
 LAYOUTS = {  # of the images and weights, and whether the model is accelerated
     "eager": (torch.contiguous_format, False),
@@ -45,48 +46,67 @@ LAYOUTS = {  # of the images and weights, and whether the model is accelerated
 
 @pytest.mark.parametrize("provider", LAYOUTS)
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("what", [WHOLE, CELL])
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_accelerate_speed(session: Session, benchmark, style: str, provider: str):
+def test_accelerate_speed(session: Session, benchmark, what: str, style: str, provider: str):
     """One row: this style and provider."""
     batch = 2 if session.quick else BATCH
-    row = session.row((PREFIX + style, batch), provider, lambda: measure_style(session, style, batch))
+    row = session.row((what + style, batch), provider, lambda: measure_style(session, what, style, batch))
     reason = replay(benchmark, row)
     if reason:
         (pytest.fail if broken(row) else pytest.skip)(reason)
 
 
-def measure_style(session: Session, style: str, batch: int) -> list[Row]:
-    """All providers on one supernet."""
-    size, draw = session.size, generator(0, "benchmark", style)
+def measure_style(session: Session, what: str, style: str, batch: int) -> list[Row]:
+    """All providers on one supernet, or on its first cell."""
+    size, draw, samples = session.size, generator(0, "benchmark", style), 2 if session.quick else 8
+    seeds = range(samples if "samples" in style else 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = STYLES[style](8 if session.quick else size.channels, 3 if session.quick else size.layers, 10)
     model = model.to(session.device).train()
     x = torch.rand(batch, 3, size.image, size.image, generator=draw).to(session.device)
     y = torch.randint(10, (batch,), generator=draw).to(session.device)
+    if what == CELL:
+        model = OneCell(model, x, seeds)
+        prepare, share = partial(_prepare_cell, model), 1
+    else:
+        prepare, share = partial(_prepare, model, x, y, seeds), 3
     rows = compare(
-        PREFIX + style,
+        what + style,
         batch,
-        {name: partial(_prepare, model, x, y, *how) for name, how in LAYOUTS.items()},
+        {name: partial(prepare, *how) for name, how in LAYOUTS.items()},
         Gate(relative_error, GRADIENT_TOLERANCE),
         device=session.device,
-        budget_seconds=3 * session.budget_seconds,
+        budget_seconds=share * session.budget_seconds,
         network=model,
     )
     with measure.ConvolutionCounter() as counter:
-        _step(model, _leaves(model), x[:2], y[:2])
+        prepare(*LAYOUTS["eager"]).run()
     for row in rows:
-        row.flops = batch * counter.total // 2 if row.status == MEASURED else None
+        row.flops = counter.total if row.status == MEASURED else None
     return rows
 
 
-def _prepare(model: nn.Module, x: Tensor, y: Tensor, layout: torch.memory_format, accelerated: bool) -> Prepared:
-    model, note = copy.deepcopy(model).to(memory_format=layout), ""
-    if accelerated:
-        report = rnas.accelerate(model)
-        note = "" if not report.left else f"{len(report.left)} modules left as they are"
-    run = partial(_step, model, _leaves(model), x.clone(memory_format=layout), y)
+def _prepare(
+    model: nn.Module, x: Tensor, y: Tensor, seeds: range, layout: torch.memory_format, accelerated: bool
+) -> Prepared:
+    model = copy.deepcopy(model).to(memory_format=layout)
+    note = _accelerate(model) if accelerated else ""
+    run = partial(_steps, model, _leaves(model), x.clone(memory_format=layout), y, seeds)
     return Prepared(run, run, run, note)
+
+
+def _prepare_cell(cell: OneCell, layout: torch.memory_format, accelerated: bool) -> Prepared:
+    cell = copy.deepcopy(cell).arranged(layout)
+    note = _accelerate(cell) if accelerated else ""
+    run = partial(cell.gradients, cell.leaves())
+    return Prepared(run, run, run, note)
+
+
+def _accelerate(model: nn.Module) -> str:
+    left = rnas.accelerate(model).left
+    return f"{len(left)} modules left as they are" if left else ""
 
 
 def _leaves(model: nn.Module) -> list[Tensor]:
@@ -95,8 +115,11 @@ def _leaves(model: nn.Module) -> list[Tensor]:
     return [each for each in leaves.values() if each.requires_grad]
 
 
-def _step(model: nn.Module, leaves: list[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Gradients of the cross entropy to the leaves."""
-    torch.manual_seed(0)
-    found = torch.autograd.grad(cross_entropy(model(x), y), leaves, allow_unused=True)
+def _steps(model: nn.Module, leaves: list[Tensor], x: Tensor, y: Tensor, seeds: range) -> list[Tensor]:
+    """Gradients of the cross entropy to the leaves, a step for each seed: of the sample, where the style takes one."""
+    found: list[Tensor | None] = []
+    for seed in seeds:
+        model.seed = seed
+        torch.manual_seed(seed)
+        found += torch.autograd.grad(cross_entropy(model(x), y), leaves, allow_unused=True)
     return [each for each in found if each is not None]

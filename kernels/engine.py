@@ -13,6 +13,7 @@ from torch import Tensor
 from rnas.kernels import backend, fused
 
 
+@functools.lru_cache(maxsize=256)
 def rows(primitives: str) -> list[list[str]]:
     """The names of the candidates as the modules take them: one row for all edges, or one for each.
 

@@ -240,7 +240,7 @@ def _mix(call: _Call) -> Tensor:
 
 
 def _planes(states: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether the result of a cell on these, and the gradients to them, are to be made channels first by the kernels."""
+    """Whether the kernels are to make the result of a cell on these, and the gradients to them, channels first."""
     if torch.compiler.is_compiling() or not engine.of(states[0]).TAKES_PLANES:  # rearranged behind the op
         return False, False
     planes = [fused.layout(state) == torch.contiguous_format for state in states]
@@ -381,14 +381,13 @@ def _call(
     return shape, on.sizes(shape, settings.primitives, on.image_dtype(states[0]))
 
 
-def _outputs(states, batch_statistics, settings, take) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(states, batch_statistics, settings, sizes, take) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors for what the forward op returns.
 
     The nodes that are asked for, the batch's mean and variance, what is kept; and all nodes, where they had to be made
     and lie in neither the first nor in what is kept. take: gives memory of so many bytes.
     """
     x, on = states[0], engine.of(states[0])
-    _, sizes = _call(states, settings)
     size = (sizes.height_out, sizes.width_out)
     channels = settings.nodes * x.shape[1]
     layout = torch.contiguous_format if settings.planes_out else torch.channels_last
@@ -412,7 +411,7 @@ def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
-    out, batch_mean, batch_variance, kept, all_nodes = _outputs(states, mean is None, settings, on.memory)
+    out, batch_mean, batch_variance, kept, all_nodes = _outputs(states, mean is None, settings, sizes, on.memory)
     dtype = on.image_dtype(states[0])
     raw = _nodes(_made(out, all_nodes), kept, dtype, settings, shape[1])
     images = on.images(states, dtype)
@@ -467,7 +466,8 @@ def _put_back(raw: Tensor, images: Tensor) -> None:
 
 def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
     take, settings = functools.partial(fused.empty_bytes, device=states[0].device), _Settings(*settings)
-    return _outputs(states, mean is None, settings, take)
+    _, sizes = _call(states, settings)
+    return _outputs(states, mean is None, settings, sizes, take)
 
 
 def _gradients(states, weights, theta, gamma, beta, wanted, planes: bool = False) -> list[Tensor | None]:

@@ -50,7 +50,7 @@ less than half. Kernels: bytes that must move, and their share of the bandwidth 
 pixels stay in a CPU's cache). *Eager* makes new tensors, which cost a CPU page faults; the others work in place."""
 EDGES = "mixed_edge_"
 METHODS = "architecture_step"
-ACCELERATE = "accelerate, "
+ACCELERATE = ("accelerate one cell, ", "accelerate, ")  # the fused op by itself, and the supernet around it
 KINDS = {  # of work, in a profile
     "tiles": "ReLU, into tiles",
     "depthwise": "depthwise",
@@ -160,7 +160,9 @@ def device_section(result: dict) -> str:
     tables += profile_table(networks, flops, result["threads"])
     tables += [edge_table(edges, flops)] if edges else []
     tables += [method_table(methods)] if methods else []
-    tables += [style_table(styles, flops)] if styles else []
+    for prefix in ACCELERATE:
+        part = [row for row in styles if row["job"].startswith(prefix)]
+        tables += [style_table(part, flops, prefix)] if part else []
     tables += [kernel_table(kernels, stream)] if kernels else []
     return "\n\n".join([head, *tables, *remarks(rows)])
 
@@ -274,7 +276,7 @@ def method_table(rows: list[dict]) -> str:
     return f"{note}\n\n{markdown(table)}"
 
 
-def style_table(rows: list[dict], peak: float) -> str:
+def style_table(rows: list[dict], peak: float, prefix: str) -> str:
     """One line per style of supernet: a training step before and after rnas.accelerate, in both memory formats."""
     names = ("eager", "channels_last", "accelerate", "accelerate_last")
     table = [["supernet", *(PROVIDERS[name] for name in names), "of peak"]]
@@ -287,11 +289,14 @@ def style_table(rows: list[dict], peak: float) -> str:
             cells[-1] += f", {usual / ours:.1f}x channels_last"
         fastest = min((each for each in seconds if each), default=None)
         share = f"{first['flops'] / fastest / peak:.0%}" if fastest and first["flops"] else "-"
-        table.append([first["job"].removeprefix(ACCELERATE), *cells, share])
-    note = (
-        f"One training step, all gradients, batch {rows[0]['batch']}, of supernets in the styles of other code "
-        "(`tests/supernets`, C=16, 8 cells), as they are and after `rnas.accelerate`."
-    )
+        table.append([first["job"].removeprefix(prefix), *cells, share])
+    step = f"One training step, all gradients, batch {rows[0]['batch']}, "
+    note = {
+        ACCELERATE[0]: step + "of the first cell of supernets in the styles of other code (`tests/supernets`, C=16, "
+        "32x32), as it is and after `rnas.accelerate`: what the fused operation gains by itself. *Samples*: the sum of "
+        "so many steps, each with candidates of its own.",
+        ACCELERATE[1]: step + "of the whole supernets (8 cells), with what is around the cells in plain PyTorch.",
+    }[prefix]
     return f"{note}\n\n{markdown(table)}"
 
 

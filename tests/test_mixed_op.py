@@ -1210,3 +1210,25 @@ def test_norms_of_another_length_are_not_read():
     norms[0][0].running_mean = torch.zeros(3)
     with pytest.raises(backend.BackendError, match="one number per feature"):
         kernels.mixed_cell(states, weights, parameters, norms, primitives=primitives, nodes=2)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4, 8, 16, 18, 32])
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("space, cell", [("darts", "small reduction"), ("nas-bench-201", "two nodes")])
+def test_memory_formats_are_the_same_numbers(space, cell, mode, channels, last):
+    height, width = (6, 8) if channels % 4 else (5, 7)  # whole blocks of pixels, and others
+    problem = draw(space=space, cell=cell, shape=(3, channels, height, width), mode=mode, last=last)
+    found = {}
+    for layout in ("contiguous", "channels_last"):
+        call = problem.copy(layout=layout).require(KINDS)
+        out, leaves = call.run(), [leaf for kind in KINDS for leaf in call.leaves(kind)]
+        assert fused.layout(out) == fused.layout(call.states[0])
+        gradients = {}
+        for name, arrange in LAYOUTS.items():
+            gradients[name] = torch.autograd.grad(out, leaves, arrange(noise(out, 1)), retain_graph=True)
+        states = gradients["contiguous"][: len(call.states)]
+        assert [fused.layout(each) for each in states] == [fused.layout(each) for each in call.states]
+        found[layout] = [out, *(each for name in LAYOUTS for each in gradients[name])]
+    for ours, other in zip(*found.values()):
+        assert torch.equal(ours, other)

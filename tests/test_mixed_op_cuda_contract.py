@@ -86,7 +86,7 @@ def test_activations_are_kept_or_nothing(mode, wanted, expected, cuda_device):
 def test_what_the_kernels_do_not_keep_is_refused(keep, cuda_device):
     problem = draw(mode="train", shape=(2, 4, 6, 6)).copy(device=cuda_device)
     theta = torch.cat([tensor.reshape(-1) for tensor in problem.leaves("parameters")])
-    settings = _Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False)
+    settings = _Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False, False, False)
     with pytest.raises(ValueError):
         torch.ops.rnas.mixed_cell_forward(
             problem.states, problem.weights[None], theta, None, None, None, None, *settings
@@ -336,7 +336,7 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
     """More convolutions and pools on one edge than there is room for, and the last node alone."""
 
     def sizes(primitives: list[str], last: int = 0):
-        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last), [primitives], "float32")
+        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0), [primitives], "float32")
 
     sizes(list(reference.PRIMITIVES))
     assert sizes(["sep_conv_3x3"] * 9)

@@ -264,7 +264,21 @@ def test_a_cell_takes_contiguous_states_once_for_both_passes(transposed):
     norms, weight = [torch.nn.BatchNorm2d(16)], torch.randn(16, 16, 3, 3)
     state = x * 1
     out = mixed_op(state, torch.ones(1), [weight], norms, primitives=("conv_3x3",))
-    assert out.is_contiguous() and len(transposed) == 2
+    assert out.is_contiguous() and len(transposed) == 1
     state.mul_(2)  # the graph has a copy of its own
     (gradient,) = torch.autograd.grad(out, x, torch.randn_like(out))
-    assert gradient.is_contiguous() and len(transposed) == 4  # that of the result, and this one
+    assert gradient.is_contiguous() and len(transposed) == 1  # the kernels write it, and read that of the result
+
+
+def test_between_two_cells_gradients_stay_as_the_kernels_have_them(transposed):
+    formats = []
+    x, weight = torch.randn(4, 16, 32, 32, requires_grad=True), torch.randn(16, 16, 3, 3)
+
+    def cell(state):
+        return mixed_op(state, torch.ones(1), [weight], [torch.nn.BatchNorm2d(16)], primitives=("conv_3x3",))
+
+    between = cell(x)
+    between.register_hook(lambda gradient: formats.append(fused.layout(gradient)))
+    (gradient,) = torch.autograd.grad(cell(between), x, torch.randn_like(between))
+    assert between.is_contiguous() and gradient.is_contiguous()
+    assert formats == [torch.channels_last] and len(transposed) == 2  # the two states

@@ -320,11 +320,11 @@ def _table(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:
 def _totals(addends, edges: Sequence[Edge | None], like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What is added to a node, and the first edge that there is into it."""
     nodes, first = len(addends), 0
-    for node, terms in enumerate(addends):
+    totals = _table([[product((*scales, held)) for scales, held in terms] for terms in addends], like).sum(1).unbind()
+    for node, (terms, total) in enumerate(zip(addends, totals)):
         sources = (len(edges) - nodes * (nodes - 1) // 2) // nodes + node
         if terms:
-            found = [index for index in range(first, first + sources) if edges[index] is not None]
-            yield found[0], stacked([product((*scales, held)) for scales, held in terms], like).sum()
+            yield next(index for index in range(first, first + sources) if edges[index] is not None), total
         first += sources
 
 

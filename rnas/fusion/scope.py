@@ -278,10 +278,16 @@ class Scope:
     @contextmanager
     def _as_before(self):
         """PyTorch in the state in which candidates were called, for computing what they yield."""
-        with torch.inference_mode(self._inference), torch.set_grad_enabled(self.grad), suspended():
-            autocast = [each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)]
+        autocast = [each for each in ("cpu", "cuda") if torch.is_autocast_enabled(each)]  # it was off
+        same = self._inference == torch.is_inference_mode_enabled() and self._hooks == _saved_tensor_hooks()
+        with suspended():
+            if same and self.is_as_before() and not autocast:  # as a rule; all of them take longer than a kernel
+                yield
+                return
             with ExitStack() as stack:
-                for device in autocast:  # it was off
+                stack.enter_context(torch.inference_mode(self._inference))
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+                for device in autocast:
                     stack.enter_context(torch.autocast(device, enabled=False))
                 stack.enter_context(_saved_through(self._hooks))
                 yield
@@ -290,6 +296,8 @@ class Scope:
         """What the forward returns; with `force`, or where it is no single edge, computed."""
         if is_open(results) and not force and lower.is_edge(results):
             return results
+        if type(results) is Deferred:
+            return value_of(results)
         return tree_map_only(Deferred, value_of, results) if flat(results) else results
 
     def end(self) -> None:
