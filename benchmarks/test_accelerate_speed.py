@@ -1,4 +1,4 @@
-"""A training step before and after `rnas.accelerate`, of supernets in the styles of other code and of one cell of each."""
+"""A step before and after `rnas.accelerate`, of supernets in the styles of other code and of one cell of each."""
 
 from __future__ import annotations
 

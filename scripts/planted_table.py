@@ -48,6 +48,7 @@ LAST = "mixed_op last_node"
 ONES = f"{OWN} and another"
 JOIN = "partial values_and_gradients or any_number_of_edges"
 ARRANGED = "partial arranged_as_pytorch"
+PLANES = "mixed_op memory_formats"
 UNUSUAL = "fused compiled_code_leaves"
 STEM = "conv_norm modes_and_layouts and contiguous or kernels"
 PATCHES = "conv_norm patches_are_those_of_unfold"
@@ -192,6 +193,8 @@ PLAN = rows(
      "std::max({most, std::abs(part.dy), std::abs(part.dx)})", "0"),
     ("factorized reduce: no offset to the right", f"{ALONE} and skip", "Convolution factorized_reduce(",
      "part(even, odd, c, 1, plan.theta, 1, 1)", "part(even, odd, c, 1, plan.theta, 1, 0)"),
+    ("dense: a result channels first", PLANES, "bool asked_dense(", " && !shape.planes_out", ""),
+    ("dense: gradients channels first", PLANES, "bool gradient_dense(", " && !shape.planes_grad", ""),
     ("dense convolution: rows and columns swapped", f"{ALONE} and conv_3x3", "Convolution dense(",
      "tap / kernel - kernel / 2, tap % kernel - kernel / 2", "tap % kernel - kernel / 2, tap / kernel - kernel / 2"),
 )  # fmt: skip
@@ -223,10 +226,25 @@ PACKING = rows(
      "now[at] = 0;", ""),
 )  # fmt: skip
 
+PLANES_OF_IMAGES = rows(
+    "cpu/mixed/planes.h",
+    ("planes: whole blocks alone", PLANES, "void visit_planes(", "p = begin + whole; p < end", "p = end; p < end"),
+    ("planes: the first group alone", PLANES, "void visit_planes(", "channel / kLanes * pixels * kLanes + ", ""),
+    ("planes: one channel of a rest", PLANES, "void visit_planes(", "plane + each * pixels + p", "plane + p"),
+    ("planes: rows next to each other", PLANES, "void load_planes(", "pixels, to + dense, kLanes",
+     "4, to + dense, kLanes"),
+    ("planes: a result next to each other", PLANES, "void store_planes(", "kLanes, to + plane, pixels",
+     "kLanes, to + plane, 4"),
+)  # fmt: skip
+
 IMAGES = rows(
     "cpu/mixed/images.h",
     ("gradient: zero for no node", LAST, "void begin_gradient(", "if (at < 0)", "if (state < plan.shape.inputs)"),
-    ("node: the first that is asked for not stored", LAST, "void store_node(", "at >= 0", "at > 0"),
+    ("gradient: planes of the first node for all", PLANES, "void begin_gradient(", "(n * pixel + at)", "n * pixel"),
+    ("node: the first that is asked for not stored", LAST, "void store_node(", "at < 0", "at <= 0"),
+    ("node: planes of all at one place", PLANES, "void store_node(", "(n * pixel + at)", "n * pixel"),
+    ("state: gradients of all images at one place", PLANES, "void store_gradient(", " + n * pixels * c", ""),
+    ("state: gradients channels last", PLANES, "void store_gradient(", "plan.shape.planes_grad", "false"),
     ("node: all at one place", CELL, "void store_node(", "* pixel + at, pixel", "* pixel + at / 2, pixel"),
     ("state: masks of the first group alone", "mixed_op every_simd_level_in_a_cell or second_derivatives_on_masks",
      "void load_relu(", "signs[group * pixels + y", "signs[y"),
@@ -319,6 +337,11 @@ BATCH_FORWARD = rows(
     ("batch: one edge is pending", OWN, "void add_pending(", "for (const Pending& left : pending_) add_to_node(left",
      "add_to_node(pending_[0]"),
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
+    ("batch: pools without their norms", EDGE, "void forward_source(", "if (!arrived) settle", "if (false) settle"),
+    ("batch: pools in front of what is added", CELL, "void arrive(", "add_pending(s, n);  //", "//"),
+    ("batch: a node that is asked for not stored", CELL, "void arrive(", "if (now.asked) finish", "if (false) finish"),
+    ("batch: states arrive nowhere", EDGE, "void first_stage(", "arrived ? add_pending(s, n) : arrive(now, s, n)",
+     "add_pending(s, n)"),
 )  # fmt: skip
 
 GRADIENTS = rows(
@@ -326,6 +349,12 @@ GRADIENTS = rows(
     ("batch: gradient of gamma without the mixing weight", EDGE, "void norm_gradients(", "(factor * normalised)",
      "(normalised)"),
     ("batch: mixing gradient without beta", EDGE, "void norm_gradients(", " + norms_.beta[at] * sum[channel]", ""),
+    ("batch: no sum of a gradient", CELL, "void finish_gradient(",
+     "dot(s, gradient(state, n), nullptr, nullptr, image_sums(state, n));", ""),
+    ("batch: the last gradient does not begin", LAST, "void begin_last(",
+     "begin_gradient(plan_, grad_out_, last, n, gradient(last, n));", ""),
+    ("batch: gradients of states go nowhere", PLANES, "void finish_gradient(",
+     "store_gradient(plan_, gradient(state, n), state, n, grad_.states[state]);", ""),
 )  # fmt: skip
 
 POOLS_BACKWARD = rows(
@@ -353,7 +382,7 @@ POOLS_BACKWARD = rows(
 
 BATCH_BACKWARD = rows(
     "cpu/mixed/batch_backward.h",
-    ("batch: ones without a gradient", ONES, "bool backward_edge(", "if (edge.ones >= 0) set", "if (false) set"),
+    ("batch: ones without a gradient", ONES, "void backward(", "if (plan_.edges[e].ones >= 0)", "if (false)"),
     ("batch: weights of second stages are not flushed", EDGE, "void backward_second(",
      "flush(thread, branch.last(), n, n + 1, end);", ""),
     ("batch: through the mid without relu", EDGE, "void through_mid(",
@@ -368,15 +397,21 @@ BATCH_BACKWARD = rows(
      "if (true)"),
     ("batch: every edge begins the gradient of its state", CELL, "void backward_state(", "if (begun_[edge.source])",
      "if (false)"),
-    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void backward_source(",
-     "if (of_state) pool_gradients(from, source, state, s, n, begun);", ""),
+    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void finish_image(",
+     "pool_gradients(source.from, source.index, source.state, s, n, source.begun);", ""),
     ("batch: pools behind every edge", LAST, "void backward_source(", "e == from.last", "true"),
     ("batch: pools behind an edge and once more", OWN, "void backward_source(", "finished |=", "finished ="),
     ("batch: pools in front of their norms' sums", EDGE, "void backward_source(", "at_once = !",
      "at_once = true || !"),
-    ("batch: pools behind their norms and once more", LAST, "void backward_source(", "if (!at_once && of",
-     "if (of"),
-    ("batch: no sum of a gradient", CELL, "void backward_source(", "if (is_node) dot(", "if (false) dot("),
+    ("batch: pools behind their norms and once more", LAST, "void backward_source(", "if (!at_once && wanted",
+     "if (wanted"),
+    ("batch: what waits has begun", OWN, "void backward_source(", "source.begun = begun_[index]",
+     "source.begun = true"),
+    ("batch: nobody catches up", LAST, "bool backward_edge(", "catch_up(s, n);", ""),
+    ("batch: caught up and not settled", LAST, "bool backward_edge(", "settle();", ""),
+    ("batch: nobody catches up in front of norms behind pools", "mixed_op test_cell and parameters",
+     "void backward_source(", "catch_up(s, n);", ""),
+    ("batch: what waits at the end is lost", OWN, "void catch_up()", "if (!waiting_.empty()) each", "if (false) each"),
 )  # fmt: skip
 
 FIXED = rows(
@@ -543,10 +578,14 @@ JOINED = rows(
     ("join: planes of mixed gradients", JOIN, "void planes_backward(", "order_[c] - mixed_begin_] =", "0] ="),
 )  # fmt: skip
 
-TRANSPOSED = rows(
-    "cpu/once/transpose.cpp",
+FOUR = rows(
+    "cpu/four.h",
     ("transpose: within a block", ARRANGED, "void four_by_four(", "shuffle(a, b, right), shuffle(c, d, left)",
      "shuffle(c, d, left), shuffle(a, b, right)"),
+)  # fmt: skip
+
+TRANSPOSED = rows(
+    "cpu/once/transpose.cpp",
     ("transpose: rows next to each other", ARRANGED, "void transpose(", "channel * row + pixel",
      "channel * columns + pixel"),
     ("transpose: pixels next to each other", ARRANGED, "void transpose(", "pixel * row + channel",
@@ -575,6 +614,6 @@ SHAPE = rows(
     ("shape: the first edge's candidates for all", OWN, "", "edge * candidates : 0", "0 * edge * candidates : 0"),
 )  # fmt: skip
 
-PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *PACKING, *IMAGES, *WINDOWS, *STAGE]
-PLANTED += [*NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD, *FIXED, *RELU_CONV_NORM]
-PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *TRANSPOSED, *OBJECTS]
+PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *PACKING, *PLANES_OF_IMAGES, *IMAGES, *WINDOWS]
+PLANTED += [*STAGE, *NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD, *FIXED]
+PLANTED += [*RELU_CONV_NORM, *PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *FOUR, *TRANSPOSED, *OBJECTS]

@@ -92,7 +92,7 @@ class BatchForward : public Batch {
       if (!arrived) settle_pools(source);
       arrived = true;
     };
-    if (!arrived && (edges.empty() || plan_.edges[edges[0]].branches.empty())) {
+    if (!arrived && plan_.edges[edges[0]].branches.empty()) {
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         for (int64_t n = take(); n >= 0; n = take()) arrive(now, scratch_[thread], n);
       });
