@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnas.kernels import backend, fused
+from rnas.kernels import backend, formats, fused
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +87,7 @@ class Cpu:
 
     def images(self, tensors: Sequence[Tensor], images: torch.dtype) -> list[Tensor]:
         """(N, C, H, W) each, as the compiled functions take them: dense (N, H, W, C) of that dtype."""
-        return [fused.pixels_first(tensor) for tensor in tensors]
+        return [formats.pixels_first(tensor) for tensor in tensors]
 
     def tables(self, *tensors: Tensor | None) -> list[Tensor | None]:
         """Everything else that the compiled functions read, as they take it: dense."""
@@ -157,7 +157,7 @@ class Cuda:
 
     def images(self, tensors: Sequence[Tensor], images: torch.dtype) -> list[Tensor]:
         """As `Cpu.images`. Those of 16 bits begin where the kernels can load four elements at once."""
-        found = [fused.pixels_first(tensor.to(images)) for tensor in tensors]
+        found = [formats.pixels_first(tensor.to(images)) for tensor in tensors]
         return found if images == torch.float32 else [_aligned(image) for image in found]
 
     def tables(self, *tensors: Tensor | None) -> list[Tensor | None]:

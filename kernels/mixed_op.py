@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, batched, engine, fused, partial
+from rnas.kernels import backend, batched, engine, formats, fused, partial
 from rnas.kernels import mixed_arguments as arguments
 from rnas.kernels.reference import mixed_op as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
@@ -174,7 +174,7 @@ def mixed_cell(
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
-    return fused.arranged(run(call), fused.layout(x))
+    return formats.arranged(run(call), formats.layout(x))
 
 
 def arrange(x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def arrange(x: Tensor) -> Tensor:
     Equivalent to: x.contiguous(memory_format=torch.channels_last) where a compiled kernel serves x, else x itself.
     """
     serving, _ = OP.decide(x.device, x.dtype)
-    return fused.arranged(x, torch.channels_last) if serving in ("cpu", "cuda") else x
+    return formats.arranged(x, torch.channels_last) if serving in ("cpu", "cuda") else x
 
 
 # ---- what the fused op takes -----------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _mix(call: _Call) -> Tensor:
     if call.partial == 1:
         theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
         options = (call.primitives, call.nodes, call.stride, call.last, call, *_planes(call.states))
-        return _cell(list(map(fused.taken, call.states)), weights, theta, call.norms_read, *options)
+        return _cell(list(map(formats.taken, call.states)), weights, theta, call.norms_read, *options)
     nodes = _partial_cell(call, weights)
     return nodes[-1] if call.last else torch.cat(nodes, dim=1)
 
@@ -243,8 +243,8 @@ def _planes(states: Sequence[Tensor]) -> tuple[bool, bool]:
     """Whether the kernels are to make the result of a cell on these, and the gradients to them, channels first."""
     if torch.compiler.is_compiling() or not engine.of(states[0]).TAKES_PLANES:  # rearranged behind the op
         return False, False
-    planes = [fused.layout(state) == torch.contiguous_format for state in states]
-    return planes[0], all(planes) and not any(map(fused.takes_any_format, states))
+    planes = [formats.layout(state) == torch.contiguous_format for state in states]
+    return planes[0], all(planes) and not any(map(formats.takes_any_format, states))
 
 
 def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
@@ -256,7 +256,7 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     """
     parameters, norms = list(call.parameters), list(call.norms)
     scales = call.edge_weights
-    layout = fused.layout(call.states[0])  # kept, as most channels only go around
+    layout = formats.layout(call.states[0])  # kept, as most channels only go around
     nodes, through, around, edge = [], [], [], 0
     channels = call.states[0].shape[1] // call.partial
     options = (call.nodes, call.stride, call.pool_norm, channels)
@@ -265,7 +265,7 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
     for node in range(call.nodes):
         for state in nodes[-1:] if node else call.states:
             mixed, other = reference.split_channels(state, call.partial, 1 if node else call.stride)
-            through.append(fused.arranged(mixed, torch.channels_last))  # once for all edges that leave it
+            through.append(formats.arranged(mixed, torch.channels_last))  # once for all edges that leave it
             around.append(other)
         first = edge
         total, inputs = 0, len(call.states) if call.stride == 2 else len(through)
@@ -391,7 +391,7 @@ def _outputs(states, batch_statistics, settings, sizes, take) -> tuple[Tensor, T
     size = (sizes.height_out, sizes.width_out)
     channels = settings.nodes * x.shape[1]
     layout = torch.contiguous_format if settings.planes_out else torch.channels_last
-    out = fused.empty_in(layout, x, x.shape[1] if settings.last else channels, *size)
+    out = formats.empty_in(layout, x, x.shape[1] if settings.last else channels, *size)
     table = (sizes.norms, x.shape[1]) if batch_statistics else (0,)
     activations = sizes.kept_activations if batch_statistics else sizes.kept_linear
     kept = (0, sizes.kept_masks, activations, sizes.kept_outputs)[settings.keep]
@@ -399,7 +399,7 @@ def _outputs(states, batch_statistics, settings, sizes, take) -> tuple[Tensor, T
     if on.image_dtype(x) != x.dtype:
         kept += 4 * x.shape[0] * channels * math.prod(size) if settings.keep else 0  # see _nodes
     elif settings.last and not on.MAKES_LAST:
-        all_nodes = fused.empty_in(layout, x, channels, *size)
+        all_nodes = formats.empty_in(layout, x, channels, *size)
     return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), all_nodes
 
 
@@ -553,11 +553,11 @@ def _double_backward(
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     images, out = _read_images(on, states, out, kept, dtype, settings)
     tables = on.tables(weights, theta, gamma, beta, mean, variance)
-    grad_grad_out = fused.empty_image(grad_out, *grad_out.shape[1:])
+    grad_grad_out = formats.empty_image(grad_out, *grad_out.shape[1:])
     if not on.MAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
     fits = grad_out.shape == grad_grad_out.shape and grad_out.dtype == dtype
-    raw = grad_grad_out if fits else fused.empty_image(grad_out, *grad_out.shape[1:]).to(dtype)
+    raw = grad_grad_out if fits else formats.empty_image(grad_out, *grad_out.shape[1:]).to(dtype)
     grad_out, *along = on.images([grad_out, *direction.unbind()], dtype)
     along_kept = None if settings.keep == fused.MASKS else on.memory(sizes.kept_linear)
     workspace = on.workspace(sizes.workspace)
@@ -582,11 +582,11 @@ def _double_backward_fake(
     direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
 ):
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
-    grad_grad_out = fused.empty_image(grad_out, *grad_out.shape[1:])
+    grad_grad_out = formats.empty_image(grad_out, *grad_out.shape[1:])
     return [grad_grad_out, *(gradient for gradient in gradients if gradient is not None)]
 
 
-@fused.with_any_format
+@formats.with_any_format
 class _Forward(torch.autograd.Function):
     """`images` are the states and, where only masks are kept, a link to each of them."""
 

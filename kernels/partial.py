@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, batched, fused
+from rnas.kernels import backend, batched, formats, fused
 
 
 def join(
@@ -80,8 +80,8 @@ class _Join(torch.autograd.Function):
         ctx.save_for_backward(scales, *(arounds if ctx.needs_input_grad[2] else ()))
         groups, layout, first = settings
         n, channels, height, width = mixed.shape
-        out = fused.empty_in(layout, mixed, channels + arounds[0].shape[1], height, width)
-        through = fused.pixels_first(mixed)
+        out = formats.empty_in(layout, mixed, channels + arounds[0].shape[1], height, width)
+        through = formats.pixels_first(mixed)
         numbers = None if scales is None else scales.contiguous()
         backend.module("cpu").join_channels(
             (n, height * width, channels, arounds[0].shape[1], groups, len(arounds)),
@@ -107,11 +107,11 @@ class _Join(torch.autograd.Function):
         steps = [_steps(each, layout) for each in arounds]  # hooks on what is saved may have lost the layout
         if torch.is_grad_enabled() or fused.is_watched([gradient]) or None in steps:
             return None, *_gradients(ctx, gradient, scales, arounds)
-        gradient = fused.arranged(gradient, layout)
-        grad_mixed = fused.empty_image(gradient, channels, height, width) if of_mixed else None
+        gradient = formats.arranged(gradient, layout)
+        grad_mixed = formats.empty_image(gradient, channels, height, width) if of_mixed else None
         one, numbers = scales is None, None if scales is None else scales.contiguous()  # one: the same for all edges
         wanted = [any(of_arounds)] if one else of_arounds
-        grad_arounds = [fused.empty_in(layout, gradient, *around[1:]) if want else None for want in wanted]
+        grad_arounds = [formats.empty_in(layout, gradient, *around[1:]) if want else None for want in wanted]
         grad_scales = torch.empty_like(scales, memory_format=torch.contiguous_format) if of_scales else None
         backend.module("cpu").join_channels_backward(
             (n, height * width, channels, around[1], groups, len(wanted)),

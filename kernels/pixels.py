@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, batched, fused
+from rnas.kernels import backend, batched, formats, fused
 
 
 def gather(x: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x):
         ctx.shape = x.shape
         n, c, h, w = x.shape
-        out = fused.empty_image(x, 2 * c, -(-h // 2), -(-w // 2))
-        image = fused.pixels_first(x)
+        out = formats.empty_image(x, 2 * c, -(-h // 2), -(-w // 2))
+        image = formats.pixels_first(x)
         if fused.is_plain([image], torch.float32):
             addresses = fused.addresses([image, out])
             backend.module("cpu").gather_pixels(n, h, w, c, *addresses, torch.get_num_threads())
@@ -72,8 +72,8 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pixels, shape):
         n, c, h, w = shape
-        out = fused.empty_image(pixels, c, h, w)
-        gathered = fused.pixels_first(pixels)
+        out = formats.empty_image(pixels, c, h, w)
+        gathered = formats.pixels_first(pixels)
         if fused.is_plain([gathered], torch.float32):
             addresses = fused.addresses([gathered, out])
             backend.module("cpu").scatter_pixels(n, h, w, c, *addresses, torch.get_num_threads())
@@ -94,7 +94,7 @@ class _Patches(torch.autograd.Function):
     def forward(ctx, x, shape):
         ctx.image, ctx.shape = x.shape, shape
         n, c, _, _ = x.shape
-        out = fused.empty_image(x, c * shape.height * shape.width, shape.height_out, shape.width_out)
+        out = formats.empty_image(x, c * shape.height * shape.width, shape.height_out, shape.width_out)
         if fused.is_watched([x]) or not x.is_cpu or x.dtype != torch.float32:
             found = F.unfold(x, shape[:2], padding=shape.padding, stride=shape.stride)
             return out.copy_(found.view(n, -1, shape.height_out, shape.width_out))
@@ -115,8 +115,8 @@ class _Fold(torch.autograd.Function):
     def forward(ctx, patches, image, shape):
         ctx.shape = shape
         _, c, h, w = image
-        out = fused.empty_image(patches, c, h, w)
-        patches = fused.pixels_first(patches)
+        out = formats.empty_image(patches, c, h, w)
+        patches = formats.pixels_first(patches)
         if fused.is_plain([patches], torch.float32):
             addresses = fused.addresses([patches, out])
             backend.module("cpu").scatter_patches(image, out.stride(), shape, *addresses, torch.get_num_threads())

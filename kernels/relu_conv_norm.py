@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels import backend, batched, fused, pixels
+from rnas.kernels import backend, batched, formats, fused, pixels
 from rnas.kernels.reference import relu_conv_norm as reference
 from rnas.kernels.registration import define_constant_op, define_differentiable_op
 
@@ -45,7 +45,7 @@ def relu_conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     if norms.on_batch and n * h * w == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got x of shape {tuple(x.shape)}")
     run = OP.choose(x.device, x.dtype, fused.obstacle(x, norms))
-    return fused.arranged(run(x, weight, norm, norms), fused.layout(x))
+    return formats.arranged(run(x, weight, norm, norms), formats.layout(x))
 
 
 def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.BatchNorm2d) -> Tensor:
@@ -85,7 +85,7 @@ def factorized_reduce(x: Tensor, even: Tensor, odd: Tensor | None, norm: nn.Batc
     else:
         weight = torch.block_diag(even.flatten(1), odd.flatten(1))[:, :, None, None]
         out = _fused(pixels.gather(x), weight, norm, norms)
-    return fused.arranged(out, fused.layout(x))
+    return formats.arranged(out, formats.layout(x))
 
 
 def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 1, padding: int = 0) -> Tensor:
@@ -126,7 +126,7 @@ def conv_norm(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, *, stride: int = 
     else:
         shape = pixels.PatchShape(*kernel, stride, padding, height, width)
         out = _fused(pixels.patches(x, shape), weight.reshape(k, -1, 1, 1), norm, norms, relu=False)
-    return fused.arranged(out, fused.layout(x))
+    return formats.arranged(out, formats.layout(x))
 
 
 def _reference(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms) -> Tensor:
@@ -134,7 +134,7 @@ def _reference(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms) -> Tensor
 
 
 def _fused(x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, norms, relu: bool = True) -> Tensor:
-    x = fused.taken(x)
+    x = formats.taken(x)
     tables = [None if table is None else table[0] for table in (*norms.affine(weight), *norms.statistics(weight))]
     settings = _Settings(norms.eps, relu, fused.what_to_keep([x], (weight, *tables[:2]), norms.on_batch))
     out, mean, variance, _ = _forward_op(x, weight, *tables, *settings)
@@ -169,7 +169,7 @@ def _outputs(x, weight, batch_statistics, relu, keep, take):
     k, (_, _, h, w) = weight.shape[0], x.shape
     statistics = (k,) if batch_statistics else (0,)
     kept = take(masks if keep == fused.MASKS else 0)
-    return fused.empty_image(x, k, h, w), x.new_empty(statistics), x.new_empty(statistics), kept
+    return formats.empty_image(x, k, h, w), x.new_empty(statistics), x.new_empty(statistics), kept
 
 
 def _forward(x, weight, gamma, beta, mean, variance, eps, relu, keep):
@@ -177,7 +177,7 @@ def _forward(x, weight, gamma, beta, mean, variance, eps, relu, keep):
     if any(table is not None and table.shape != (shape[2],) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {shape[2]} channels")
     outputs = _outputs(x, weight, mean is None, relu, keep, fused.POOL.take)
-    tensors = fused.dense(fused.pixels_first(x), weight, gamma, beta, mean, variance)
+    tensors = fused.dense(formats.pixels_first(x), weight, gamma, beta, mean, variance)
     backend.module("cpu").relu_conv_norm_forward(
         *shape,
         fused.addresses(tensors),
@@ -199,16 +199,16 @@ def _gradients(x, weight, gamma, beta, wanted) -> list[Tensor | None]:
     """Empty tensors for the gradients that are wanted."""
     _, c, h, w = x.shape
     tables = [t.new_empty(t.shape) if want else None for t, want in zip((weight, gamma, beta), wanted[1:])]
-    return [fused.empty_image(x, c, h, w) if wanted[0] else None, *tables]
+    return [formats.empty_image(x, c, h, w) if wanted[0] else None, *tables]
 
 
 def _backward(grad_out, x, out, kept, weight, gamma, beta, mean, variance, batch_statistics, wanted, eps, relu, keep):
     shape, _, size = _sizes(x, weight, relu)
     gradients = _gradients(x, weight, gamma, beta, wanted)
     masks = keep == fused.MASKS
-    images = [None if masks else fused.pixels_first(image) for image in (x, out)]
+    images = [None if masks else formats.pixels_first(image) for image in (x, out)]
     tables = fused.dense(weight, gamma, beta, mean, variance)
-    grad_out = fused.pixels_first(grad_out)
+    grad_out = formats.pixels_first(grad_out)
     backend.module("cpu").relu_conv_norm_backward(
         *shape,
         fused.addresses([images[0], *tables]),
@@ -230,10 +230,10 @@ def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, va
     shape, _, size = _sizes(x, weight, relu)
     _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
     _, k, h, w = grad_out.shape
-    grad_grad_out = fused.empty_image(grad_out, k, h, w)
-    image = None if keep == fused.MASKS else fused.pixels_first(x)
+    grad_grad_out = formats.empty_image(grad_out, k, h, w)
+    image = None if keep == fused.MASKS else formats.pixels_first(x)
     tables = fused.dense(weight, gamma, beta, mean, variance)
-    grad_out, direction = fused.pixels_first(grad_out), fused.pixels_first(direction)
+    grad_out, direction = formats.pixels_first(grad_out), formats.pixels_first(direction)
     outputs = [grad_grad_out, grad_weight, grad_gamma]
     backend.module("cpu").relu_conv_norm_double_backward(
         *shape,
@@ -250,7 +250,7 @@ def _double_backward(direction, grad_out, x, kept, weight, gamma, beta, mean, va
 def _double_backward_fake(direction, grad_out, x, kept, weight, gamma, beta, mean, variance, wanted, eps, relu, keep):
     _, grad_weight, grad_gamma, _ = _gradients(x, weight, gamma, beta, [False, *wanted, False])
     _, k, h, w = grad_out.shape
-    outputs = [fused.empty_image(grad_out, k, h, w), grad_weight, grad_gamma]
+    outputs = [formats.empty_image(grad_out, k, h, w), grad_weight, grad_gamma]
     return [output for output in outputs if output is not None]
 
 

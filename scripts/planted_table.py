@@ -417,10 +417,6 @@ BATCH_BACKWARD = rows(
 FIXED = rows(
     "cpu/mixed/fixed.h",
     ("fixed: ones without their weight", ONES, "void prepare(", "+= mixing(e)[edge.ones]", "+= 1.0f"),
-    ("fixed: ones without a gradient", ONES, "void finish_parameters(", "if (edge.ones >= 0) settle",
-     "if (false) settle"),
-    ("fixed: ones move along a direction", "mixed_op second_derivatives_with_candidates and another",
-     "void finish_parameters(", "linear ? std::vector<double>(padded) : grad_sum", "grad_sum"),
     ("fixed: another node kept", CELL, "float* node_of(", "kept(all, node, n)", "kept(all, 0, n)"),
     ("fixed: mids over the nodes", CELL, "float* kept_mid(", "plan_.kept_nodes() + ", ""),
     ("fixed: every image in the workspace", MASKS, "State state_of(", "node.image = 0", "(void)node"),
@@ -433,6 +429,26 @@ FIXED = rows(
     ("fixed: masks of the winners overlap", MASKS, "explicit MaskLayout(",
      "plan.max ? 2 * plan.groups * plan.pixels_out() : 0", "plan.max ? plan.groups * plan.pixels_out() : 0"),
     ("fixed: masks of the first image", MASKS, "", "masks_ + n * layout_.size", "masks_ + 0 * n * layout_.size"),
+)  # fmt: skip
+
+FIXED_FORWARD = rows(
+    "cpu/mixed/fixed_forward.h",
+    ("double backward: constants along a direction", TWICE, "void forward_image(", "linear ? zero() : load(", "load("),
+    ("double backward: winners of the direction", TWICE, "void forward_pools(",
+     "if (linear && !masks_ && plan_.leaves(",
+     "if (linear) load_dense(plan_, v, n, s.state_grad);\n    if (linear && !masks_ && plan_.leaves("),
+    ("double backward: a mid past the relu, on masks", MASKS, "void load_mid_signed(",
+     "keep(signs[at], load(v + at * kLanes))", "load(v + at * kLanes)"),
+    ("double backward: a state past the relu, on masks", MASKS, "void load_signed(",
+     "keep(signs[(group * v.height + y) * v.width + x], value)", "value"),
+)  # fmt: skip
+
+FIXED_BACKWARD = rows(
+    "cpu/mixed/fixed_backward.h",
+    ("fixed: ones without a gradient", ONES, "void finish_parameters(", "if (edge.ones >= 0) settle",
+     "if (false) settle"),
+    ("fixed: ones move along a direction", "mixed_op second_derivatives_with_candidates and another",
+     "void finish_parameters(", "linear ? std::vector<double>(padded) : grad_sum", "grad_sum"),
     ("fixed: to the state without relu", EDGE, "void backward_source(",
      "keep(signs[at], load(s.state_grad + at * kLanes))", "load(s.state_grad + at * kLanes)"),
     ("fixed: through the mid without relu", EDGE, "void backward_mid(",
@@ -448,20 +464,12 @@ FIXED = rows(
      "(normalised)"),
     ("fixed: mixing gradient without beta", EDGE, "void finish_parameters(",
      "(linear ? 0.0 : norms_.beta[at] * sum[channel])", "0.0 * norms_.beta[at]"),
-    ("double backward: constants along a direction", TWICE, "void forward_image(", "linear ? zero() : load(", "load("),
     ("double backward: the mean counts", TWICE, "void finish_parameters(", "(linear ? 0.0 : norms_.mean[at]",
      "(norms_.mean[at]"),
-    ("double backward: winners of the direction", TWICE, "void forward_pools(",
-     "if (linear && !masks_ && plan_.leaves(",
-     "if (linear) load_dense(plan_, v, n, s.state_grad);\n    if (linear && !masks_ && plan_.leaves("),
     ("fixed: an average pool from every state", OWN, "void backward_pools(", "if (plan_.leaves(source, &Edge::avg))",
      "if (plan_.avg)"),
     ("double backward: pools of the state", TWICE, "void backward_pools(",
      "if (linear) load_dense(plan_, v, n, s.state_grad);", ""),
-    ("double backward: a mid past the relu, on masks", MASKS, "void load_mid_signed(",
-     "keep(signs[at], load(v + at * kLanes))", "load(v + at * kLanes)"),
-    ("double backward: a state past the relu, on masks", MASKS, "void load_signed(",
-     "keep(signs[(group * v.height + y) * v.width + x], value)", "value"),
     ("double backward: weights on the state", TWICE, "void backward_source(",
      "if (linear) load_relu_linear(plan_, x, v, n, tile);", ""),
     ("double backward: weights on the mid", TWICE, "void backward_mid(", "if (linear) load_mid_linear(",
@@ -615,5 +623,6 @@ SHAPE = rows(
 )  # fmt: skip
 
 PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *PACKING, *PLANES_OF_IMAGES, *IMAGES, *WINDOWS]
-PLANTED += [*STAGE, *NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD, *FIXED]
-PLANTED += [*RELU_CONV_NORM, *PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *FOUR, *TRANSPOSED, *OBJECTS]
+PLANTED += [*STAGE, *NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD]
+PLANTED += [*FIXED, *FIXED_FORWARD, *FIXED_BACKWARD, *RELU_CONV_NORM, *PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED]
+PLANTED += [*FOUR, *TRANSPOSED, *OBJECTS]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._vmap_internals import _vmap
 from torch.utils.checkpoint import checkpoint
 
-from rnas.kernels import conv_norm, factorized_reduce, fused, relu_conv_norm
+from rnas.kernels import conv_norm, factorized_reduce, formats, relu_conv_norm
 from rnas.kernels.batched import one_at_a_time
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -42,11 +42,11 @@ CASES: dict[str, Callable[[str], tuple[Leaves, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("smallest", [1, fused._SMALLEST], ids=["transposed", "small"])
+@pytest.mark.parametrize("smallest", [1, formats._SMALLEST], ids=["transposed", "small"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_way_to_make_a_batch(case, mode, smallest, monkeypatch):
-    monkeypatch.setattr(fused, "_SMALLEST", smallest)  # of images that compiled code brings into another memory format
+    monkeypatch.setattr(formats, "_SMALLEST", smallest)  # of images that compiled code brings into another memory format
     leaves, output = CASES[case](mode)
     directions = noise(output.new_empty(2, 3, *output.shape), 1)
 
@@ -70,10 +70,10 @@ def test_every_way_to_make_a_batch(case, mode, smallest, monkeypatch):
         assert all(map(torch.equal, several, (each[:, None].expand(-1, 2, *each.shape[1:]) for each in first)))
 
 
-@pytest.mark.parametrize("smallest", [1, fused._SMALLEST], ids=["transposed", "small"])
+@pytest.mark.parametrize("smallest", [1, formats._SMALLEST], ids=["transposed", "small"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_can_be_differentiated(case, smallest, monkeypatch):
-    monkeypatch.setattr(fused, "_SMALLEST", smallest)
+    monkeypatch.setattr(formats, "_SMALLEST", smallest)
     leaves, output = CASES[case]("eval")
     directions = noise(output.new_empty(2, *output.shape), 1).requires_grad_()
 

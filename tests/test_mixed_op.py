@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 from rnas import kernels
-from rnas.kernels import backend, engine, fused, mixed_cell, mixed_op
+from rnas.kernels import backend, engine, formats, mixed_cell, mixed_op
 from rnas.kernels.reference import mixed_op as reference
 
 DARTS = ("none", "max_pool_3x3", "avg_pool_3x3", "skip_connect")
@@ -319,7 +319,7 @@ def test_the_last_node_alone_is_that_of_all(mode, layout, makes, monkeypatch):
     found, leaves = problem.run(), [leaf for kind in KINDS for leaf in problem.leaves(kind)]
     problem.last = False
     expected = problem.run()[:, 4:]
-    assert torch.equal(found, expected) and fused.layout(found) == fused.layout(problem.states[0])
+    assert torch.equal(found, expected) and formats.layout(found) == formats.layout(problem.states[0])
     cotangent = noise(found, 1)
     found, expected = (torch.autograd.grad(each, leaves, cotangent) for each in (found, expected))
     assert distance(found, expected) <= 1e-6
@@ -1223,12 +1223,12 @@ def test_memory_formats_are_the_same_numbers(space, cell, mode, channels, last):
     for layout in ("contiguous", "channels_last"):
         call = problem.copy(layout=layout).require(KINDS)
         out, leaves = call.run(), [leaf for kind in KINDS for leaf in call.leaves(kind)]
-        assert fused.layout(out) == fused.layout(call.states[0])
+        assert formats.layout(out) == formats.layout(call.states[0])
         gradients = {}
         for name, arrange in LAYOUTS.items():
             gradients[name] = torch.autograd.grad(out, leaves, arrange(noise(out, 1)), retain_graph=True)
         states = gradients["contiguous"][: len(call.states)]
-        assert [fused.layout(each) for each in states] == [fused.layout(each) for each in call.states]
+        assert [formats.layout(each) for each in states] == [formats.layout(each) for each in call.states]
         for each in gradients.values():
             assert all(map(torch.equal, each, gradients["channels_last"]))
         found[layout] = [out, *gradients["channels_last"]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnas.kernels import backend, fused, mixed_op, partial
+from rnas.kernels import backend, formats, fused, mixed_op, partial
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
@@ -200,9 +200,9 @@ def test_images_are_arranged_as_pytorch_does_it(transposed, layout, shape, part)
     x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
     cut = {"all": x, "channels": x[:, 1:], "rows": x[:, :, : max(1, shape[2] - 2)]}[part]
     wanted = next(each for each in LAYOUTS.values() if each != layout)
-    made = fused.arranged(cut, wanted)
+    made = formats.arranged(cut, wanted)
     assert torch.equal(made, cut) and made.stride() == cut.contiguous(memory_format=wanted).stride()
-    assert fused.arranged(made, wanted) is made and len(transposed) == 1
+    assert formats.arranged(made, wanted) is made and len(transposed) == 1
     weights = torch.randn(made.shape).requires_grad_()
     (gradient,) = torch.autograd.grad((made * weights).sum(), x, create_graph=True)
     assert torch.equal(gradient, torch.autograd.grad((cut * weights).sum(), x, retain_graph=True)[0])
@@ -213,10 +213,10 @@ def test_images_are_arranged_as_pytorch_does_it(transposed, layout, shape, part)
 def test_what_compiled_code_does_not_transpose(transposed, monkeypatch):
     x = torch.randn(8, 16, 32, 32)
     for other in (x.double(), x[..., ::2], x[:1, :2], x[:, :, :1, :1], x[:, :, ::2].expand(8, 16, 16, 32)):
-        made = fused.arranged(other, torch.channels_last)
+        made = formats.arranged(other, torch.channels_last)
         assert torch.equal(made, other) and made.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setenv("RNAS_BACKEND", "reference")
-    assert torch.equal(fused.arranged(x, torch.channels_last), x) and not transposed
+    assert torch.equal(formats.arranged(x, torch.channels_last), x) and not transposed
 
 
 class NoGradient(torch.autograd.Function):
@@ -232,31 +232,31 @@ class NoGradient(torch.autograd.Function):
 def test_no_gradient_stays_none(compiled, layout):
     x, others = torch.randn(8, 16, 32, 32).requires_grad_(), torch.randn(8, 12, 32, 32).requires_grad_()
     wanted = next(each for each in LAYOUTS.values() if each != layout)
-    made = fused.arranged(x.contiguous(memory_format=layout) * 1, wanted)
+    made = formats.arranged(x.contiguous(memory_format=layout) * 1, wanted)
     assert torch.autograd.grad(NoGradient.apply(made).sum(), x, allow_unused=True) == (None,)
     joined = partial.join(x[:, :4], [others.contiguous(memory_format=layout)], None, 4, layout)
     assert torch.autograd.grad(NoGradient.apply(joined).sum(), (x, others), allow_unused=True) == (None, None)
 
 
-@pytest.mark.parametrize("make", [fused.empty, lambda like, shape: fused.empty_image(like, *shape[1:])])
+@pytest.mark.parametrize("make", [fused.empty, lambda like, shape: formats.empty_image(like, *shape[1:])])
 def test_new_images_are_views_of_nothing(make):
     assert not make(torch.zeros(64), (64, 32, 64, 64))._is_view()
 
 
 def test_what_computed_the_images_gets_its_gradient_in_their_format_unless_that_is_a_kernel(transposed):
-    formats = []
+    seen_in = []
 
     def seen(gradient):
-        formats.append([gradient.is_contiguous(memory_format=each) for each in LAYOUTS.values()])
+        seen_in.append([gradient.is_contiguous(memory_format=each) for each in LAYOUTS.values()])
 
     x = torch.randn(4, 16, 32, 32, requires_grad=True)
     plain = x * 1
     plain.register_hook(seen)
-    last = fused.arranged(plain, torch.channels_last)
-    back = fused.arranged(last * 1, torch.contiguous_format)  # as the result of a kernel
+    last = formats.arranged(plain, torch.channels_last)
+    back = formats.arranged(last * 1, torch.contiguous_format)  # as the result of a kernel
     back.register_hook(seen)
-    fused.arranged(back, torch.channels_last).backward(torch.randn(4, 16, 32, 32).contiguous(memory_format=torch.channels_last))
-    assert formats == [[False, True], [True, False]] and len(transposed) == 4
+    formats.arranged(back, torch.channels_last).backward(torch.randn(4, 16, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert seen_in == [[False, True], [True, False]] and len(transposed) == 4
 
 
 def test_a_cell_takes_contiguous_states_once_for_both_passes(transposed):
@@ -271,14 +271,14 @@ def test_a_cell_takes_contiguous_states_once_for_both_passes(transposed):
 
 
 def test_between_two_cells_gradients_stay_as_the_kernels_have_them(transposed):
-    formats = []
+    seen_in = []
     x, weight = torch.randn(4, 16, 32, 32, requires_grad=True), torch.randn(16, 16, 3, 3)
 
     def cell(state):
         return mixed_op(state, torch.ones(1), [weight], [torch.nn.BatchNorm2d(16)], primitives=("conv_3x3",))
 
     between = cell(x)
-    between.register_hook(lambda gradient: formats.append(fused.layout(gradient)))
+    between.register_hook(lambda gradient: seen_in.append(formats.layout(gradient)))
     (gradient,) = torch.autograd.grad(cell(between), x, torch.randn_like(between))
     assert between.is_contiguous() and gradient.is_contiguous()
-    assert formats == [torch.channels_last] and len(transposed) == 2  # the two states
+    assert seen_in == [torch.channels_last] and len(transposed) == 2  # the two states

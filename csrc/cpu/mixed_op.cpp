@@ -4,7 +4,7 @@
 
 #include "mixed/batch_backward.h"
 #include "mixed/batch_forward.h"
-#include "mixed/fixed.h"
+#include "mixed/fixed_backward.h"
 #include "once/clock.h"
 #include "simd/simd.h"
 
@@ -35,7 +35,7 @@ MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
   sizes.kept_outputs = sizes.kept_linear + plan.outputs * activation;
   sizes.workspace = std::max({BatchForward(plan, none, nullptr, threads).workspace(),
                               BatchBackward(plan, none, nullptr, threads).workspace(),
-                              Fixed(fixed, none, nullptr, threads).workspace()});
+                              FixedBackward(fixed, none, nullptr, threads).workspace()});
   return sizes;
 }
 
@@ -45,7 +45,7 @@ void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, fl
   if (in.batch_statistics)
     BatchForward(plan, in, workspace, threads).forward(keep, out, mean, variance, static_cast<float*>(kept));
   else
-    Fixed(plan, in, workspace, threads).forward(keep, out, kept);
+    FixedForward(plan, in, workspace, threads).forward(keep, out, kept);
 }
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
@@ -55,7 +55,7 @@ void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, c
   if (in.batch_statistics)
     BatchBackward(plan, in, workspace, threads).backward(keep, static_cast<const float*>(kept), grad_out, grad);
   else
-    Fixed(plan, in, workspace, threads).backward(keep, kept, grad_out, grad);
+    FixedBackward(plan, in, workspace, threads).backward(keep, kept, grad_out, grad);
 }
 
 void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float*, const void* kept,
@@ -63,7 +63,7 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
                            void* direction_kept, const MixedGradients& grad, void* workspace, int threads) {
   const Plan plan = make_plan(shape, false, threads);
   if (grad.weights) std::fill_n(grad.weights, plan.edges.size() * shape.candidates, 0.0f);
-  Fixed(plan, in, workspace, threads)
+  FixedBackward(plan, in, workspace, threads)
       .double_backward(keep, kept, grad_out, direction, grad_grad_out, direction_kept, grad);
 }
 

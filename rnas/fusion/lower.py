@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import fused
+from ..kernels import formats
 from ..kernels.mixed_op import PRIMITIVES, mixed_cell
 from ..kernels.reference.mixed_op import SEPARABLE
 from .calls import Call, Group, Scale, hold, product, scale_of, seen, stacked
@@ -94,7 +94,7 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
         return None
     states = [value_of(each) for each in inputs]
     addends = [node._rnas_addends for node in nodes]
-    out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), fused.layout(states[0])
+    out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), formats.layout(states[0])
     scope.counts.cells += 1
     scope.counts.edges += len(found)
     if last:

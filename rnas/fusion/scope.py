@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..kernels import engine, fused
+from ..kernels import engine, formats, fused
 from ..kernels.backend import OPS
 from . import (
     lower,
@@ -184,7 +184,7 @@ class Scope:
             return x
         key = (id(x), 0 if x.is_inference() else x._version)
         if key not in self._arranged:
-            self._arranged[key] = (x, fused.arranged(x, torch.channels_last))
+            self._arranged[key] = (x, formats.arranged(x, torch.channels_last))
         return self._arranged[key][1]
 
     def pool(self, module: nn.Module, x: Tensor, shape: torch.Size) -> Deferred | None:
