@@ -628,6 +628,8 @@ CHANGES = {
     "another candidate": lambda m: m.ops.__setitem__(1, nn.Conv2d(8, 8, 1)),
     "a forward of its own": lambda m: setattr(m.ops[1], "forward", lambda x: x * 2),
     "a convolution of its own": lambda m: setattr(m.ops[1][1], "_conv_forward", lambda x, w, b: x * w.sum()),
+    "a weight in the place of its parameter": lambda m: vars(m.ops[1][1]).update(weight=torch.ones(8, 1, 3, 3)),
+    "an average in the place of its buffer": lambda m: vars(m.ops[1][3]).update(running_mean=torch.ones(8)),
     "a forward of a layer": lambda m: setattr(m.ops[1][0], "forward", F.leaky_relu),
     "another weight": lambda m: setattr(m.ops[1][1], "weight", nn.Parameter(torch.ones(8, 1, 3, 3))),
     "a weight set to zero": lambda m: m.ops[1][1].weight.data.zero_(),

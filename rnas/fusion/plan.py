@@ -24,6 +24,12 @@ _SETTINGS = {  # what decides on what a layer of PyTorch computes; eps and momen
 }
 
 
+_ITS_OWN = {  # what such a layer takes from its class or its parameters and buffers, unless it has one of its own
+    nn.Conv2d: ("_conv_forward", "weight", "bias"),
+    nn.BatchNorm2d: ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+}
+
+
 def original_class(module: nn.Module) -> type:
     """The class of a module before it was accelerated."""
     return getattr(type(module), "_rnas_original", type(module))
@@ -58,7 +64,7 @@ class _Watched(NamedTuple):
     values: object
     """What that gave."""
     absent: tuple[str, ...]
-    """Attributes of its class that count as long as it has none of its own in their place."""
+    """Attributes of its class, parameters and buffers that count as long as it has none of its own in their place."""
 
     @staticmethod
     def of(module: nn.Module, reads: Reads, is_first: bool) -> _Watched:
@@ -69,7 +75,7 @@ class _Watched(NamedTuple):
         settings = itemgetter(*dict.fromkeys(names)) if names else None
         values = None if settings is None else settings(held)
         absent = [name for holder, name in reads.absent if holder is module]
-        absent += ["_conv_forward"] if known is nn.Conv2d else []
+        absent += [name for name in _ITS_OWN.get(known, ()) if name not in held]
         kind, children = None if is_first else type(module), list(module._modules.values())
         return _Watched(module, kind, children, settings, values, tuple(dict.fromkeys(absent)))
 
