@@ -23,15 +23,14 @@ options=(-G Ninja -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$flags" -DRNAS_LEVE
   -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')"
   -Dpybind11_DIR="$folder/tools/pybind11/share/cmake/pybind11")
 {
-  cmake -S csrc -B "$folder/build" "${options[@]}" && cmake --build "$folder/build" &&
-    cmake -S csrc -B "$folder/cuda" "${options[@]}" -DRNAS_CUDA_ON_HOST=ON &&
-    cmake --build "$folder/cuda" --target _cuda_on_host
+  cmake -S csrc -B "$folder/build" "${options[@]}" -DRNAS_CUDA_ON_HOST=ON &&
+    cmake --build "$folder/build" --target _cpu _cuda_on_host
 } >"$folder/log" || { cat "$folder/log"; exit 1; }
 
 # The sanitizers' runtime has to come before everything else; Python's own leaks are not what is looked for.
 export RNAS_SAMPLE=${SAMPLE:-1}
 export RNAS_CPU_MODULE="$(echo "$folder"/build/_cpu*.so)"
-export RNAS_CUDA_ON_HOST_MODULE="$(echo "$folder"/cuda/_cuda_on_host*.so)"
+export RNAS_CUDA_ON_HOST_MODULE="$(echo "$folder"/build/_cuda_on_host*.so)"
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -m pytest -q -n "${WORKERS:-2}" -p scripts.sanitized_module tests/test_mixed_op.py tests/test_relu_conv_norm.py \

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import rnas
+from rnas.fusion import verify
 from rnas.fusion.deferred import Deferred
 from rnas.fusion.recognise import recognise
 from rnas.fusion.scope import Scope
@@ -650,6 +651,19 @@ def test_a_change_afterwards_counts(name):
         torch.manual_seed(0)
         CHANGES[name](each)
     assert_same(module, plain, images(seed=1), WEIGHTS)
+
+
+def test_candidates_are_tried_by_one_thread(monkeypatch):
+    found, images_of = [], verify.images
+    monkeypatch.setattr(verify, "images", lambda *a, **k: found.append(torch.get_num_threads()) or images_of(*a, **k))
+    torch.set_num_threads(2)
+    try:
+        rnas.accelerate(Mixed(separable(), separable()))
+        with pytest.raises(ValueError):
+            rnas.accelerate(Mixed(separable(), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1))), strict=True)
+        assert set(found) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 class Gated(nn.Module):

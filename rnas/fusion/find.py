@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -104,8 +105,19 @@ def restore(model: nn.Module) -> int:
 
 def _plan(model: nn.Module):
     """As `_looked_at`; candidates that draw random numbers are run for that, and leave them where they were."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         return _looked_at(model)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What candidates are tried on is so small that more threads would only wait, on a busy machine for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _looked_at(model: nn.Module):
