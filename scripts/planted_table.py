@@ -193,6 +193,7 @@ PLAN = rows(
      "std::max({most, std::abs(part.dy), std::abs(part.dx)})", "0"),
     ("factorized reduce: no offset to the right", f"{ALONE} and skip", "Convolution factorized_reduce(",
      "part(even, odd, c, 1, plan.theta, 1, 1)", "part(even, odd, c, 1, plan.theta, 1, 0)"),
+    ("sums: in float32 over whole images", "mixed_op global_mean", "", "kSum = 64", "kSum = 65536"),
     ("dense: a result channels first", PLANES, "bool asked_dense(", " && !shape.planes_out", ""),
     ("dense: gradients channels first", PLANES, "bool gradient_dense(", " && !shape.planes_grad", ""),
     ("dense convolution: rows and columns swapped", f"{ALONE} and conv_3x3", "Convolution dense(",

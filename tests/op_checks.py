@@ -97,6 +97,12 @@ def noise(like: Tensor, seed: int) -> Tensor:
     return values.to(like.device, like.dtype)
 
 
+def of_a_mean(output: Tensor, seed: int) -> Tensor:
+    """The gradient behind a mean over the pixels: the same at all pixels of an image, so that roundings add up."""
+    single = noise(output[:, :, :1, :1].detach().float(), seed) / output[0, 0].numel()
+    return single.to(output.dtype).expand(output.shape)
+
+
 def evaluate(implementation, problem: Call, wanted=(), first=(), noise=noise) -> dict[str, list[Tensor]]:
     """Everything that a call yields: output, BN buffers, and the gradients of the kinds in `wanted`.
 
@@ -171,25 +177,26 @@ def compare(
     change: Callable[[Call], None] | None = None,
     kink: float = 1e-5,
     device: str = "cpu",
+    cotangent: Callable[[Tensor, int], Tensor] = noise,
     **how,
 ) -> None:
     """Compares an implementation with the float64 reference on `draw(seed, **how)`; see `evaluate` for wanted and first.
 
     A draw where plain float32 PyTorch is further than `kink` from float64 lies on a kink (a ReLU or a maximum inside
     that rounding turns around) and is replaced by the next. `change` edits the problem in place. All float32 runs on
-    `device`, whose problems' `copy` then takes one; float64 on the CPU.
+    `device`, whose problems' `copy` then takes one; float64 on the CPU. cotangent: gives the incoming gradient.
     """
 
     def run(of, layout):
         copied = problem.copy(layout=layout) if device == "cpu" else problem.copy(layout=layout, device=device)
-        results = evaluate(of, copied, wanted, first)
+        results = evaluate(of, copied, wanted, first, cotangent)
         return {kind: [tensor.cpu() for tensor in tensors] for kind, tensors in results.items()}
 
     for seed in range(DRAWS):
         problem = draw(seed, **how)
         if change:
             change(problem)
-        exact = evaluate(reference, problem.copy(torch.float64), wanted, first)
+        exact = evaluate(reference, problem.copy(torch.float64), wanted, first, cotangent)
         plain = [run(reference, name) for name in ("contiguous", "channels_last")]
         if all(distance(p[kind], exact[kind]) <= kink for p in plain for kind in exact):
             break

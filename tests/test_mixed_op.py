@@ -14,7 +14,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_checks import LAYOUTS, MODES, Call, Recorder, compare, distance, draw_input, draw_norm, evaluate, noise
+from op_checks import (
+    LAYOUTS,
+    MODES,
+    Call,
+    Recorder,
+    compare,
+    distance,
+    draw_input,
+    draw_norm,
+    evaluate,
+    noise,
+    of_a_mean,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -215,6 +227,13 @@ def test_edge(space, stride, mode):
 @pytest.mark.parametrize("cell", CELLS)
 def test_cell(cell, space, mode):
     check(space=space, cell=cell, mode=mode, shape=(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("size", [12, 32])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+def test_gradients_behind_a_global_mean(space, size, mode):
+    check(space=space, shape=(3, 4, size, size), mode=mode, cotangent=of_a_mean, kink=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["train affine", "eval affine", "mixed"])

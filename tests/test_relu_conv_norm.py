@@ -14,7 +14,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_checks import LAYOUTS, MODES, Call, Recorder, compare, distance, draw_input, draw_norm, evaluate, noise
+from op_checks import (
+    LAYOUTS,
+    MODES,
+    Call,
+    Recorder,
+    compare,
+    distance,
+    draw_input,
+    draw_norm,
+    evaluate,
+    noise,
+    of_a_mean,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -142,6 +154,12 @@ def test_two_values_per_channel(channels, layout):
 def test_large_images(mode):
     check(shape=(2, 48, 28, 28), outputs=16, mode=mode, layout="channels_last")
     check(shape=(1, 64, 28, 31), outputs=36, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("size", [12, 32])
+def test_gradients_behind_a_global_mean(size, mode):
+    check(shape=(4, 16, size, size), outputs=16, mode=mode, cotangent=of_a_mean, kink=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])

@@ -37,7 +37,6 @@ class Layer {
       local.y = arena_.take<float>(padded_out_ * kPixels);
       local.g = arena_.take<float>(padded_out_ * kPixels);
       local.gx = arena_.take<float>(padded_in_ * kPixels);
-      local.first = arena_.take<float>(2 * padded_out_);
       local.weights.now = arena_.take<float>(padded_in_ * padded_out_);
       local.weights.total = arena_.take<double>(padded_in_ * padded_out_);
       local.ahead = arena_.take<Ahead>(1);
@@ -182,7 +181,6 @@ class Layer {
  private:
   struct Local {
     float *d, *y, *g, *gx;  // chunks [group][kPixels][lane]: relu(x), output, gradient of the output, gradient of x
-    float* first;           // (2, padded_out) running sums
     WeightSums weights;     // [input][output]
     Ahead* ahead;
     Clock* clock;
@@ -345,25 +343,30 @@ class Layer {
     // On fixed statistics the packed weights carry the scale; here the plain ones are needed.
     if (!in_.batch_statistics) pack(nullptr);
     each_block([&](const Local& l, int64_t block, int64_t begin, int64_t end) {
-      std::memset(l.first, 0, 2 * padded_out_ * sizeof(float));
+      double *dots = sums_ + 2 * block * padded_out_, *totals = dots + padded_out_;
+      std::fill_n(dots, 2 * padded_out_, 0.0);
       each_chunk(begin, end, [&](int64_t p, int64_t count) {
         l.ahead->clear();
         load_chunk(l, grad_out, groups_out_, in_.channels_out, p, count, l.g);
         normalised(l, out, p, count);
         const Section section(l.clock, Work::norms);
         for (int64_t group = 0; group < groups_out_; ++group) {
-          Vector a = load(l.first + group * kLanes), b = load(l.first + padded_out_ + group * kLanes);
+          Vector a[2] = {}, b[2] = {};  // in float32 over few pixels: of equal gradients all roundings have one sign
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (group * kPixels + i) * kLanes;
             const Vector g = load(l.g + at);
-            a = fma(g, load(l.y + at), a);
-            b += g;
+            a[i % 2] = fma(g, load(l.y + at), a[i % 2]);
+            b[i % 2] += g;
           }
-          store(l.first + group * kLanes, a);
-          store(l.first + padded_out_ + group * kLanes, b);
+          float dot_of[kLanes], sum_of[kLanes];
+          store(dot_of, a[0] + a[1]);
+          store(sum_of, b[0] + b[1]);
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
+            dots[group * kLanes + lane] += dot_of[lane];
+            totals[group * kLanes + lane] += sum_of[lane];
+          }
         }
       });
-      for (int64_t c = 0; c < 2 * padded_out_; ++c) sums_[2 * block * padded_out_ + c] = l.first[c];
     });
     for (int64_t block = 0; block < blocks_; ++block)
       for (int64_t c = 0; c < padded_out_; ++c) {

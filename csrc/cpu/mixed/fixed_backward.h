@@ -190,9 +190,9 @@ class FixedBackward : public FixedForward {
           if (edge.source != source || edge.*mix < 0) continue;
           const float* g = local.states[edge.target] + group * plane;
           double* at = local.dots + (3 * e + kind) * plan_.padded + group * kLanes;
-          for (int64_t start = 0; start < plane; start += kFlush * kLanes) {
+          for (int64_t start = 0; start < plane; start += kSum * kLanes) {
             Vector sum[4] = {};
-            for (int64_t p = start; p < std::min(plane, start + kFlush * kLanes); p += kLanes) {
+            for (int64_t p = start; p < std::min(plane, start + kSum * kLanes); p += kLanes) {
               Vector& part = sum[p / kLanes % 4];
               part = fma(load(g + p), load(pooled + p), part);
             }

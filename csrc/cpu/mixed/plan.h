@@ -18,6 +18,9 @@ namespace {
 constexpr int64_t kChunk = 64;
 // Weight gradients are summed in float32 over at most about this many pixels or windows, then added up in double.
 constexpr int64_t kFlush = 2048;
+// Sums over the pixels of what may be the same everywhere, such as a gradient behind a global mean, in float32 over so few:
+// the roundings of a longer one all have one sign.
+constexpr int64_t kSum = 64;
 // From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
 // 3x3 convolution always is.)
 constexpr int64_t kCostly = 32;

@@ -244,14 +244,14 @@ inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const flo
   }
 }
 
-// to[c] += sum over an output image of g * (y - pivot) (y null: of g), in float32 over at most kFlush pixels. scratch:
+// to[c] += sum over an output image of g * (y - pivot) (y null: of g), in float32 over at most kSum pixels. scratch:
 // (padded) floats.
 inline void add_dot(const Plan& plan, const float* g, const float* y, const float* pivot, float* scratch, double* to) {
-  for (int64_t start = 0; start < plan.pixels_out(); start += kFlush) {
+  for (int64_t start = 0; start < plan.pixels_out(); start += kSum) {
     const int64_t at = start * kLanes;
     std::memset(scratch, 0, plan.padded * sizeof(float));
     add_dot(plan, g + at, plan.plane_out(), y ? y + at : nullptr, plan.plane_out(),
-            std::min(kFlush, plan.pixels_out() - start), pivot, scratch);
+            std::min(kSum, plan.pixels_out() - start), pivot, scratch);
     for (int64_t c = 0; c < plan.padded; ++c) to[c] += scratch[c];
   }
 }
