@@ -487,7 +487,7 @@ RELU_CONV_NORM = rows(
     ("layer: mean not taken off", LAYER, "void normalised(", "(load(y) - mean) * inverse", "load(y) * inverse"),
     ("layer: gradient sums of the first block", "relu_conv_norm large_images", "void gradient_sums(",
      "block < blocks_; ++block", "block < 1; ++block"),
-    ("layer: gradient sums of one pixel", LAYER, "void gradient_sums(", "b += g;", "b = g;"),
+    ("layer: gradient sums of one pixel", LAYER, "void gradient_sums(", "b[i % 2] += g;", "b[i % 2] = g;"),
     ("layer: no mean term", LAYER, "void backward(", "(-a * sum[c] / in_.pixels)", "(-0.0 * sum[c] / in_.pixels)"),
     ("layer: masks of the first group", "relu_conv_norm narrow_graph or second_derivatives_on_masks",
      "void load_relu(", "signs[(p + i) * groups_in_ + group]", "signs[(p + i) * groups_in_]"),
