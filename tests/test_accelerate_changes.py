@@ -302,6 +302,25 @@ def output_written(ops, x, w):
     return out, before
 
 
+class Gate(torch.autograd.Function):
+    """As ProxylessNAS: runs a candidate in a graph of its own, and hands the gates products with its result."""
+
+    @staticmethod
+    def forward(ctx, x, gates, candidate):
+        leaf = x.detach().requires_grad_(x.requires_grad)
+        with torch.enable_grad():
+            out = candidate(leaf)
+        ctx.save_for_backward(leaf, out)
+        ctx.gates = gates.shape
+        return out.data
+
+    @staticmethod
+    def backward(ctx, gradient):
+        leaf, out = ctx.saved_tensors
+        of_gates = (out.data * gradient).sum().expand(ctx.gates)
+        return torch.autograd.grad(out, leaf, gradient)[0], of_gates, None
+
+
 AROUND = {
     "in place": in_place,
     "in place on the first": in_place_on_the_first,
@@ -351,6 +370,7 @@ AROUND = {
     "partial, other view": lambda ops, x, w: torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 4, -1).sum(2),
     "partial, 5-dimensional": lambda ops, x, w: 2 * torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 2, 8, 7, 7),
     "partial, transposed": lambda ops, x, w: torch.cat([w[0] * ops[1](x), x], 1).view(len(x), 2, 8, 7, 7).transpose(1, 2),
+    "inside a function": lambda ops, x, w: Gate.apply(Gate.apply(x, w, ops[1]) + x, w, ops[2]),
     "data": lambda ops, x, w: w[0] * ops[1](x) * ops[2](x).data.abs().mean(),
     "no gradient inside": lambda ops, x, w: w[0] * ops[1](x) * torch.no_grad()(lambda: ops[2](x).norm())(),
     "shapes": lambda ops, x, w: ops[1](x).size(1) * ops[2](x).shape[2] * w[0] * ops[3](x),
