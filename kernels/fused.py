@@ -276,6 +276,33 @@ def _move_towards(averages: list[Tensor], values: list[Tensor], shares: list) ->
     torch._foreach_copy_(averages, moved)
 
 
+class NormsOfShifted(Norms):
+    """`Norms` of images to which a number for each channel has been added, a bias: they take them without.
+
+    On batch statistics that number leaves with the mean, in whose running average it stays; its gradient is zero. On
+    fixed ones it is a part of what is added behind.
+    """
+
+    def __init__(self, modules: list[nn.BatchNorm2d], biases: list[Tensor | None]) -> None:
+        super().__init__(modules)
+        self.shifts = biases
+        """(C,) each, None where nothing was added."""
+
+    def affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As `Norms.affine`."""
+        gamma, beta = super().affine(x)
+        scale = 0.0
+        if not self.on_batch:
+            scale = (_table(self.variances, 1.0) + self.eps).rsqrt()
+            scale = scale if gamma is None else gamma * scale
+        moved = scale * _table(self.shifts, 0.0)
+        return gamma, moved if beta is None else beta + moved
+
+    def move_averages(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """As `Norms.move_averages`; mean: without what was added."""
+        super().move_averages(mean + _table(self.shifts, 0.0).detach().to(mean.dtype), variance, count)
+
+
 class CompiledNorms:
     """`Norms` as compiled code has read them: of one mode and eps, without affine parameters, float32 on the CPU."""
 
@@ -306,8 +333,12 @@ class CompiledNorms:
             self._found.update(*addresses([mean, variance]), count / (count - 1))
 
 
-def read_norms(modules: list[nn.BatchNorm2d], channels: int) -> Norms | CompiledNorms:
-    """What the modules of so many channels hold."""
+def read_norms(
+    modules: list[nn.BatchNorm2d], channels: int, biases: list[Tensor | None] | None = None
+) -> Norms | CompiledNorms:
+    """What the modules of so many channels hold. biases: see `NormsOfShifted`."""
+    if biases is not None and any([bias is not None for bias in biases]):
+        return NormsOfShifted(modules, biases)
     found = compiled_norms(modules, channels)
     return Norms(modules) if found is None else found
 

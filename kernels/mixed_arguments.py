@@ -161,6 +161,24 @@ def check_groups(parameters, norms, edges: int) -> None:
                 raise TypeError(f"{name}{where} must be a sequence of {unit}, got {type(members).__name__}")
 
 
+def check_biases(x: Tensor, channels: int, biases, norms) -> None:
+    """(C,) or None for each norm of each edge, beside the images x."""
+    if not hasattr(biases, "__len__") or list(map(len, biases)) != list(map(len, norms)):
+        raise ValueError("biases must hold a tensor or None for each norm of each edge")
+    taken = fused.dtypes_beside(x)
+    for edge, members in enumerate(biases):
+        for index, bias in enumerate(members):
+            where = f"biases[{index}]{_of_edge(edge, len(biases))}"
+            if bias is None:
+                continue
+            if not isinstance(bias, Tensor):
+                raise TypeError(f"{where} must be a tensor or None, got {type(bias).__name__}")
+            if bias.shape != (channels,):
+                raise ValueError(f"{where} must have shape ({channels},), got {tuple(bias.shape)}")
+            if bias.dtype not in taken or bias.device != x.device:
+                raise TypeError(f"{where} must be {x.dtype} on {x.device}, got {bias.dtype} on {bias.device}")
+
+
 def read_parameters(x: Tensor, channels: int, parameters, norms, expected: Edges):
     """The parameters and norms, checked and read: by compiled code where they are as usual, else one by one."""
     edges, arrays = len(expected.shapes), None

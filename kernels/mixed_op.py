@@ -117,6 +117,7 @@ def mixed_cell(
     partial: int = 1,
     edge_weights: Tensor | None = None,
     last: bool = False,
+    biases: Sequence[Sequence[Tensor | None]] | None = None,
 ) -> Tensor:
     """A cell of mixed edges: node j is the sum of the edges from all S input states and all nodes before it.
 
@@ -131,6 +132,8 @@ def mixed_cell(
         stride: 1 or 2, of the edges that leave the input states; edges between nodes have stride 1.
         edge_weights: (E,) numbers by which the edges are multiplied, as in PC-DARTS; None for ones.
         last: whether the last node alone is wanted, as in NAS-Bench-201. The others are then not written out.
+        biases: (C,) or None for each norm of each edge: of the convolution in front of it. On batch statistics they
+            change nothing but running averages, and their gradients are zero. None: there are none at all.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
@@ -161,7 +164,10 @@ def mixed_cell(
     read = arguments.read_parameters(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         arguments.check_edge_weights(x, edge_weights, len(edges.shapes))
-    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last) and nodes > 1)
+    if biases is not None:
+        arguments.check_biases(x, channels, biases, norms)
+        read = (read[0], fused.read_norms(_flattened(norms), channels, _flattened(biases)))
+    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last) and nodes > 1, biases)
     call = _Call(states, weights, parameters, norms, *options, *read)
     on = engine.of(x)
     autocast = on.autocast_dtype(x)
@@ -186,6 +192,10 @@ def arrange(x: Tensor) -> Tensor:
     return formats.arranged(x, torch.channels_last) if serving in ("cpu", "cuda") else x
 
 
+def _flattened(rows: Sequence[Sequence]) -> list:
+    return [each for row in rows for each in row]
+
+
 # ---- what the fused op takes -----------------------------------------------------------------------------------------
 
 
@@ -203,6 +213,7 @@ class _Call(NamedTuple):
     partial: int
     edge_weights: Tensor | None
     last: bool
+    biases: Sequence[Sequence[Tensor | None]] | None
     arrays: object | None  # the parameters as compiled code has read them
     norms_read: fused.Norms | fused.CompiledNorms
 
@@ -272,7 +283,8 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
         for sources, stride in ((through[:inputs], call.stride), (through[inputs:], 1)):
             if sources:
                 rows = slice(edge, edge + len(sources))
-                read = fused.read_norms([norm for each in norms[rows] for norm in each], channels)
+                shifts = None if call.biases is None else _flattened(call.biases[rows])
+                read = fused.read_norms(_flattened(norms[rows]), channels, shifts)
                 arrays = fused.read_arrays(parameters[rows], shapes[rows])
                 theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
                 longest = max(map(len, names[rows]))
@@ -316,12 +328,20 @@ def _cell(
     return out
 
 
+def _shifted(norm: nn.BatchNorm2d, bias: Tensor | None):
+    """The norm of images plus the bias."""
+    return norm if bias is None else lambda y: norm(y + bias[:, None, None])
+
+
 def _reference(call: _Call) -> Tensor:
+    norms = call.norms
+    if call.biases is not None:
+        norms = [list(map(_shifted, *each)) for each in zip(norms, call.biases)]
     nodes = reference.mixed_cell(
         call.states,
         call.weights,
         call.parameters,
-        call.norms,
+        norms,
         primitives=call.primitives if len(call.primitives) > 1 else call.primitives[0],
         nodes=call.nodes,
         stride=call.stride,

@@ -30,6 +30,8 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
     "drop path of edges, in place": lambda *a: smooth.build(*a, edge_drop=0.3),
     "nas-bench-201": nasbench201.build,
     "nas-bench-201, affine": lambda *a: nasbench201.build(*a, affine=True, track=True),
+    "nas-bench-201, biases": lambda *a: nasbench201.build(*a, bias=True),
+    "nas-bench-201, biases, no averages": lambda *a: nasbench201.build(*a, bias=True, track=False),
     "nas-bench-201, one hot": lambda *a: nasbench201.build(*a, mode="hard"),
     "nas-bench-201, chosen ones": lambda *a: nasbench201.build(*a, mode="chosen"),
     "weights as attributes": hooked.build,
@@ -40,6 +42,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
 WHOLE_CELLS = ("darts", "darts, affine", "darts, no averages", "nas-bench-201", "nas-bench-201, affine")
 WHOLE_CELLS += ("a list of candidates per edge", "perturbed weights")
 WHOLE_CELLS += ("nas-bench-201, one hot", "nas-bench-201, chosen ones")
+WHOLE_CELLS += ("nas-bench-201, biases", "nas-bench-201, biases, no averages")
 FACTOR, FLOOR = 3.0, 1e-6  # the first contract of the ops: no further from float64 than three times plain PyTorch
 
 

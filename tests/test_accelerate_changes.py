@@ -122,7 +122,7 @@ def test_networks_without_mixed_operations_pass_through(kind):
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), "bias"),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)), "bias"),
         (nn.Sequential(nn.LeakyReLU(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)), "LeakyReLU"),
         (nn.Sequential(nn.ReLU(True), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)), "in place"),
         (nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(8)), "values"),
@@ -652,6 +652,7 @@ CHANGES = {
     "a weight in the place of its parameter": lambda m: vars(m.ops[1][1]).update(weight=torch.ones(8, 1, 3, 3)),
     "an average in the place of its buffer": lambda m: vars(m.ops[1][3]).update(running_mean=torch.ones(8)),
     "a forward of a layer": lambda m: setattr(m.ops[1][0], "forward", F.leaky_relu),
+    "a bias": lambda m: setattr(m.ops[1][1], "bias", nn.Parameter(torch.ones(8))),
     "another weight": lambda m: setattr(m.ops[1][1], "weight", nn.Parameter(torch.ones(8, 1, 3, 3))),
     "a weight set to zero": lambda m: m.ops[1][1].weight.data.zero_(),
     "a frozen weight": lambda m: m.ops[1][1].weight.requires_grad_(False),
@@ -684,6 +685,36 @@ def test_candidates_are_tried_by_one_thread(monkeypatch):
         assert set(found) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def biased(size: int) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, size, padding=size // 2), nn.BatchNorm2d(8))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["none", "another", "written to", "frozen", "without"])
+def test_biases_of_dense_convolutions(change, training):
+    module, plain, report = both(lambda: Mixed(biased(1), biased(3), separable()))
+    assert list(report.replaced[0].candidates.values()) == ["conv_1x1", "conv_3x3", "dil_conv_3x3"]
+    for each in (module.train(training), plain.train(training)):
+        each(images(), WEIGHTS[:3])
+        layer = each.ops[1][1]
+        if change == "another":
+            layer.bias = nn.Parameter(torch.full((8,), 3.0))
+        if change == "written to":
+            layer.bias.data.mul_(5)
+        if change == "frozen":
+            layer.bias.requires_grad_(False)
+        if change == "without":
+            layer.bias = None
+    found = [each.ops[index][1].bias for each in (module, plain) for index in (0, 1)]
+    if training:  # their gradients are zero, which plain PyTorch gives but for rounding
+        learnt = [bias for bias in found[:2] if bias is not None and bias.requires_grad]
+        assert not any(map(torch.any, torch.autograd.grad(module(images(), WEIGHTS[:3]).square().sum(), learnt)))
+        plain(images(), WEIGHTS[:3])  # as many batches
+        for bias in found:
+            bias is None or bias.requires_grad_(False)
+    assert_same(module, plain, images(seed=1), WEIGHTS[:3])
 
 
 class Gated(nn.Module):

@@ -1252,3 +1252,44 @@ def test_memory_formats_are_the_same_numbers(space, cell, mode, channels, last):
             assert all(map(torch.equal, each, gradients["channels_last"]))
         found[layout] = [out, *gradients["channels_last"]]
     assert all(map(torch.equal, *found.values()))
+
+
+@pytest.mark.parametrize("partial", [1, 2])
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("mode", ["train", "train affine", "train, no buffers", "eval", "eval affine", "eval, no buffers"])
+def test_biases_in_front_of_norms(mode, backend_name, partial, monkeypatch):
+    if backend_name == "reference":
+        monkeypatch.setenv("RNAS_BACKEND", backend_name)
+    problem = draw(space="nas-bench-201", cell="two nodes", mode=mode, shape=(2, 8, 6, 5), partial=partial)
+    generator, results = torch.Generator().manual_seed(1), {}
+    drawn = [[torch.randn(8 // partial, generator=generator), None] for _ in problem.norms]
+    for dtype in (torch.float64, torch.float32):
+        call = problem.copy(dtype).require(KINDS)
+        biases = [[None if b is None else b.to(dtype).requires_grad_() for b in row] for row in drawn]
+        leaves = [*(leaf for kind in KINDS for leaf in call.leaves(kind)), *(b for row in biases for b in row if b is not None)]
+        if dtype == torch.float32:
+            out = kernels.mixed_cell(*call.arguments(), **call.options(), biases=biases)
+        else:
+            norms = [list(map(behind, *pair)) for pair in zip(call.norms, biases)]
+            out = reference.mixed_cell(call.states, call.weights, call.parameters, norms, **call.options())
+        gradients = torch.autograd.grad(out, leaves, noise(out, 1))
+        buffers = [buffer for norm in call.modules() for buffer in norm.buffers()]
+        results[dtype] = [out, *gradients, *buffers]
+    scale = max(each.abs().max().item() for each in results[torch.float64])
+    for found, expected in zip(results[torch.float32], results[torch.float64], strict=True):
+        assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-6 * scale)
+
+
+def behind(norm, bias):
+    return norm if bias is None else lambda y: norm(y + bias[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("biases", "error"),
+    [([], ValueError), ([[None]] * 5, ValueError), ([[None, 1.0]] * 5, TypeError), ([[None, torch.ones(3)]] * 5, ValueError),
+     ([[None, torch.ones(4).double()]] * 5, TypeError)],
+)  # fmt: skip
+def test_biases_are_checked(biases, error):
+    problem = draw(space="nas-bench-201", cell="two nodes", shape=(2, 4, 5, 5))
+    with pytest.raises(error, match="biases"):
+        kernels.mixed_cell(*problem.arguments(), **problem.options(), biases=biases)

@@ -31,6 +31,11 @@ class Layers:
     convolutions: tuple[nn.Conv2d, ...]
     norms: tuple[nn.BatchNorm2d, ...]
 
+    @property
+    def biased(self) -> bool:
+        """Whether a convolution has a bias: where a candidate is taken, it is the only one, with a norm behind it."""
+        return any([each.bias is not None for each in self.convolutions])
+
 
 _PLAIN = (nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ConstantPad2d, nn.ZeroPad2d)
 _KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_PLAIN)
@@ -67,8 +72,6 @@ def layers_of(module: nn.Module) -> Layers:
 
 
 def _check_convolution(convolution: nn.Conv2d) -> None:
-    if convolution.bias is not None:
-        raise Foreign("a convolution has a bias")
     if convolution.padding_mode != "zeros":
         raise Foreign(f"a convolution pads by {convolution.padding_mode!r}")
     if isinstance(convolution.padding, str):

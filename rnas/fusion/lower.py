@@ -296,6 +296,9 @@ def _fused(
     if any(edge is not None and edge.outer for edge in edges):
         weights = weights * _table(outer, like)
     pool_norms = _pool_norms(edge for edge in edges if edge is not None)
+    biases = None
+    if any([call.plan.biased for row in calls for call in row]):
+        biases = [[bias for call in row for bias in call.plan.biases()] for row in calls]
     return mixed_cell(
         states,
         weights,
@@ -308,6 +311,7 @@ def _fused(
         partial=1,
         edge_weights=None,
         last=last,
+        biases=biases,
     )
 
 

@@ -89,6 +89,7 @@ class Plan:
         self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(map(original_class, modules))]
         self._watched = [_Watched.of(each, reads, is_first=each is module) for each in modules]
         self._of_classes = [each for each in reads.values if isinstance(each[0], type)]
+        self.biased = layers.biased
         self._has_state = bool(layers.convolutions or layers.norms)
 
     def holds(self) -> bool:
@@ -119,7 +120,7 @@ class Plan:
             if kind.forward is not forward:
                 return False
         for each in self.layers.convolutions:
-            if each._parameters.get("bias") is not None:
+            if (each._parameters.get("bias") is not None) != self.biased:
                 return False
         return True
 
@@ -145,6 +146,12 @@ class Plan:
         except KeyError:  # a plain attribute in its place
             return [each.weight for each in self.layers.convolutions]
 
+    def biases(self) -> list[Tensor | None]:
+        """Of the convolution in front of each norm."""
+        if not self.biased:
+            return [None] * len(self.layers.norms)
+        return [each._parameters["bias"] for each in self.layers.convolutions]
+
     def state(self) -> State:
         """Of now."""
         return State(self._weights_state(), self.modes()) if self._has_state else _NOTHING
@@ -153,9 +160,12 @@ class Plan:
         """The training flags of the norms."""
         return tuple([norm.training for norm in self.layers.norms])
 
+    def _held(self) -> list[Tensor]:
+        return [*self.weights(), *self.biases()] if self.biased else self.weights()
+
     def _weights_state(self) -> tuple[tuple[int, int, bool], ...]:
         return tuple(
-            [(id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self.weights()]
+            [(id(each), 0 if each.is_inference() else each._version, each.requires_grad) for each in self._held()]
         )
 
     def check(self, state: State) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference.mixed_op import SEPARABLE
+from ..kernels.reference.mixed_op import DENSE, SEPARABLE
 from .layers import Guess, Layers, layers_of
 from .reads import Foreign, Reads, is_simple, reads
 from .verify import check_values, failed, images, randomised
@@ -65,7 +65,10 @@ def _guesses(module: nn.Module, layers: Layers, extras: list[None]) -> list[Gues
         if layers.norms:
             return _pools(layers.norms[0].num_features, True)
         return _guess_empty(module, extras)
-    return [_guess(module, layers)]
+    guess = _guess(module, layers)
+    if layers.biased and guess.primitive not in DENSE:
+        raise Foreign("a convolution has a bias")
+    return [guess]
 
 
 def _pools(channels: int, norm: bool) -> list[Guess]:

@@ -54,13 +54,20 @@ def _definition(guess: Guess) -> Callable[..., Tensor]:
             x,
             torch.ones(1, dtype=x.dtype),
             [each.weight for each in layers.convolutions],
-            layers.norms,
+            [_behind_a_bias(layers, norm) for norm in layers.norms],
             primitives=(guess.primitive,),
             stride=guess.stride,
             pool_norm=guess.pool_norm,
         )
 
     return primitive
+
+
+def _behind_a_bias(layers: Layers, norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+    if not layers.biased:
+        return norm
+    (convolution,) = layers.convolutions
+    return lambda x: norm(x + convolution.bias[:, None, None])
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -17,12 +17,14 @@ NAMES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 class ReLUConvBN(nn.Module):
     """ReLU, convolution, BN; sizes are given as pairs."""
 
-    def __init__(self, C_in: int, C_out: int, kernel: int, stride: int, affine: bool, track: bool):
+    def __init__(
+        self, C_in: int, C_out: int, kernel: int, stride: int, affine: bool, track: bool, bias: bool = False
+    ):
         super().__init__()
         size, padding = (kernel, kernel), (kernel // 2, kernel // 2)
         self.op = nn.Sequential(
             nn.ReLU(inplace=False),
-            nn.Conv2d(C_in, C_out, size, stride=(stride, stride), padding=padding, dilation=(1, 1), bias=False),
+            nn.Conv2d(C_in, C_out, size, stride=(stride, stride), padding=padding, dilation=(1, 1), bias=bias),
             nn.BatchNorm2d(C_out, affine=affine, track_running_stats=track),
         )
 
@@ -62,10 +64,10 @@ class Zero(nn.Module):
         return x * 0.0
 
 
-def make(name: str, C: int, affine: bool, track: bool) -> nn.Module:
+def make(name: str, C: int, affine: bool, track: bool, bias: bool) -> nn.Module:
     """The candidate called `name`, C channels in and out."""
     if name.startswith("nor_conv"):
-        return ReLUConvBN(C, C, int(name[-1]), 1, affine, track)
+        return ReLUConvBN(C, C, int(name[-1]), 1, affine, track, bias)
     if name == "avg_pool_3x3":
         return Pooling(C, C, affine, track)
     return Identity() if name == "skip_connect" else Zero()
@@ -74,13 +76,13 @@ def make(name: str, C: int, affine: bool, track: bool) -> nn.Module:
 class SearchCell(nn.Module):
     """A complete graph of `nodes` nodes, the first one being the input and the last one the output."""
 
-    def __init__(self, C: int, nodes: int, affine: bool, track: bool):
+    def __init__(self, C: int, nodes: int, affine: bool, track: bool, bias: bool):
         super().__init__()
         self.nodes, self.out_dim = nodes, C
         self.edges = nn.ModuleDict()
         for i in range(1, nodes):
             for j in range(i):
-                self.edges[f"{i}<-{j}"] = nn.ModuleList([make(name, C, affine, track) for name in NAMES])
+                self.edges[f"{i}<-{j}"] = nn.ModuleList([make(name, C, affine, track, bias) for name in NAMES])
         self.edge2index = {key: index for index, key in enumerate(sorted(self.edges))}
 
     def forward(self, x: Tensor, alphas: Tensor) -> Tensor:
@@ -180,6 +182,7 @@ def build(
     mode: str = "soft",
     affine: bool = False,
     track: bool = True,
+    bias: bool = False,
     nodes: int = 4,
     tau: float = 10.0,
     seed: int = 0,
@@ -189,9 +192,10 @@ def build(
     Args:
         mode: "soft" runs all candidates, "hard" one of each edge and adds the others' weights, "chosen" does not.
         affine, track: of BN inside the candidates, as PyTorch's `affine` and `track_running_stats`.
+        bias: whether the convolutions of the candidates have one, as later code of that family where BN has none.
         nodes: of a cell, its input included.
         tau: the temperature of the sample of the other modes.
         seed: of that sample, the same in each call; set the attribute `seed` for another one.
     """
     depth = max(layers // 3, 1)
-    return TinyNetwork(channels, depth, classes, nodes, mode, tau, seed, affine=affine, track=track)
+    return TinyNetwork(channels, depth, classes, nodes, mode, tau, seed, affine=affine, track=track, bias=bias)
