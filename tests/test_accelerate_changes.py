@@ -479,14 +479,20 @@ def test_a_gradient_of_a_result_that_has_been_fused_raises():
         torch.autograd.grad(loss, keep.y)
 
 
-def test_weights_that_change_before_a_result_is_used_raise():
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_change_before_a_result_is_used_raise(name):
     def perturb(ops, x, w):
         y = ops[1](x)
         with torch.no_grad():
-            ops[1][1].weight.add_(1)
+            getattr(ops[1][1], name).add_(1)
         return w[0] * y
 
-    module, _, _ = both(lambda: Around(perturb))
+    def make():
+        made = Around(perturb)
+        made.ops[1] = biased(3)
+        return made
+
+    module, _, _ = both(make)
     with pytest.raises(RuntimeError, match="weights of a candidate"):
         module(images(), WEIGHTS)
 
