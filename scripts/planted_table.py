@@ -210,7 +210,7 @@ PACKING = rows(
      "factor * __builtin_convertvector", "__builtin_convertvector"),
     ("parameters: the kernels are not turned round", DENSE, "void pack_positions(", "Backward ? 8 - tap : tap", "tap"),
     ("parameters: blocks of Winograd's matrices at one place", WIDE_DENSE, "void pack_positions(",
-     "(p * padded + row) * padded + first", "(p * padded + row) * padded"),
+     "row * padded + first", "row * padded"),
     ("parameters: gradients of kernels of the first thread", "mixed_op go_together", "void kernel_gradients(",
      "each < count", "each < 1"),
     ("parameters: gradients of kernels without the scale", DENSE, "inline void unpack_kernels(",
@@ -222,7 +222,7 @@ PACKING = rows(
     ("sums of weights: what is beyond the channels stays", "mixed_op gradient_that_is_not_finite",
      "void add_up_windows(", "at < matrix", "at < plan.shape.channels * padded"),
     ("sums of weights: windows are counted again", "mixed_op go_together or huge_image", "void add_up_windows(",
-     "store(now + p * matrix, zero());", ""),
+     "store(now + p * plan.matrix_step(), zero());", ""),
     ("sums of weights: counted again at the next flush", "mixed_op threads_and_same or sums_over", "struct WeightSums",
      "now[at] = 0;", ""),
 )  # fmt: skip

@@ -45,7 +45,7 @@ void pack_positions(const Plan& plan, const Convolution& conv, const float* thet
       for (int64_t tap = 0; tap < 9; ++tap) kernels[tap] = factor * __builtin_convertvector(load(taps[tap]), Wide);
       kernel_positions<Outputs>(kernels, positions);
       for (int64_t p = 0; p < kPositions; ++p)
-        store(to + conv.packed + (p * padded + row) * padded + first, __builtin_convertvector(positions[p], Vector));
+        store(to + conv.packed + p * plan.matrix_step() + row * padded + first, __builtin_convertvector(positions[p], Vector));
     }
 }
 
@@ -157,8 +157,8 @@ template <int64_t Outputs> void add_up_windows(const Plan& plan, const Convoluti
     double* total = sums.total + conv.summed + at;
     Wide positions[kPositions], taps[9];
     for (int64_t p = 0; p < kPositions; ++p) {
-      positions[p] = __builtin_convertvector(load(now + p * matrix), Wide);
-      store(now + p * matrix, zero());
+      positions[p] = __builtin_convertvector(load(now + p * plan.matrix_step()), Wide);
+      store(now + p * plan.matrix_step(), zero());
     }
     kernel_gradient<Outputs>(positions, taps);
     for (int64_t tap = 0; tap < 9; ++tap)

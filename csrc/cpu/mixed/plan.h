@@ -120,6 +120,8 @@ struct Plan {
   bool asked_dense() const { return stored_dense() && shape.results() == 1 && !shape.planes_out; }
   bool gradient_dense() const { return stored_dense() && !shape.planes_grad; }
   int64_t pixels_out() const { return height_out * width_out; }
+  // Distance of the matrices at Winograd's positions. A further line keeps them from falling on the same cache sets.
+  int64_t matrix_step() const { return padded * padded + kLanes; }
   int64_t plane_out() const { return pixels_out() * kLanes; }
   int64_t image_out() const { return pixels_out() * padded; }  // floats of one image of one state
   // The most that one edge has.
@@ -218,7 +220,7 @@ struct Builder {
     if (kernel == 3 && stride == 1) {
       conv.winograd = plan.winograd = choice.outputs;
       plan.theta += 9 * c * c;
-      plan.packed += position_count(conv.winograd) * plan.padded * plan.padded;
+      plan.packed += position_count(conv.winograd) * plan.matrix_step();
       return end(conv);
     }
     const int64_t taps = kernel * kernel;

@@ -64,7 +64,7 @@ void store_windows(const Plan& plan, const float* products, const WindowGrid<Out
   });
 }
 
-// y (+)= the 3x3 convolution at a run of windows. matrices: (positions, padded, padded).
+// y (+)= the 3x3 convolution at a run of windows. matrices: (positions, padded, padded), plan.matrix_step() apart.
 template <bool Add, int64_t Outputs>
 void multiply_windows(const Plan& plan, const float* matrices, const Tile& in, const WindowGrid<Outputs>& grid,
                       int64_t first, int64_t size, const Scratch& scratch, Work work, float* y) {
@@ -75,7 +75,7 @@ void multiply_windows(const Plan& plan, const float* matrices, const Tile& in, c
   const Section section(scratch.clock, work, size * kPositions * c * c);
   load_windows(plan, in, grid, first, size, scratch.windows);
   for (int64_t p = 0; p < kPositions; ++p)
-    pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.padded * plan.padded,
+    pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.matrix_step(),
                      plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
   store_windows<Outputs, Add>(plan, products, grid, first, size, y);
 }
@@ -115,7 +115,7 @@ void weigh_windows(const Plan& plan, const Convolution& conv, const Tile& in, co
         });
         for (int64_t p = 0; p < kPositions; ++p)
           pointwise_weight(scratch.windows + p * step, plane, plan.groups, scratch.products + p * step, plane,
-                           plan.groups, size, sums.of(conv.packed + p * plan.padded * plan.padded), plan.padded);
+                           plan.groups, size, sums.of(conv.packed + p * plan.matrix_step()), plan.padded);
       },
       [](int64_t, int64_t, int64_t) {});
 }
