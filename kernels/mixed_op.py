@@ -60,9 +60,10 @@ def mixed_op(
     per element) where statistics are fixed and nothing but `x` requires a gradient; else one activation per separable
     convolution, the nodes of a cell but for the last, and on batch statistics the results of the dense 3x3 convolutions
     and, from 32 channels on, of the 5x5 ones, or, where the convolution weights require no gradient, the results of all
-    convolutions; on a GPU, one activation per separable convolution and the result, wherever anything requires a
-    gradient. Bit for bit the same for the same inputs and, on a CPU, number of threads. On a GPU nothing waits for the
-    device, so that a CUDA graph can capture the call.
+    convolutions, but of 1x1 ones on a CPU at most a covariance of what enters them; on a GPU, one activation per
+    separable convolution and the result, wherever anything requires a gradient. Bit for bit the same for the same
+    inputs and, on a CPU, number of threads. On a GPU nothing waits for the device, so that a CUDA graph can capture the
+    call.
     The fused kernels serve float32, on a GPU also bfloat16 and float16; calls that they do not cover (float64, norms
     that disagree on mode, eps or dtype, autocast on a CPU) go to plain PyTorch, and so does a second derivative on
     batch statistics.

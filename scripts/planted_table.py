@@ -33,6 +33,9 @@ def rows(file: str, *table: tuple[str, ...]) -> list[Planted]:
 
 
 ALONE = "mixed_op every_primitive_alone"
+WAITING = "mixed_op edges_that_wait"
+MATRIX = "mixed_op 1x1_convolutions_on_batch"
+MATRIX_THREADS = "mixed_op 1x1_convolutions_that"
 POOLS = "mixed_op gradients_of_a_pool"
 EDGE = "mixed_op test_edge and (affine or other) and not skip"
 WIDE = "mixed_op every_simd_level_and_number_of_channels"
@@ -325,24 +328,88 @@ BATCH = rows(
     ("batch: mids over the nodes", CELL, "float* mid(", "plan_.kept_nodes() + edge", "edge"),
 )  # fmt: skip
 
+MATRICES = rows(
+    "cpu/mixed/matrices.h",
+    ("matrices: rows of the first alone", MATRIX, "void load_rows(", "+ first * state.width * state.pixel", ""),
+    ("matrices: no pivot", MATRIX, "void load_rows(", "pivot ? r -", "false ? r -"),
+    ("matrices: past the relu", MATRIX, "void load_rows(", "r = relu(v)", "r = v"),
+    ("matrices: what is in float32 is counted again", MATRIX_THREADS, "double* total()", "now_[at] = 0;", ""),
+    ("matrices: the first group with itself alone", MATRIX, "void add_symmetric(", "padded_ / kLanes - group", "1"),
+    ("matrices: pixels of the first run again", MATRIX, "void runs(", "use(start * kLanes, count)",
+     "use(0, count)"),
+    ("matrices: sums of rows around no pivot", MATRIX, "void add_sum(", " + static_cast<double>(count_) * pivot_[c]",
+     ""),
+    ("matrices: squares around the pivot", MATRIX, "void add_squares(", " - own[a] * own[b]", ""),
+    ("matrices: threads at one mean", MATRIX_THREADS, "void add_squares(", "count * (away[a] * away[b]",
+     "count * (own[a] * own[b]"),
+    ("matrices: the sum of the rows that give the pivot stays", MATRIX, "void begin(", "sum_[c] = 0;", ""),
+    ("matrices: last pixels in no sum", MATRIX, "void add_sums(", "for (; p < count; ++p)",
+     "for (; p + 1 < count; ++p)"),
+    ("matrices: half a covariance", MATRIX, "inline void merge(", "to.matrix[b * padded + a] = ", ""),
+    ("matrices: terms that cancel are trusted", "mixed_op terms_cancel", "bool output_moments(",
+     "exact = exact && !(variance[output] < least * terms);", ""),
+    ("matrices: without their scale", MATRIX, "void pack_matrix(", "(scale ? scale[output] : 1.0)", "1.0"),
+)  # fmt: skip
+
+MATRICES_FORWARD = rows(
+    "cpu/mixed/matrices_forward.h",
+    ("matrices: covariances of the states before", MATRIX, "void begin_covariance(", "sums.clear();", "(void)sums;"),
+    ("matrices: without the mixing weight", MATRIX, "void settle_matrices(",
+     "static_cast<double>(mixing(edges[i])[edge.matrix]) *", ""),
+    ("matrices: counted around the pivot", "mixed_op terms_cancel", "void count_outputs(", "mean[output] +=",
+     "mean[output] +=  0 *"),
+    ("matrices: a chunk's moments alone", "mixed_op terms_cancel", "void count_outputs(",
+     "first * plan_.width_out, {to", "0, {to"),
+)  # fmt: skip
+
+NODE_SUMS = rows(
+    "cpu/mixed/node_sums.h",
+    ("batch: constants are not added", EDGE, "void add(const Sum& sum",
+     "constant = load(sum.constant.data() + group * kLanes)", "constant = zero()"),
+    ("batch: last pixels of a term", EDGE, "void add(const Sum& sum",
+     "for (int64_t i = 0; i < size; ++i) total[i] = fma(load(at",
+     "for (int64_t i = 1; i < size; ++i) total[i] = fma(load(at"),
+    ("batch: every pass sets its nodes", CELL, "void begin_pass(", "adds = begun_[node]", "adds = false"),
+    ("batch: ones added nowhere", WAITING, "void leave(", " || edge.ones >= 0;", ";"),
+    ("batch: ones without their weight", ONES, "void leave(", "+= w[edge.ones]", "+= 1.0f"),
+    ("batch: a node without candidates is not set", WAITING, "void begin_pass(",
+     "!due[node] || (begun_[node] && !left_[node].any)", "!due[node] || !left_[node].any"),
+    ("batch: what has memory of its own waits", CELL, "void begin_pass(",
+     "!left_[node].terms.empty() || node", "node"),
+    ("batch: a node that an identity reads is not there", WAITING, "void begin_pass(", "due[read] = true",
+     "(void)read"),
+    ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
+    ("matrices: no constant", MATRIX, "void leave(", "if (edge.matrix >= 0) add_constant", "if (false) add_constant"),
+    ("matrices: the first row's product", MATRIX, "void add_product(", " + first * plan_.width_out * kLanes", ""),
+)  # fmt: skip
+
 BATCH_FORWARD = rows(
     "cpu/mixed/batch_forward.h",
-    ("batch: constants are not added", EDGE, "void add_to_node(", "sum[i] = constant", "sum[i] = constant - constant"),
-    ("batch: last pixels of a term", EDGE, "void add_to_node(", "for (int64_t i = 0; i < size; ++i) sum[i] = fma(",
-     "for (int64_t i = 1; i < size; ++i) sum[i] = fma("),
-    ("batch: every edge sets its node", CELL, "void add_to_node(", "left.set_node ? v : v + load(to)", "v"),
-    ("batch: ones added nowhere", ONES, "void leave(", " || edge.ones >= 0 ||", " ||"),
-    ("batch: ones without their weight", ONES, "void leave(", "+= w[edge.ones]", "+= 1.0f"),
-    ("batch: an edge without candidates does not set its node", OWN, "void leave(", "left.set_node || left.has_skip",
-     "left.has_skip"),
-    ("batch: one edge is pending", OWN, "void add_pending(", "for (const Pending& left : pending_) add_to_node(left",
-     "add_to_node(pending_[0]"),
-    ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
     ("batch: pools without their norms", EDGE, "void forward_source(", "if (!arrived) settle", "if (false) settle"),
-    ("batch: pools in front of what is added", CELL, "void arrive(", "add_pending(s, n);  //", "//"),
+    ("batch: pools in front of what is added", CELL, "void arrive(", "add_due(s, n);  //", "//"),
     ("batch: a node that is asked for not stored", CELL, "void arrive(", "if (now.asked) finish", "if (false) finish"),
-    ("batch: states arrive nowhere", EDGE, "void first_stage(", "arrived ? add_pending(s, n) : arrive(now, s, n)",
-     "add_pending(s, n)"),
+    ("batch: states arrive nowhere", EDGE, "void first_stage(", "arrived ? add_due(s, n) : arrive(now, thread, n)",
+     "add_due(s, n)"),
+)  # fmt: skip
+
+MATRICES_BACKWARD = rows(
+    "cpu/mixed/matrices_backward.h",
+    ("matrices: products of the state before", MATRIX, "void begin_products(", "each.clear();", "(void)each;"),
+    ("matrices: products with the first rows", MATRIX, "void matrix_products(", " + first * plan_.width_out * kLanes",
+     ""),
+    ("matrices: the first edge alone goes back", MATRIX, "void settle_matrices(",
+     "sum += back[i][input * padded + c]", "sum += i ? 0.0 : back[i][input * padded + c]"),
+    ("matrices: around no mean", MATRIX, "void settle_matrices(", "all -= sum * mean[input];", ""),
+    ("matrices: a gradient that has begun is lost", MATRIX, "void matrix_gradients(", "begun ? load", "false ? load"),
+    ("matrices: back past the relu", MATRIX, "void matrix_gradients(",
+     "keep(positive(load(r + p)), load(behind + p) + constant)", "load(behind + p) + constant"),
+    ("matrices: around the rounded mean", "mixed_op 1x1 and far_from_zero", "void settle_matrix(",
+     "product -= grad_sum[output] * (of.mean[input] - pivot_[input]);", "(void)product;"),
+    ("matrices: mean gradients go back", MATRIX, "void settle_matrix(", "constant[input] -= weight * mean;", ""),
+    ("matrices: no slope in the gradient of weights", MATRIX, "void settle_matrix(",
+     "slope[output] * count() * behind", "0.0 * behind"),
+    ("matrices: gradients of the first thread", MATRIX_THREADS, "void settle_matrix(", "products[at] += each[at]",
+     "products[at] = each[at]"),
 )  # fmt: skip
 
 GRADIENTS = rows(
@@ -366,9 +433,10 @@ POOLS_BACKWARD = rows(
      "constant -= load("),
     ("batch: gradient past the last pixels", EDGE, "void weighted(",
      "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
-    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "if (!begun) std", "std"),
+    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "!begun && (pools", "(pools"),
     ("batch: pools do not begin a gradient", f"{ALONE} and pool", "void pool_gradients(",
-     "if (!begun) std", "if (false) std"),
+     "if (!begun && (", "if (false && ("),
+    ("batch: an identity adds to nothing", OWN, "void pool_gradients(", "begun || pools ? to", "true ? to"),
     ("batch: what norms look at is forgotten", EDGE, "float* pooled(", "plan_.shape.pool_norm ?", "false ?"),
     ("batch: mixing gradient of a pool without norm", EDGE, "void settle_pools(",
      "mixing_grad = std::accumulate(dots.begin(), dots.end(), 0.0)", "mixing_grad = dots[0]"),
@@ -398,9 +466,12 @@ BATCH_BACKWARD = rows(
      "if (true)"),
     ("batch: every edge begins the gradient of its state", CELL, "void backward_state(", "if (begun_[edge.source])",
      "if (false)"),
-    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void finish_image(",
-     "pool_gradients(source.from, source.index, source.state, s, n, source.begun);", ""),
-    ("batch: pools behind every edge", LAST, "void backward_source(", "e == from.last", "true"),
+    ("batch: a gradient that nothing is added to", "mixed_op passes_a_gradient_on", "void add_gradients(",
+     "pool_gradients(source.from, source.index, source.state, s, n, source.begun || matrices);", ""),
+    ("matrices: pools begin the gradient", MATRIX, "void add_gradients(", "source.begun || matrices)",
+     "source.begun)"),
+    ("batch: pools behind every edge", LAST, "bool backward_edge(", "e == source.from.last", "true"),
+    ("matrices: products in every edge's pass", MATRIX, "bool backward_edge(", "e == source.from.first", "true"),
     ("batch: pools behind an edge and once more", OWN, "void backward_source(", "finished |=", "finished ="),
     ("batch: pools in front of their norms' sums", EDGE, "void backward_source(", "at_once = !",
      "at_once = true || !"),
@@ -408,8 +479,8 @@ BATCH_BACKWARD = rows(
      "if (wanted"),
     ("batch: what waits has begun", OWN, "void backward_source(", "source.begun = begun_[index]",
      "source.begun = true"),
-    ("batch: nobody catches up", LAST, "bool backward_edge(", "catch_up(s, n);", ""),
-    ("batch: caught up and not settled", LAST, "bool backward_edge(", "settle();", ""),
+    ("batch: nobody catches up", LAST, "void begin_image(", "catch_up(scratch_[thread], n);", ""),
+    ("batch: caught up and not settled", LAST, "void settle(const Source& source)", "settle();", ""),
     ("batch: nobody catches up in front of norms behind pools", "mixed_op test_cell and parameters",
      "void backward_source(", "catch_up(s, n);", ""),
     ("batch: what waits at the end is lost", OWN, "void catch_up()", "if (!waiting_.empty()) each", "if (false) each"),
@@ -624,6 +695,6 @@ SHAPE = rows(
 )  # fmt: skip
 
 PLANTED = [*SHAPE, *VECTOR, *CONVOLUTION, *WINOGRAD, *POOL, *PLAN, *PACKING, *PLANES_OF_IMAGES, *IMAGES, *WINDOWS]
-PLANTED += [*STAGE, *NORMS, *BATCH, *BATCH_FORWARD, *GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD]
-PLANTED += [*FIXED, *FIXED_FORWARD, *FIXED_BACKWARD, *RELU_CONV_NORM, *PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED]
-PLANTED += [*FOUR, *TRANSPOSED, *OBJECTS]
+PLANTED += [*STAGE, *NORMS, *BATCH, *MATRICES, *MATRICES_FORWARD, *NODE_SUMS, *BATCH_FORWARD, *MATRICES_BACKWARD]
+PLANTED += [*GRADIENTS, *POOLS_BACKWARD, *BATCH_BACKWARD, *FIXED, *FIXED_FORWARD, *FIXED_BACKWARD, *RELU_CONV_NORM]
+PLANTED += [*PGD_MATH, *PGD, *TABLES, *GATHERED, *JOINED, *FOUR, *TRANSPOSED, *OBJECTS]

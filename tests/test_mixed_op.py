@@ -287,6 +287,27 @@ def test_an_edge_without_candidates_is_one_of_none():
         problem.run()
 
 
+WAITING = {  # rows of the edges of three nodes, of one candidate each
+    "ones behind all else": ("avg_pool_3x3", "avg_pool_3x3", "ones", "avg_pool_3x3", "avg_pool_3x3", "none"),
+    "a node of nothing": ("avg_pool_3x3", "none", "none", "avg_pool_3x3", "none", "skip_connect"),
+    "identities of identities": ("skip_connect", "none", "skip_connect", "none", "none", "avg_pool_3x3"),
+    "one node is read by nobody": ("avg_pool_3x3", "skip_connect", "none", "ones", "none", "skip_connect"),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("rows", WAITING.values(), ids=list(WAITING))
+def test_edges_that_wait_until_their_node_is_read(rows, layout, last, mode):
+    def one_each(problem):
+        problem.primitives, problem.weights = tuple((row,) for row in rows), problem.weights[:, :1]
+        problem.norms = [norms if "pool" in row else [] for row, norms in zip(rows, problem.norms)]
+
+    space = (("avg_pool_3x3", "skip_connect", "ones", "none"), True)
+    check(space=space, cell=(1, 3, 1), shape=(2, 4, 6, 5), mode=mode, layout=layout, last=last, change=one_each)
+
+
 def test_an_absent_candidate_passes_no_nan_on():
     # An edge without a pool or identity must not multiply the gradient of its node by zero.
     problem = draw(space="no parameters", cell=(1, 2, 1), shape=(2, 4, 5, 5), mode="train")
@@ -390,6 +411,54 @@ def test_large_images(mode):
     check(space="nas-bench-201", shape=(2, 17, 22, 37), mode=mode)
     check(space="nas-bench-201", shape=(2, 3, 5, 70), mode=mode)  # more windows in a row than go through together
     check(space="nas-bench-201", shape=(2, 3, 2, 70), mode=mode)
+
+
+ONE_BY_ONE = (("conv_1x1",), False), (("skip_connect", "conv_1x1", "sep_conv_3x3", "avg_pool_3x3"), True)
+
+
+@pytest.mark.parametrize("mode", ["train", "train affine", "train, no buffers"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(3, 3, 4, 3), (2, 16, 5, 9), (2, 20, 7, 9), (1, 33, 12, 10), (2, 65, 9, 8), (1, 3, 2, 150)], ids=str
+)
+@pytest.mark.parametrize("space", ONE_BY_ONE, ids=["alone", "with others"])
+def test_1x1_convolutions_on_batch_statistics(space, shape, layout, mode, level):
+    """Up to 64 channels, and where there are at least as many pixels, their outputs are never made."""
+    check(space=space, cell="two nodes", shape=shape, layout=layout, mode=mode)
+    check(space=space, cell="small reduction", shape=shape, layout=layout, mode=mode, last=True, own=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [("inputs",), ("weights",), ("parameters",), ("affine",), KINDS], ids=str)
+def test_gradients_of_1x1_convolutions_that_are_asked_for(wanted, threads):
+    torch.set_num_threads(threads)
+    for space in ONE_BY_ONE:
+        check(space=space, cell="two nodes", shape=(4, 16, 8, 8), mode="train affine", wanted=wanted)
+
+
+@pytest.mark.parametrize("primitives", [("conv_1x1",), ("conv_1x1", "conv_3x3", "sep_conv_3x3")], ids=["alone", "others"])
+@pytest.mark.parametrize("size", [4, 32])
+def test_1x1_convolutions_whose_terms_cancel(size, primitives, level):
+    """The variance of a small difference of large channels is all but lost in their covariance."""
+
+    def differences(problem):
+        (x,), ((weight, *_),) = problem.states, problem.parameters
+        x.copy_(1 + x[:, :1].abs() + 0.03 * x)
+        weight -= weight.mean(1, keepdim=True)
+
+    how = {"space": (primitives, False), "cell": (1, 1, 1), "shape": (5, 16, size, size), "mode": "train"}
+    check(**how, change=differences, kink=1e-3)
+
+
+@pytest.mark.parametrize("cotangent", [noise, of_a_mean])
+def test_1x1_convolutions_far_from_zero(cotangent):
+    problem = draw(space=(("conv_1x1",), False), cell=(2, 1, 1), shape=(3, 16, 24, 24), mode="train")
+    for state in problem.states:
+        state += 50
+    calls = (kernels, torch.float32), (reference, torch.float64)
+    ours, exact = (evaluate(of, problem.copy(dtype), KINDS, noise=cotangent) for of, dtype in calls)
+    for kind in ("gradient of inputs", "gradient of weights", "gradient of parameters"):
+        assert distance(ours[kind], exact[kind]) < 1e-6, kind  # plain PyTorch's of the parameters are 1e-4 to 2e-3 off
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -22,18 +22,19 @@ namespace rnas::cpu::RNAS_LEVEL {
 MixedSizes mixed_sizes(const MixedShape& shape, int threads) {
   const Plan plan = make_plan(shape, true, threads), fixed = make_plan(shape, false, threads);
   const MixedInputs none{};
+  const BatchForward forward(plan, none, nullptr, threads);
   MixedSizes sizes{};
   sizes.edges = plan.edges.size();
   sizes.norms = plan.norms;
   sizes.theta = plan.theta;
   sizes.height_out = plan.height_out;
   sizes.width_out = plan.width_out;
-  sizes.kept_masks = shape.batch * MaskLayout(plan).size * sizeof(Bits);
+  sizes.kept_masks = shape.batch * MaskLayout(fixed).size * sizeof(Bits);
   const int64_t activation = shape.batch * plan.image_out() * sizeof(float);
   sizes.kept_linear = (plan.kept_nodes() + plan.kept) * activation;
-  sizes.kept_activations = sizes.kept_linear + plan.costly * activation;
-  sizes.kept_outputs = sizes.kept_linear + plan.outputs * activation;
-  sizes.workspace = std::max({BatchForward(plan, none, nullptr, threads).workspace(),
+  sizes.kept_activations = sizes.kept_linear + plan.costly * activation + forward.covariance_bytes();
+  sizes.kept_outputs = sizes.kept_linear + plan.outputs * activation + forward.covariance_bytes();
+  sizes.workspace = std::max({forward.workspace(),
                               BatchBackward(plan, none, nullptr, threads).workspace(),
                               FixedBackward(fixed, none, nullptr, threads).workspace()});
   return sizes;

@@ -5,7 +5,7 @@
 // what both passes have: memory, and where things are in it. batch_forward.h: the forward pass. gradients.h, on it
 // pools_backward.h, and on that batch_backward.h: the backward pass.
 
-#include "mixed/norms.h"
+#include "mixed/matrices.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
@@ -13,6 +13,10 @@ namespace {
 class Batch {
  public:
   int64_t workspace() const { return arena_.used(); }
+  // Those of all states, which are kept behind everything else.
+  int64_t covariance_bytes() const {
+    return plan_.matrix ? (plan_.states() - 1) * Covariance::size(plan_) * sizeof(double) : 0;
+  }
 
  protected:
   Batch(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
@@ -30,6 +34,9 @@ class Batch {
     max_ = plan.max ? arena_.take<float>(n * image) : nullptr;
     avg_ = plan.avg ? arena_.take<float>(n * image) : nullptr;
     pool_sums_ = arena_.take<double>(2 * std::max<int64_t>(2, plan.edges.size()) * n * plan.padded);
+    for (const Edge& edge : plan.edges)
+      matrices_.push_back(edge.matrix >= 0 ? arena_.take<float>(plan.padded * plan.padded) : nullptr);
+    if (plan.matrix) covariances_ = arena_.take<double>((plan.states() - 1) * Covariance::size(plan));
   }
   Batch(const Batch&) = delete;
 
@@ -65,6 +72,16 @@ class Batch {
     const int64_t output = output_of(edge.branches[b]);
     return output >= 0 ? kept(plan_.kept_nodes() + plan_.kept + output, n) : spare(b, n);
   }
+  // Of a state behind its ReLU.
+  Covariance covariance(int64_t state) const {
+    return Covariance::at(plan_, covariances_ + state * Covariance::size(plan_));
+  }
+  float* kept_covariances() const {
+    const int64_t outputs = keep_ == Keep::outputs ? plan_.outputs : plan_.costly;
+    return kept(plan_.kept_nodes() + plan_.kept + outputs, 0);
+  }
+  // The 1x1 convolution of an edge.
+  const float* matrix_of(const Edge& edge) const { return in_.theta + edge.matrix_theta; }
   // The branch's part of the workspace.
   float* spare(size_t b, int64_t n) const { return y_[b] + n * plan_.image_out(); }
   PoolShape pool_shape(const State& s) const {
@@ -106,6 +123,8 @@ class Batch {
   std::vector<float*> y_;        // per branch of an edge: its output, later the gradient in front of its second ReLU
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
   std::vector<float*> nodes_;    // in a forward pass the nodes, dense: the caller's lie side by side, too far apart
+  std::vector<float*> matrices_; // (padded, padded) of each edge with a matrix
+  double* covariances_ = nullptr;
   float *max_ = nullptr, *avg_ = nullptr;
   double* pool_sums_ = nullptr;  // (edges, 2 pools, images, padded), or the moments of a state's pools
   float* kept_ = nullptr;

@@ -4,15 +4,15 @@
 
 #include <numeric>
 
-#include "mixed/pools_backward.h"
+#include "mixed/matrices_backward.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
 
-class BatchBackward : public PoolsBackward {
+class BatchBackward : public MatricesBackward {
  public:
   BatchBackward(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
-      : PoolsBackward(plan, in, workspace, threads) {
+      : MatricesBackward(plan, in, workspace, threads) {
     for (int thread = 0; thread < threads; ++thread) {
       float* now = arena_.take<float>(plan.packed_of_edge());
       weight_sums_.push_back({now, arena_.take<double>(plan.summed)});
@@ -28,6 +28,7 @@ class BatchBackward : public PoolsBackward {
     keep_ = keep;
     pack_all(true);
     kept_ = const_cast<float*>(kept);
+    if (plan_.matrix) std::memcpy(covariances_, kept_covariances(), covariance_bytes());
     grad_ = grad;
     if (grad.theta)
       parallel(threads_, threads_, [&](int, int64_t begin, int64_t end) {
@@ -37,7 +38,7 @@ class BatchBackward : public PoolsBackward {
         }
       });
     begin_gradients(grad_out);
-    waiting_.push_back({plan_.states() - 1, {}, {}, true});
+    waiting_.push_back({plan_.states() - 1, {}, {}, {}, true});
     for (int64_t source = plan_.states() - 2; source >= 0; --source) backward_source(source, state_of(source));
     catch_up();
     for (size_t e = 0; e < plan_.edges.size(); ++e)
@@ -49,18 +50,20 @@ class BatchBackward : public PoolsBackward {
   }
 
  private:
-  // A state, and what goes back to it through pools and identities.
+  // A state, and what goes back to it through pools, identities and matrices.
   struct Source {
     int64_t index;
     State state;
     Leaving from;
+    std::vector<int64_t> matrices;  // the edges with one
     bool begun;  // whether there is a gradient that they add to
   };
 
   // Everything that leaves a state.
   void backward_source(int64_t index, const State& state) {
-    Source source{index, state, leaving(index), true};
+    Source source{index, state, leaving(index), with_matrix(index), true};
     const Leaving& from = source.from;
+    if (!source.matrices.empty()) begin_products(index);
     // Norms behind pools need the products of all images before anything can go back through them.
     const bool at_once = !plan_.shape.pool_norm || (from.with_pool[0].empty() && from.with_pool[1].empty());
     if (!plan_.shape.pool_norm) set_pools(from);
@@ -69,8 +72,19 @@ class BatchBackward : public PoolsBackward {
       at_once ? finish_image(source, s, n) : pool_dots(from, state, s, n);
     };
     bool finished = false;
-    for (int64_t e : from.edges) finished |= backward_edge(plan_.edges[e], e, state, e == from.last, finish);
+    for (int64_t e : from.edges) finished |= backward_edge(source, e, finish);
     source.begun = begun_[index];
+    if (from.last < 0 && !source.matrices.empty()) {
+      parallel_shared(threads_, images(), [&](int thread, const auto& take) {
+        const Scratch& s = scratch_[thread];
+        for (int64_t n = take(); n >= 0; n = take()) {
+          s.ahead->clear();
+          if (n + 1 < images()) announce_next(s, source, n + 1);
+          begin_image(source, thread, n);
+        }
+      }, true);
+      settle(source);
+    }
     if (!finished && at_once) {
       waiting_.push_back(std::move(source));
       return;
@@ -83,20 +97,41 @@ class BatchBackward : public PoolsBackward {
     settle();
     settle_pools(from);
     if (!at_once && wanted(index))
-      each_image([&](const Scratch& s, int64_t n) {
-        pool_gradients(from, index, state, s, n, source.begun);
-        finish_gradient(s, index, n);
-      });
+      each_image([&](const Scratch& s, int64_t n) { add_gradients(source, s, n); });
     add_up_gradient(index);
   }
 
-  // What goes back to image n of a state through pools and identities, behind all else.
+  void announce_next(const Scratch& s, const Source& source, int64_t n) const {
+    for (const Source& before : waiting_) {
+      for (int64_t e : before.matrices) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
+      if (!before.matrices.empty()) announce(s, plan_, before.state, n);
+    }
+    for (int64_t e : source.matrices) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
+    announce(s, plan_, source.state, n);
+  }
+
+  // In the first pass over the images.
+  void begin_image(const Source& source, int thread, int64_t n) {
+    catch_up(scratch_[thread], n);
+    if (!source.matrices.empty()) matrix_products(source.matrices, source.state, thread, n);
+  }
+  // Behind it.
+  void settle(const Source& source) {
+    settle();
+    if (!source.matrices.empty()) settle_matrices(source.matrices, source.index);
+  }
+
+  // What goes back to image n of a state through pools, identities and matrices, behind all else.
   void finish_image(const Source& source, const Scratch& s, int64_t n) const {
     const bool is_last = source.index + 1 == plan_.states(), of_state = wanted(source.index);
     if (is_last) begin_last(s, n);
     if (!is_last && (of_state || has_dots())) pool_dots(source.from, source.state, s, n);
-    if (!of_state) return;
-    pool_gradients(source.from, source.index, source.state, s, n, source.begun);
+    if (of_state) add_gradients(source, s, n);
+  }
+  void add_gradients(const Source& source, const Scratch& s, int64_t n) const {
+    const bool matrices = !source.matrices.empty();
+    if (matrices) matrix_gradients(source.matrices, source.index, source.state, s, n, source.begun);
+    pool_gradients(source.from, source.index, source.state, s, n, source.begun || matrices);
     finish_gradient(s, source.index, n);
   }
 
@@ -125,11 +160,14 @@ class BatchBackward : public PoolsBackward {
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
-  // is_last: where the gradient of the state or of weights is wanted, finish(scratch, image) is called for each image
-  // behind all else that reads it. Returns whether it was.
-  template <typename Finish>
-  bool backward_edge(const Edge& edge, int64_t e, const State& state, bool is_last, const Finish& finish) {
+  // The convolutions of an edge. In the first one's pass over the images, these begin. In the last one's, where the
+  // gradient of the state or of weights is wanted, finish(scratch, image) is called for each image behind all else that
+  // reads it. Returns whether it was.
+  template <typename Finish> bool backward_edge(const Source& source, int64_t e, const Finish& finish) {
+    const Edge& edge = plan_.edges[e];
     if (edge.branches.empty()) return false;
+    const State& state = source.state;
+    const bool is_first = e == source.from.first, is_last = e == source.from.last;
     for (WeightSums& sums : weight_sums_) sums.begin = edge.packed_begin();  // the edge before has left zeros
     const float* w = mixing(e);
     const size_t branches = edge.branches.size();
@@ -141,7 +179,7 @@ class BatchBackward : public PoolsBackward {
       clear(tile, plan_.groups);
       clear(s.mid, plan_.groups);
       for (int64_t n = take(); n >= 0; n = take()) {
-        catch_up(s, n);
+        if (is_first) begin_image(source, thread, n);
         const float* g = gradient(edge.target, n);
         bool loaded = false;
         for (size_t b = 0; b < branches; ++b) {
@@ -179,8 +217,8 @@ class BatchBackward : public PoolsBackward {
                           });
         }
       }
-    });
-    settle();
+    }, is_first && !source.matrices.empty());
+    if (is_first) settle(source);
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     std::vector<double> dots(plan_.padded), gradient_sums(plan_.padded);
     bool second = false;

@@ -2,15 +2,15 @@
 
 // The forward pass of a cell on batch statistics.
 
-#include "mixed/batch.h"
+#include "mixed/node_sums.h"
 
 namespace rnas::cpu::RNAS_LEVEL {
 namespace {
 
-class BatchForward : public Batch {
+class BatchForward : public NodeSums {
  public:
   BatchForward(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
-      : Batch(plan, in, workspace, threads) {
+      : NodeSums(plan, in, workspace, threads) {
     for (int64_t node = 0; node < plan.shape.nodes; ++node) {
       const bool of_caller = node + 1 == plan.shape.nodes && plan.asked_dense();
       nodes_.push_back(of_caller ? nullptr : arena_.take<float>(plan.shape.batch * plan.image_out()));
@@ -27,13 +27,16 @@ class BatchForward : public Batch {
     batch_mean_ = mean;
     batch_variance_ = variance;
     for (int64_t source = 0; source + 1 < plan_.states(); ++source) forward_source(source, state_of(source));
+    begin_pass(plan_.states() - 1);
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        add_pending(scratch_[thread], n);
+        announce_next(scratch_[thread], n);
+        add_due(scratch_[thread], n);
         if (!plan_.asked_dense()) finish_node(scratch_[thread], plan_.states() - 1, n);
       }
     });
-    pending_.clear();
+    end_pass();
+    if (kept_ && plan_.matrix) std::memcpy(kept_covariances(), covariances_, covariance_bytes());
   }
 
  private:
@@ -62,11 +65,7 @@ class BatchForward : public Batch {
     const int64_t c = plan_.shape.channels;
     std::vector<double> mean(c), variance(c);
     merge_moments(plan_, sums, plan_.pixels_out(), mean.data(), variance.data());
-    set_norm(plan_, in_, norms_, norm, mean.data(), variance.data());
-    for (int64_t channel = 0; channel < c; ++channel) {
-      batch_mean_[norm * c + channel] = static_cast<float>(mean[channel]);
-      batch_variance_[norm * c + channel] = static_cast<float>(variance[channel]);
-    }
+    MatricesForward::settle(norm, mean.data(), variance.data());
   }
 
   // The norms behind the first or the second stages of an edge.
@@ -83,24 +82,31 @@ class BatchForward : public Batch {
   // one of its own.
   void forward_source(int64_t source, const State& state) {
     const Arrival now{source, state, plan_.leaves(source, &Edge::max), plan_.leaves(source, &Edge::avg),
-                      plan_.asked(source) >= 0};
-    bool arrived = !now.max && !now.avg && !now.asked;
+                      plan_.asked(source) >= 0, plan_.leaves(source, &Edge::matrix)};
+    bool arrived = !now.max && !now.avg && !now.asked && !now.matrix;
     std::vector<int64_t> edges = plan_.leaving(source);
     std::stable_partition(edges.begin(), edges.end(), [&](int64_t e) { return !plan_.edges[e].branches.empty(); });
     const auto behind_pass = [&] {
-      pending_.clear();
+      end_pass();
       if (!arrived) settle_pools(source);
+      if (!arrived && now.matrix) settle_matrices(source, state);
       arrived = true;
     };
+    if (now.matrix) begin_covariance();
     if (!arrived && plan_.edges[edges[0]].branches.empty()) {
+      begin_pass(source);
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
-        for (int64_t n = take(); n >= 0; n = take()) arrive(now, scratch_[thread], n);
-      });
+        for (int64_t n = take(); n >= 0; n = take()) {
+          announce_next(scratch_[thread], n);
+          arrive(now, thread, n);
+        }
+      }, now.matrix);
       behind_pass();
     }
     for (int64_t e : edges) {
       const Edge& edge = plan_.edges[e];
       if (!edge.branches.empty()) {
+        begin_pass(source);
         first_stage(edge, now, arrived);
         behind_pass();
         settle_convolutions(edge);
@@ -113,16 +119,18 @@ class BatchForward : public Batch {
   struct Arrival {
     int64_t source;
     const State& state;
-    bool max, avg, asked;
+    bool max, avg, asked, matrix;
   };
 
-  // Finishes an image of a state: what remains to be added, to where the caller wants it, and its pools with their
-  // moments, for all edges.
-  void arrive(const Arrival& now, const Scratch& s, int64_t n) const {
-    add_pending(s, n);  // before the pools it refers to change
-    if (now.asked) finish_node(s, now.source, n);
-    if (!now.max && !now.avg) return;
+  // Finishes an image of a state: what remains to be added, to where the caller wants it, its part in the covariance, and
+  // its pools with their moments, for all edges.
+  void arrive(const Arrival& now, int thread, int64_t n) {
+    const Scratch& s = scratch_[thread];
     const State& state = now.state;
+    add_due(s, n);  // before the pools it refers to change
+    if (now.asked) finish_node(s, now.source, n);
+    if (now.matrix) add_to_covariance(thread, s, state, n);
+    if (!now.max && !now.avg) return;
     const PoolShape shape = pool_shape(state);
     const float* image_in = state.data + n * state.image;
     if (!state.dense()) {
@@ -164,15 +172,15 @@ class BatchForward : public Batch {
       for (int64_t bundle = take(); bundle >= 0; bundle = take()) {
         const int64_t begin = bundle * plan_.bundle, end = std::min(begin + plan_.bundle, images());
         for (int64_t n = begin; n < end; ++n) {
-          arrived ? add_pending(s, n) : arrive(now, s, n);
+          arrived ? add_due(s, n) : arrive(now, thread, n);
           load_state(s, state, n, tile.at(n - begin));
         }
         s.ahead->clear();
         if (const int64_t next = std::min(end + plan_.bundle, images()) - end) {
-          announce_pending(s, end, next);
+          announce_due(s, end, next);
           announce(s, plan_, state, end, next);
           for (size_t b = 0; b < edge.branches.size(); ++b)
-            if (!is_pending(first_output(edge, b, 0)))
+            if (!is_due(first_output(edge, b, 0)))
               announce(s, plan_, first_output(edge, b, end), next * plan_.pixels_out());
         }
         for (size_t b = 0; b < edge.branches.size(); ++b) {
@@ -182,7 +190,7 @@ class BatchForward : public Batch {
                           moments(s, to, sums_[b] + 2 * begin * plan_.padded));
         }
       }
-    });
+    }, !arrived && now.matrix);
   }
 
   // What is left of an edge's convolutions behind their first stages.
@@ -216,106 +224,7 @@ class BatchForward : public Batch {
     });
   }
 
-  // An edge that is computed and not yet added to its node. That is done image by image inside the next stage, whose
-  // arithmetic hides the reading.
-  struct Term {
-    const float* data;
-    std::vector<float> factor;
-  };
-  struct Pending {
-    std::vector<Term> terms;
-    std::vector<float> constant;
-    State state;
-    float skip;
-    bool has_skip, set_node;
-    float* target;
-  };
-
-  void leave(const Edge& edge, int64_t e, const State& state) {
-    Pending left{};
-    const float* w = mixing(e);
-    left.constant.assign(plan_.padded, 0.0f);
-    const auto add = [&](const float* data, int64_t mix, int64_t norm) {
-      Term term{data, std::vector<float>(plan_.padded, w[mix])};
-      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c) {
-        term.factor[c] = w[mix] * norms_.row(norms_.scale, norm)[c];
-        left.constant[c] += w[mix] * norms_.row(norms_.shift, norm)[c];
-      }
-      left.terms.push_back(term);
-    };
-    for (size_t b = 0; b < edge.branches.size(); ++b)
-      add(y(edge, b, 0), edge.branches[b].mix, edge.branches[b].last().norm);
-    if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
-    if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
-    for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) left.constant[c] += w[edge.ones];
-    left.state = state;
-    left.has_skip = edge.skip >= 0;
-    left.skip = left.has_skip ? w[edge.skip] : 0.0f;
-    left.set_node = edge.source == 0;  // the first edge of every node
-    left.target = node(edge.target);
-    if (left.set_node || left.has_skip || edge.ones >= 0 || !left.terms.empty()) pending_.push_back(std::move(left));
-  }
-
-  bool is_pending(const float* data) const {
-    for (const Pending& left : pending_)
-      for (const Term& term : left.terms)
-        if (term.data == data) return true;
-    return false;
-  }
-
-  void announce_pending(const Scratch& s, int64_t n, int64_t images) const {
-    const int64_t pixels = images * plan_.pixels_out();
-    for (const Pending& left : pending_) {
-      for (const Term& term : left.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
-      if (left.has_skip) announce(s, plan_, left.state, n, images);
-      announce(s, plan_, left.target + n * plan_.image_out(), pixels);
-    }
-  }
-
-  void add_pending(const Scratch& s, int64_t n) const {
-    if (pending_.empty()) return;
-    const Section section(s.clock, Work::nodes);
-    for (const Pending& left : pending_) add_to_node(left, n);
-  }
-
-  void add_to_node(const Pending& left, int64_t n) const {
-    const int64_t pixels = plan_.pixels_out(), c = plan_.shape.channels;
-    const Vector skip = set(left.skip);
-    for (int64_t group = 0; group < plan_.groups; ++group) {
-      const int64_t lanes = left.state.dense() ? kLanes : std::min(kLanes, c - group * kLanes);
-      const int64_t base = n * plan_.image_out() + group * plan_.plane_out();
-      const Vector constant = load(left.constant.data() + group * kLanes);
-      for (int64_t p = 0; p < pixels; p += kBlock) {
-        const int64_t size = std::min<int64_t>(kBlock, pixels - p);
-        Vector sum[kBlock];
-#pragma GCC unroll 8
-        for (int i = 0; i < kBlock; ++i) sum[i] = constant;
-        for (const Term& term : left.terms) {
-          const Vector factor = load(term.factor.data() + group * kLanes);
-          const float* at = term.data + base + p * kLanes;
-          if (size == kBlock) {
-#pragma GCC unroll 8
-            for (int i = 0; i < kBlock; ++i) sum[i] = fma(load(at + i * kLanes), factor, sum[i]);
-          } else {
-            for (int64_t i = 0; i < size; ++i) sum[i] = fma(load(at + i * kLanes), factor, sum[i]);
-          }
-        }
-        for (int64_t i = 0; i < size; ++i) {
-          float* to = left.target + base + (p + i) * kLanes;
-          Vector v = sum[i];
-          if (left.has_skip) {
-            const State& state = left.state;
-            const float* x = state.data + n * state.image + (p + i) * state.pixel + group * state.group;
-            v = fma(lanes == kLanes ? load(x) : load_part(x, lanes), skip, v);
-          }
-          store(to, left.set_node ? v : v + load(to));
-        }
-      }
-    }
-  }
-
-  float *out_ = nullptr, *batch_mean_ = nullptr, *batch_variance_ = nullptr;
-  std::vector<Pending> pending_;
+  float* out_ = nullptr;
 };
 
 }  // namespace

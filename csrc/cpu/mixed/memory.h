@@ -73,8 +73,13 @@ template <typename Work> void parallel(int threads, int64_t count, const Work& w
 }
 
 // work(thread, take), where take() gives the next of [0, count) or -1. Each thread has a share of its own, front to back;
-// one that is done takes from the back of the others'. For work whose results do not depend on who does it.
-template <typename Work> void parallel_shared(int threads, int64_t count, const Work& work) {
+// one that is done takes from the back of the others'. For work whose results do not depend on who does it; where they
+// do, with `fixed` shares.
+template <typename Work> void parallel_shared(int threads, int64_t count, const Work& work, bool fixed = false) {
+  if (fixed)
+    return parallel(threads, count, [&](int thread, int64_t begin, int64_t end) {
+      work(thread, [&]() -> int64_t { return begin < end ? begin++ : -1; });
+    });
   struct alignas(64) Share {
     std::atomic<uint64_t> range;  // begin in the upper half, end in the lower
   };

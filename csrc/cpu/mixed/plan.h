@@ -24,6 +24,8 @@ constexpr int64_t kSum = 64;
 // From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
 // 3x3 convolution always is.)
 constexpr int64_t kCostly = 32;
+// 1x1 convolutions of so many channels at most go without outputs: beyond, products count and not memory.
+constexpr int64_t kMostMatrix = 64;
 // Halo of the tiles around the mid of a separable convolution.
 constexpr int64_t kMidHalo = 2;
 
@@ -74,8 +76,9 @@ template <typename Use> RNAS_INLINE void with_outputs(const Convolution& conv, c
 struct Edge {
   int64_t source, target, stride;  // states: inputs first, then nodes
   std::vector<Branch> branches;
-  int64_t skip = -1, max = -1, avg = -1, ones = -1;  // place among the K of what is no convolution; -1: none
+  int64_t skip = -1, max = -1, avg = -1, ones = -1;  // place among the K of what is no branch; -1: none
   int64_t max_norm = -1, avg_norm = -1;
+  int64_t matrix = -1, matrix_norm = -1, matrix_theta = -1;  // likewise, of a 1x1 convolution: see matrices.h
   // Its part of the packed order.
   int64_t packed_begin() const { return branches.empty() ? 0 : branches.front().stages.front().packed_begin; }
   int64_t packed_end() const { return branches.empty() ? 0 : branches.back().last().packed_end; }
@@ -88,7 +91,7 @@ struct Plan {
   int64_t height_out, width_out;
   int64_t norms = 0, theta = 0, packed = 0, summed = 0;
   int64_t kept = 0, costly = 0, outputs = 0;  // how many activations and outputs there are to keep, beside the nodes
-  bool max = false, avg = false;  // whether there are any
+  bool max = false, avg = false, matrix = false;  // whether there are any
   int64_t winograd = 0;           // likewise, outputs of a window on a side
   int64_t halo = 0;               // of the tiles around a state and around a gradient
   int64_t bundle = 1;             // images that go through a convolution together
@@ -159,6 +162,7 @@ struct Builder {
   Plan& plan;
   int64_t c;
   Windows choice;
+  bool on_batch;
 
   Part part(int64_t first, int64_t count, int64_t output_stride, int64_t input_stride, int64_t theta, int64_t dy,
             int64_t dx) {
@@ -241,6 +245,11 @@ struct Builder {
     return end(conv);
   }
 
+  // Whether a 1x1 convolution goes without its output.
+  bool is_matrix(const Edge& edge) const {
+    return on_batch && edge.stride == 1 && c <= kMostMatrix && plan.padded <= plan.pixels_out();
+  }
+
   void add(Edge& edge, int64_t mix, Primitive primitive) {
     const int64_t stride = edge.stride;
     Branch branch{mix, {}};
@@ -282,6 +291,14 @@ struct Builder {
         branch.stages.push_back(separable(5, 2, stride));
         break;
       case Primitive::conv_1x1:
+        if (is_matrix(edge)) {
+          edge.matrix = mix;
+          edge.matrix_theta = plan.theta;
+          plan.theta += c * c;
+          edge.matrix_norm = plan.norms++;
+          plan.matrix = true;
+          return;
+        }
         branch.stages.push_back(dense(1, stride));
         break;
       case Primitive::conv_3x3:
@@ -306,7 +323,7 @@ inline Plan make_plan(const MixedShape& shape, bool on_batch, int threads) {
   plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
   plan.width_out = (shape.width + shape.stride - 1) / shape.stride;
   const Windows choice = choose_windows(plan.height_out, plan.width_out, on_batch ? shape.batch : 1, threads);
-  Builder builder{plan, shape.channels, choice};
+  Builder builder{plan, shape.channels, choice, on_batch};
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
       Edge edge{source, shape.inputs + node, source < shape.inputs ? shape.stride : 1, {}};

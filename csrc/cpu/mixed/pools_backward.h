@@ -19,7 +19,7 @@ class PoolsBackward : public BatchGradients {
   // The edges that leave a state, and which of them have a pool or an identity.
   struct Leaving {
     std::vector<int64_t> edges, with_pool[2], with_skip;  // max, average
-    int64_t last = -1;                                    // the last one that has a convolution
+    int64_t first = -1, last = -1;                        // of those that have a branch
   };
 
   Leaving leaving(int64_t source) const {
@@ -30,7 +30,9 @@ class PoolsBackward : public BatchGradients {
       if (edge.max >= 0) found.with_pool[0].push_back(e);
       if (edge.avg >= 0) found.with_pool[1].push_back(e);
       if (edge.skip >= 0) found.with_skip.push_back(e);
-      if (!edge.branches.empty()) found.last = e;
+      if (edge.branches.empty()) continue;
+      if (found.first < 0) found.first = e;
+      found.last = e;
     }
     return found;
   }
@@ -134,7 +136,8 @@ class PoolsBackward : public BatchGradients {
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const Section section(s.clock, Work::pools);
       float* to = gradient(source, n) + group * pixels * kLanes;
-      if (!begun) std::memset(to, 0, pixels * kLanes * sizeof(float));
+      const bool pools = !from.with_pool[0].empty() || !from.with_pool[1].empty();
+      if (!begun && (pools || from.with_skip.empty())) std::memset(to, 0, pixels * kLanes * sizeof(float));
       const int64_t plane = group * plan_.plane_out();
       for (int kind = 0; kind < 2; ++kind) {
         const std::vector<int64_t>& with = from.with_pool[kind];
@@ -153,7 +156,7 @@ class PoolsBackward : public BatchGradients {
           average_pool_backward(s.mid_grad, shape, s.pool_rows, to);
       }
       if (!from.with_skip.empty())
-        weighted(from.with_skip, n, plane, pixels, to, to, set(1.0f), zero(),
+        weighted(from.with_skip, n, plane, pixels, to, begun || pools ? to : nullptr, set(1.0f), zero(),
                  [&](int64_t e) { return set(mixing(e)[plan_.edges[e].skip]); });
     }
   }

@@ -64,7 +64,9 @@ struct MixedShape {
 //   activations  the nodes but for the last (on a GPU they are read from `out`), what enters the second ReLU of each
 //                separable convolution, and on batch statistics the outputs of the dense 3x3 convolutions and, from 32
 //                channels on, of the 5x5 ones; everything else is computed again
-//   outputs      on batch statistics the outputs of all convolutions too: three times the memory, less time
+//   outputs      on batch statistics the outputs of all convolutions too: three times the memory, less time. On the CPU
+//                those of 1x1 ones of stride 1 and up to 64 channels are never made: with both, the covariances of the
+//                channels that enter them are kept
 enum class Keep { nothing, masks, activations, outputs };
 
 struct MixedSizes {

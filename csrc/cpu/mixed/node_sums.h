@@ -1,0 +1,183 @@
+#pragma once
+
+// The sums that the nodes are, in a forward pass. An edge that is computed is added to its node image by image inside a
+// later pass over the images, whose arithmetic hides the reading: in the next one where it has memory of its own, which
+// others will need, and else, being a number, an identity or a matrix on a state, not before the node is read or another
+// edge is added to it. So a node is written as rarely as can be.
+
+#include "mixed/matrices_forward.h"
+
+namespace rnas::cpu::RNAS_LEVEL {
+namespace {
+
+class NodeSums : public MatricesForward {
+ protected:
+  NodeSums(const Plan& plan, const MixedInputs& in, void* workspace, int threads)
+      : MatricesForward(plan, in, workspace, threads), left_(plan.shape.nodes), begun_(plan.shape.nodes) {}
+
+  // An edge that is computed and not yet added.
+  void leave(const Edge& edge, int64_t e, const State& state) {
+    Sum& left = left_[edge.target - plan_.shape.inputs];
+    const float* w = mixing(e);
+    const auto add_constant = [&](int64_t mix, int64_t norm) {
+      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c)
+        left.constant[c] += w[mix] * norms_.row(norms_.shift, norm)[c];
+    };
+    const auto add = [&](const float* data, int64_t mix, int64_t norm) {
+      Term term{data, std::vector<float>(plan_.padded, w[mix])};
+      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c)
+        term.factor[c] = w[mix] * norms_.row(norms_.scale, norm)[c];
+      left.terms.push_back(std::move(term));
+      add_constant(mix, norm);
+    };
+    left.constant.resize(plan_.padded);
+    for (size_t b = 0; b < edge.branches.size(); ++b)
+      add(y(edge, b, 0), edge.branches[b].mix, edge.branches[b].last().norm);
+    if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
+    if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
+    if (edge.matrix >= 0) add_constant(edge.matrix, edge.matrix_norm);
+    for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) left.constant[c] += w[edge.ones];
+    if (edge.skip >= 0 || edge.matrix >= 0)
+      left.states.push_back({edge.source, state, edge.skip >= 0, edge.skip >= 0 ? w[edge.skip] : 0.0f, matrices_[e]});
+    left.has_matrix |= edge.matrix >= 0;
+    left.any |= !left.terms.empty() || !left.states.empty() || edge.ones >= 0;
+  }
+
+  // In front of a pass over the images, which will read state `source`: what is to be added in it.
+  void begin_pass(int64_t source) {
+    const int64_t inputs = plan_.shape.inputs, nodes = plan_.shape.nodes;
+    std::vector<char> due(nodes);
+    for (int64_t node = nodes - 1; node >= 0; --node) {
+      due[node] |= !left_[node].terms.empty() || node + inputs == source;
+      for (size_t i = 0; due[node] && i < left_[node].states.size(); ++i)
+        if (const int64_t read = left_[node].states[i].state - inputs; read >= 0) due[read] = true;
+    }
+    due_.clear();
+    for (int64_t node = 0; node < nodes; ++node) {
+      if (!due[node] || (begun_[node] && !left_[node].any)) continue;
+      due_.push_back(std::move(left_[node]));
+      due_.back().constant.resize(plan_.padded);
+      due_.back().to = this->node(node + inputs);
+      due_.back().adds = begun_[node];
+      begun_[node] = true;
+      left_[node] = {};
+    }
+  }
+  // Behind it.
+  void end_pass() { due_.clear(); }
+
+  // Whether what begins at `data` is added in this pass.
+  bool is_due(const float* data) const {
+    for (const Sum& sum : due_)
+      for (const Term& term : sum.terms)
+        if (term.data == data) return true;
+    return false;
+  }
+
+  // Images [n, n + images) will be added soon.
+  void announce_due(const Scratch& s, int64_t n, int64_t images) const {
+    const int64_t pixels = images * plan_.pixels_out();
+    for (const Sum& sum : due_) {
+      for (const Term& term : sum.terms) announce(s, plan_, term.data + n * plan_.image_out(), pixels);
+      for (const OnState& each : sum.states) announce(s, plan_, each.x, n, images);
+      announce(s, plan_, sum.to + n * plan_.image_out(), pixels);
+    }
+  }
+  void announce_next(const Scratch& s, int64_t n) const {
+    s.ahead->clear();
+    if (n + 1 < images()) announce_due(s, n + 1, 1);
+  }
+
+  void add_due(const Scratch& s, int64_t n) const {
+    for (const Sum& sum : due_) {
+      if (!sum.has_matrix) {
+        add(sum, s, n, 0, plan_.pixels_out());
+        continue;
+      }
+      chunks(plan_, [&](int64_t first, int64_t rows) {  // so that it stays in the first cache
+        add(sum, s, n, first * plan_.width_out, rows * plan_.width_out);
+        for (const OnState& each : sum.states)
+          if (each.matrix) add_product(sum, each, s, n, first, rows);
+      });
+    }
+  }
+
+ private:
+  struct Term {
+    const float* data;  // dense images
+    std::vector<float> factor;
+  };
+  // An identity, or a matrix behind a ReLU, or both.
+  struct OnState {
+    int64_t state;
+    State x;
+    bool has_skip;
+    float skip;
+    const float* matrix;  // or null
+  };
+  struct Sum {
+    std::vector<Term> terms;
+    std::vector<OnState> states;
+    std::vector<float> constant;
+    bool any = false, has_matrix = false, adds = false;  // whether there is anything; whether it adds to what is there
+    float* to = nullptr;
+  };
+
+  // Everything but matrices, of pixels [begin, begin + pixels).
+  void add(const Sum& sum, const Scratch& s, int64_t n, int64_t begin, int64_t pixels) const {
+    const Section section(s.clock, Work::nodes);
+    const int64_t end = begin + pixels;
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      const int64_t base = n * plan_.image_out() + group * plan_.plane_out();
+      const Vector constant = load(sum.constant.data() + group * kLanes);
+      for (int64_t p = begin; p < end; p += kBlock) {
+        const int64_t size = std::min<int64_t>(kBlock, end - p);
+        float* to = sum.to + base + p * kLanes;
+        Vector total[kBlock];
+        if (size == kBlock) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kBlock; ++i) total[i] = sum.adds ? load(to + i * kLanes) + constant : constant;
+          for (const Term& term : sum.terms) {
+            const Vector factor = load(term.factor.data() + group * kLanes);
+            const float* at = term.data + base + p * kLanes;
+#pragma GCC unroll 8
+            for (int i = 0; i < kBlock; ++i) total[i] = fma(load(at + i * kLanes), factor, total[i]);
+          }
+        } else {
+          for (int64_t i = 0; i < size; ++i) total[i] = sum.adds ? load(to + i * kLanes) + constant : constant;
+          for (const Term& term : sum.terms) {
+            const Vector factor = load(term.factor.data() + group * kLanes);
+            const float* at = term.data + base + p * kLanes;
+            for (int64_t i = 0; i < size; ++i) total[i] = fma(load(at + i * kLanes), factor, total[i]);
+          }
+        }
+        for (const OnState& each : sum.states) {
+          if (!each.has_skip) continue;
+          const int64_t lanes =
+              each.x.dense() ? kLanes : std::min(kLanes, plan_.shape.channels - group * kLanes);
+          const float* x = each.x.data + n * each.x.image + p * each.x.pixel + group * each.x.group;
+          const Vector skip = set(each.skip);
+          for (int64_t i = 0; i < size; ++i, x += each.x.pixel)
+            total[i] = fma(lanes == kLanes ? load(x) : load_part(x, lanes), skip, total[i]);
+        }
+        for (int64_t i = 0; i < size; ++i) store(to + i * kLanes, total[i]);
+      }
+    }
+  }
+
+  // The product with a matrix, of rows [first, first + rows).
+  void add_product(const Sum& sum, const OnState& of, const Scratch& s, int64_t n, int64_t first, int64_t rows) const {
+    const int64_t pixels = rows * plan_.width_out, plane = pixels * kLanes;
+    const Section section(s.clock, Work::pointwise, pixels * plan_.shape.channels * plan_.shape.channels);
+    load_rows(plan_, of.x, n, first, rows, nullptr, s.d);
+    pointwise<true>(s.d, plane, plan_.groups, of.matrix, plan_.padded, plan_.groups,
+                    sum.to + n * plan_.image_out() + first * plan_.width_out * kLanes, plan_.plane_out(), pixels,
+                    *s.ahead);
+  }
+
+  std::vector<Sum> left_, due_;  // of each node; of this pass
+  std::vector<char> begun_;      // which nodes there is anything of
+};
+
+}  // namespace
+}  // namespace rnas::cpu::RNAS_LEVEL
