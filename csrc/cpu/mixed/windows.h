@@ -74,9 +74,17 @@ void multiply_windows(const Plan& plan, const float* matrices, const Tile& in, c
   constexpr int64_t kPositions = position_count(Outputs);
   const Section section(scratch.clock, work, size * kPositions * c * c);
   load_windows(plan, in, grid, first, size, scratch.windows);
-  for (int64_t p = 0; p < kPositions; ++p)
+  // More than two groups: the next matrix is fetched rather than the next image (64 channels, 8x8: 6 % of a convolution and
+  // its gradients; at 16 channels it cost 3 %).
+  Ahead next;
+  for (int64_t p = 0; p < kPositions; ++p) {
+    next.clear();
+    if (plan.groups > 2 && p + 1 < kPositions)
+      next.add(matrices + (p + 1) * plan.matrix_step(), plan.padded * plan.padded / 16);
     pointwise<false>(scratch.windows + p * step, plane, plan.groups, matrices + p * plan.matrix_step(),
-                     plan.padded, plan.groups, products + p * step, plane, size, *scratch.ahead);
+                     plan.padded, plan.groups, products + p * step, plane, size,
+                     plan.groups > 2 ? next : *scratch.ahead);
+  }
   store_windows<Outputs, Add>(plan, products, grid, first, size, y);
 }
 
