@@ -119,10 +119,10 @@ CONVOLUTION = rows(
      "pointwise_groups<1, Add>(d, d_plane, groups_in, w"),
     ("pointwise weights: the last pixel is lost", ALONE, "void pointwise_weight_block(", "p < pixels;",
      "p + 1 < pixels;"),
-    ("pointwise weights: both halves into one", WIDE, "inline void pointwise_weight(",
+    ("pointwise weights: both halves into one", WIDE, "void pointwise_weight_groups(",
      "acc + (group * kLanes + lane) * row", "acc + (group * kLanes + 0 * lane) * row"),
-    ("pointwise weights: an odd last group of outputs", WIDE, "inline void pointwise_weight(",
-     "kLanes>(d + group * d_plane, g + v * g_plane", "kLanes>(d + group * d_plane, g"),
+    ("pointwise weights: an odd last group of outputs", WIDE, "void pointwise_weight_groups(",
+     "Fetches>(d + group * d_plane, g + v * g_plane", "Fetches>(d + group * d_plane, g"),
 )  # fmt: skip
 
 WINOGRAD = rows(

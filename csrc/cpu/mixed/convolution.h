@@ -377,10 +377,16 @@ void pointwise(const float* d, int64_t d_plane, int64_t groups_in, const float* 
     pointwise_groups<1, Add>(d, d_plane, groups_in, w + v * kLanes, w_row, y + v * y_plane, y_plane, pixels, ahead);
 }
 
-// Channels inputs by Groups groups of outputs: acc[input][output] += sum over pixels of d[input] * g[output].
-template <int Groups, int Channels>
+// Channels inputs by Groups groups of outputs: acc[input][output] += sum over pixels of d[input] * g[output]. Fetches: the
+// sums at `next`, unless that is null, will follow.
+template <int Groups, int Channels, bool Fetches>
 RNAS_INLINE void pointwise_weight_block(const float* d, const float* g, int64_t g_plane, int64_t pixels, float* acc,
-                                        int64_t acc_row) {
+                                        int64_t acc_row, const float* next) {
+  if (Fetches && next)
+#pragma GCC unroll 16
+    for (int c = 0; c < Channels; ++c)
+#pragma GCC unroll 4
+      for (int v = 0; v < Groups; ++v) __builtin_prefetch(next + c * acc_row + v * kLanes, 1, 3);
   Vector sum[Channels][Groups];
 #pragma GCC unroll 16
   for (int c = 0; c < Channels; ++c)
@@ -405,20 +411,31 @@ RNAS_INLINE void pointwise_weight_block(const float* d, const float* g, int64_t 
 
 // acc (groups_in * kLanes, groups_out * kLanes) += sum over pixels of the outer product of d and g. Its rows are `row`
 // apart.
-inline void pointwise_weight(const float* d, int64_t d_plane, int64_t groups_in, const float* g, int64_t g_plane,
+template <bool Fetches>
+void pointwise_weight_groups(const float* d, int64_t d_plane, int64_t groups_in, const float* g, int64_t g_plane,
                              int64_t groups_out, int64_t pixels, float* acc, int64_t row) {
   for (int64_t group = 0; group < groups_in; ++group) {
     int64_t v = 0;
     for (; v + 2 <= groups_out; v += 2)
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t lane = half * (kLanes / 2);
-        pointwise_weight_block<2, kLanes / 2>(d + group * d_plane + lane, g + v * g_plane, g_plane, pixels,
-                                              acc + (group * kLanes + lane) * row + v * kLanes, row);
+        float* const sums = acc + (group * kLanes + lane) * row + v * kLanes;
+        const float* const next = half == 0 ? sums + kLanes / 2 * row : sums + 2 * kLanes - kLanes / 2 * row;
+        pointwise_weight_block<2, kLanes / 2, Fetches>(d + group * d_plane + lane, g + v * g_plane, g_plane, pixels, sums,
+                                                       row, next);
       }
     if (v < groups_out)
-      pointwise_weight_block<1, kLanes>(d + group * d_plane, g + v * g_plane, g_plane, pixels,
-                                        acc + group * kLanes * row + v * kLanes, row);
+      pointwise_weight_block<1, kLanes, Fetches>(d + group * d_plane, g + v * g_plane, g_plane, pixels,
+                                                 acc + group * kLanes * row + v * kLanes, row, nullptr);
   }
+}
+
+// The same. Of many groups, sums for which there are but few pixels are fetched a block ahead (at the positions of
+// Winograd's windows, 64 channels: 1.1x to 1.2x; nothing at 32).
+inline void pointwise_weight(const float* d, int64_t d_plane, int64_t groups_in, const float* g, int64_t g_plane,
+                             int64_t groups_out, int64_t pixels, float* acc, int64_t row) {
+  const auto add = groups_out > 2 ? pointwise_weight_groups<true> : pointwise_weight_groups<false>;
+  add(d, d_plane, groups_in, g, g_plane, groups_out, pixels, acc, row);
 }
 
 }  // namespace
