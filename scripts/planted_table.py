@@ -343,8 +343,6 @@ MATRICES = rows(
     ("matrices: threads at one mean", MATRIX_THREADS, "void add_squares(", "count * (away[a] * away[b]",
      "count * (own[a] * own[b]"),
     ("matrices: the sum of the rows that give the pivot stays", MATRIX, "void begin(", "sum_[c] = 0;", ""),
-    ("matrices: last pixels in no sum", MATRIX, "void add_sums(", "for (; p < count; ++p)",
-     "for (; p + 1 < count; ++p)"),
     ("matrices: half a covariance", MATRIX, "inline void merge(", "to.matrix[b * padded + a] = ", ""),
     ("matrices: terms that cancel are trusted", "mixed_op terms_cancel", "bool output_moments(",
      "exact = exact && !(variance[output] < least * terms);", ""),

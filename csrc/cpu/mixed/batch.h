@@ -2,8 +2,9 @@
 
 // The cell on batch statistics. A norm needs all images before any can go on, so the work runs in stages over the whole
 // batch: edge by edge, and within an edge stage by stage, with what a stage hands to the next in the workspace. Here is
-// what both passes have: memory, and where things are in it. batch_forward.h: the forward pass. gradients.h, on it
-// pools_backward.h, and on that batch_backward.h: the backward pass.
+// what both passes have: memory, and where things are in it. matrices_forward.h, on it node_sums.h, and on that
+// batch_forward.h: the forward pass. gradients.h, on it pools_backward.h, matrices_backward.h and batch_backward.h: the
+// backward pass.
 
 #include "mixed/matrices.h"
 
@@ -123,7 +124,7 @@ class Batch {
   std::vector<float*> y_;        // per branch of an edge: its output, later the gradient in front of its second ReLU
   std::vector<double*> sums_;    // likewise: (2, images, padded) sums of each image
   std::vector<float*> nodes_;    // in a forward pass the nodes, dense: the caller's lie side by side, too far apart
-  std::vector<float*> matrices_; // (padded, padded) of each edge with a matrix
+  std::vector<float*> matrices_;  // (padded, padded) of each edge with a matrix
   double* covariances_ = nullptr;
   float *max_ = nullptr, *avg_ = nullptr;
   double* pool_sums_ = nullptr;  // (edges, 2 pools, images, padded), or the moments of a state's pools

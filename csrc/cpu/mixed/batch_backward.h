@@ -38,7 +38,7 @@ class BatchBackward : public MatricesBackward {
         }
       });
     begin_gradients(grad_out);
-    waiting_.push_back({plan_.states() - 1, {}, {}, {}, true});
+    waiting_.push_back({plan_.states() - 1, {}, {}, true});
     for (int64_t source = plan_.states() - 2; source >= 0; --source) backward_source(source, state_of(source));
     catch_up();
     for (size_t e = 0; e < plan_.edges.size(); ++e)
@@ -55,15 +55,14 @@ class BatchBackward : public MatricesBackward {
     int64_t index;
     State state;
     Leaving from;
-    std::vector<int64_t> matrices;  // the edges with one
     bool begun;  // whether there is a gradient that they add to
   };
 
   // Everything that leaves a state.
   void backward_source(int64_t index, const State& state) {
-    Source source{index, state, leaving(index), with_matrix(index), true};
+    Source source{index, state, leaving(index), true};
     const Leaving& from = source.from;
-    if (!source.matrices.empty()) begin_products(index);
+    if (!source.from.with_matrix.empty()) begin_products(index);
     // Norms behind pools need the products of all images before anything can go back through them.
     const bool at_once = !plan_.shape.pool_norm || (from.with_pool[0].empty() && from.with_pool[1].empty());
     if (!plan_.shape.pool_norm) set_pools(from);
@@ -74,7 +73,7 @@ class BatchBackward : public MatricesBackward {
     bool finished = false;
     for (int64_t e : from.edges) finished |= backward_edge(source, e, finish);
     source.begun = begun_[index];
-    if (from.last < 0 && !source.matrices.empty()) {
+    if (from.last < 0 && !source.from.with_matrix.empty()) {
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         const Scratch& s = scratch_[thread];
         for (int64_t n = take(); n >= 0; n = take()) {
@@ -103,22 +102,22 @@ class BatchBackward : public MatricesBackward {
 
   void announce_next(const Scratch& s, const Source& source, int64_t n) const {
     for (const Source& before : waiting_) {
-      for (int64_t e : before.matrices) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
-      if (!before.matrices.empty()) announce(s, plan_, before.state, n);
+      for (int64_t e : before.from.with_matrix) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
+      if (!before.from.with_matrix.empty()) announce(s, plan_, before.state, n);
     }
-    for (int64_t e : source.matrices) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
+    for (int64_t e : source.from.with_matrix) announce(s, plan_, gradient(plan_.edges[e].target, n), plan_.pixels_out());
     announce(s, plan_, source.state, n);
   }
 
-  // In the first pass over the images.
+  // In the first pass over the images of a state.
   void begin_image(const Source& source, int thread, int64_t n) {
     catch_up(scratch_[thread], n);
-    if (!source.matrices.empty()) matrix_products(source.matrices, source.state, thread, n);
+    if (!source.from.with_matrix.empty()) matrix_products(source.from.with_matrix, source.state, thread, n);
   }
   // Behind it.
   void settle(const Source& source) {
     settle();
-    if (!source.matrices.empty()) settle_matrices(source.matrices, source.index);
+    if (!source.from.with_matrix.empty()) settle_matrices(source.from.with_matrix, source.index);
   }
 
   // What goes back to image n of a state through pools, identities and matrices, behind all else.
@@ -129,8 +128,8 @@ class BatchBackward : public MatricesBackward {
     if (of_state) add_gradients(source, s, n);
   }
   void add_gradients(const Source& source, const Scratch& s, int64_t n) const {
-    const bool matrices = !source.matrices.empty();
-    if (matrices) matrix_gradients(source.matrices, source.index, source.state, s, n, source.begun);
+    const bool matrices = !source.from.with_matrix.empty();
+    if (matrices) matrix_gradients(source.from.with_matrix, source.index, source.state, s, n, source.begun);
     pool_gradients(source.from, source.index, source.state, s, n, source.begun || matrices);
     finish_gradient(s, source.index, n);
   }
@@ -160,9 +159,9 @@ class BatchBackward : public MatricesBackward {
   }
   const WeightSums* sums_of(int thread) const { return grad_.theta ? &weight_sums_[thread] : nullptr; }
 
-  // The convolutions of an edge. In the first one's pass over the images, these begin. In the last one's, where the
-  // gradient of the state or of weights is wanted, finish(scratch, image) is called for each image behind all else that
-  // reads it. Returns whether it was.
+  // The convolutions of an edge. The state's first such edge calls begin_image. Its last one, where the gradient of the
+  // state or of weights is wanted, calls finish(scratch, image) for each image behind all else that reads it. Returns
+  // whether it did.
   template <typename Finish> bool backward_edge(const Source& source, int64_t e, const Finish& finish) {
     const Edge& edge = plan_.edges[e];
     if (edge.branches.empty()) return false;
@@ -217,7 +216,7 @@ class BatchBackward : public MatricesBackward {
                           });
         }
       }
-    }, is_first && !source.matrices.empty());
+    }, is_first && !source.from.with_matrix.empty());
     if (is_first) settle(source);
     const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
     std::vector<double> dots(plan_.padded), gradient_sums(plan_.padded);

@@ -65,7 +65,7 @@ class BatchForward : public NodeSums {
     const int64_t c = plan_.shape.channels;
     std::vector<double> mean(c), variance(c);
     merge_moments(plan_, sums, plan_.pixels_out(), mean.data(), variance.data());
-    MatricesForward::settle(norm, mean.data(), variance.data());
+    set_statistics(norm, mean.data(), variance.data());
   }
 
   // The norms behind the first or the second stages of an edge.

@@ -98,7 +98,7 @@ class FixedBackward : public FixedForward {
   // to[c] += sum over the pixels of an output image of g * y (y null: of g).
   void add_sum(const float* g, const float* y, const Scratch& s, double* to) const {
     const Section section(s.clock, Work::norms);
-    add_dot(plan_, g, y, nullptr, s.sums, to);
+    add_dot(plan_, g, y, plan_.plane_out(), plan_.pixels_out(), nullptr, s.sums, to);
   }
 
   void backward_source(int64_t source, int64_t n, const Local& local, Bits* mask, bool parameters, bool linear) const {

@@ -88,7 +88,7 @@ class BatchGradients : public Batch {
   void dot(const Scratch& s, const float* g, const float* y, const float* pivot, double* to) const {
     const Section section(s.clock, Work::norms);
     std::fill_n(to, plan_.padded, 0.0);
-    add_dot(plan_, g, y, pivot, s.sums, to);
+    add_dot(plan_, g, y, plan_.plane_out(), plan_.pixels_out(), pivot, s.sums, to);
   }
 
   // Adds up (images, padded).

@@ -110,7 +110,7 @@ class CovarianceSums {
         load_rows(plan, state, n, first, rows, pivot_, s.d);
       }
       const Section section(s.clock, Work::norms);
-      add_sums(plan, s.d, plane, pixels, sum_);
+      add_dot(plan, s.d, nullptr, plane, pixels, nullptr, s.sums, sum_);
       outer_.add_symmetric(s.d, plane, pixels);
     });
   }
@@ -142,29 +142,12 @@ class CovarianceSums {
     int64_t rows = 0;
     for (int64_t y = step / 2; y < state.height; y += step, ++rows) {
       load_rows(plan, state, n, y, 1, nullptr, s.d);
-      add_sums(plan, s.d, pixels * kLanes, pixels, sum_);
+      add_dot(plan, s.d, nullptr, pixels * kLanes, pixels, nullptr, s.sums, sum_);
     }
     for (int64_t c = 0; c < plan.padded; ++c) {
       pivot_[c] = static_cast<float>(sum_[c] / static_cast<double>(rows * pixels));
       sum_[c] = 0;
     }
-  }
-
-  // to += the sum over a run of pixels.
-  static void add_sums(const Plan& plan, const float* d, int64_t plane, int64_t pixels, double* to) {
-    for (int64_t group = 0; group < plan.groups; ++group)
-      for (int64_t start = 0; start < pixels; start += kSum) {
-        const float* at = d + group * plane + start * kLanes;
-        const int64_t count = std::min(kSum, pixels - start);
-        Vector sum[4] = {};
-        int64_t p = 0;
-        for (; p + 4 <= count; p += 4)
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) sum[i] += load(at + (p + i) * kLanes);
-        for (; p < count; ++p) sum[0] += load(at + p * kLanes);
-        const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        for (int64_t lane = 0; lane < kLanes; ++lane) to[group * kLanes + lane] += all[lane];
-      }
   }
 
   float* pivot_;

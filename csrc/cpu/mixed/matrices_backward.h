@@ -14,21 +14,13 @@ class MatricesBackward : public PoolsBackward {
     if (!plan.matrix) return;
     size_t most = 0;
     for (int64_t state = 0; state + 1 < plan.states(); ++state) {
-      most = std::max(most, with_matrix(state).size());
+      most = std::max(most, leaving(state).with_matrix.size());
       of_states_.push_back({arena_.take<float>(plan.padded * plan.padded), arena_.take<float>(plan.padded)});
     }
     outer_.resize(threads);
     for (std::vector<OuterSums>& sums : outer_)
       for (size_t i = 0; i < most; ++i) sums.emplace_back(arena_, plan);
     pivot_ = arena_.take<float>(plan.padded);
-  }
-
-  // The edges with a matrix that leave a state.
-  std::vector<int64_t> with_matrix(int64_t source) const {
-    std::vector<int64_t> found;
-    for (int64_t e : plan_.leaving(source))
-      if (plan_.edges[e].matrix >= 0) found.push_back(e);
-    return found;
   }
 
   // In front of the pass that calls `matrix_products` for each image of a state.

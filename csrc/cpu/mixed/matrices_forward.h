@@ -42,7 +42,7 @@ class MatricesForward : public Batch {
       for (int64_t i = begin; i < end; ++i) {
         const Edge& edge = plan_.edges[edges[i]];
         if (edge.matrix < 0) continue;
-        settle(edge.matrix_norm, &mean[i * c], &variance[i * c]);
+        set_statistics(edge.matrix_norm, &mean[i * c], &variance[i * c]);
         std::vector<double> scale(c);
         const float* of_norm = norms_.row(norms_.scale, edge.matrix_norm);
         for (int64_t channel = 0; channel < c; ++channel)
@@ -53,7 +53,7 @@ class MatricesForward : public Batch {
   }
 
   // From mean and variance (C) to the tables and to what the caller gets.
-  void settle(int64_t norm, const double* mean, const double* variance) {
+  void set_statistics(int64_t norm, const double* mean, const double* variance) {
     const int64_t c = plan_.shape.channels;
     set_norm(plan_, in_, norms_, norm, mean, variance);
     for (int64_t channel = 0; channel < c; ++channel) {

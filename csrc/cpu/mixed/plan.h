@@ -24,7 +24,8 @@ constexpr int64_t kSum = 64;
 // From so many channels on, reading the output of a 5x5 convolution is cheaper than computing it again. (That of a dense
 // 3x3 convolution always is.)
 constexpr int64_t kCostly = 32;
-// 1x1 convolutions of so many channels at most go without outputs: beyond, products count and not memory.
+// 1x1 convolutions of so many channels at most go without outputs: it saves memory's time, not products (a cell of
+// NAS-Bench-201, two AVX-512 cores: 1.07x at 16 channels, 1.06x at 32, as fast as before at 64).
 constexpr int64_t kMostMatrix = 64;
 // Halo of the tiles around the mid of a separable convolution.
 constexpr int64_t kMidHalo = 2;

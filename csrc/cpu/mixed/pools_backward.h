@@ -16,10 +16,10 @@ class PoolsBackward : public BatchGradients {
     skip_sums_ = arena_.take<double>(plan.edges.size() * plan.shape.batch * plan.padded);
   }
 
-  // The edges that leave a state, and which of them have a pool or an identity.
+  // The edges that leave a state, and which of them have a pool, an identity or a matrix.
   struct Leaving {
-    std::vector<int64_t> edges, with_pool[2], with_skip;  // max, average
-    int64_t first = -1, last = -1;                        // of those that have a branch
+    std::vector<int64_t> edges, with_pool[2], with_skip, with_matrix;  // max, average
+    int64_t first = -1, last = -1;                                     // of those that have a branch
   };
 
   Leaving leaving(int64_t source) const {
@@ -30,6 +30,7 @@ class PoolsBackward : public BatchGradients {
       if (edge.max >= 0) found.with_pool[0].push_back(e);
       if (edge.avg >= 0) found.with_pool[1].push_back(e);
       if (edge.skip >= 0) found.with_skip.push_back(e);
+      if (edge.matrix >= 0) found.with_matrix.push_back(e);
       if (edge.branches.empty()) continue;
       if (found.first < 0) found.first = e;
       found.last = e;

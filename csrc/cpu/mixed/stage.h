@@ -244,14 +244,14 @@ inline void add_dot(const Plan& plan, const float* g, int64_t g_plane, const flo
   }
 }
 
-// to[c] += sum over an output image of g * (y - pivot) (y null: of g), in float32 over at most kSum pixels. scratch:
-// (padded) floats.
-inline void add_dot(const Plan& plan, const float* g, const float* y, const float* pivot, float* scratch, double* to) {
-  for (int64_t start = 0; start < plan.pixels_out(); start += kSum) {
+// to[c] += sum of g * (y - pivot) (y null: of g) over a run of pixels that is dense in each plane, in float32 over at most
+// kSum of them. scratch: (padded) floats.
+inline void add_dot(const Plan& plan, const float* g, const float* y, int64_t plane, int64_t pixels, const float* pivot,
+                    float* scratch, double* to) {
+  for (int64_t start = 0; start < pixels; start += kSum) {
     const int64_t at = start * kLanes;
     std::memset(scratch, 0, plan.padded * sizeof(float));
-    add_dot(plan, g + at, plan.plane_out(), y ? y + at : nullptr, plan.plane_out(),
-            std::min(kSum, plan.pixels_out() - start), pivot, scratch);
+    add_dot(plan, g + at, plane, y ? y + at : nullptr, plane, std::min(kSum, pixels - start), pivot, scratch);
     for (int64_t c = 0; c < plan.padded; ++c) to[c] += scratch[c];
   }
 }
