@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from supernets import darts, hooked, nasbench201, pcdarts, smooth
+from supernets import darts, hooked, nasbench201, nested, pcdarts, smooth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,11 +38,13 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
     "hooks on edges": lambda *a: hooked.build(*a, hooks=("output", "input")),
     "hooks that replace": lambda *a: hooked.build(*a, hooks=("replace",)),
     "hooks on candidates": lambda *a: hooked.build(*a, hooks=("candidate", "inner")),
+    "darts, biases": lambda *a: nested.build(*a, kind="", bias=True, steps=2),
 }
+STYLES |= {kind: lambda *a, kind=kind: nested.build(*a, kind=kind, steps=2) for kind in nested.KINDS}
 WHOLE_CELLS = ("darts", "darts, affine", "darts, no averages", "nas-bench-201", "nas-bench-201, affine")
 WHOLE_CELLS += ("a list of candidates per edge", "perturbed weights")
 WHOLE_CELLS += ("nas-bench-201, one hot", "nas-bench-201, chosen ones")
-WHOLE_CELLS += ("nas-bench-201, biases", "nas-bench-201, biases, no averages")
+WHOLE_CELLS += ("nas-bench-201, biases", "nas-bench-201, biases, no averages", "darts, biases", *nested.KINDS)
 FACTOR, FLOOR = 3.0, 1e-6  # the first contract of the ops: no further from float64 than three times plain PyTorch
 
 

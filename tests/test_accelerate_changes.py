@@ -263,6 +263,55 @@ def transposed_between_calls(ops, x, w):
     return first + w[0] * second.reshape(second.shape).transpose(2, 3)
 
 
+def a_part_of_a_stack_written(ops, x, w):
+    stack = torch.stack([op(x) for op in ops])
+    part, before = stack[1:3], (stack * 2.0).sum(0)
+    part.mul_(3.0)
+    return stack.sum(0) * w[0], before, part
+
+
+def a_stack_written_behind_its_part(ops, x, w):
+    stack = torch.stack([op(x) for op in ops])
+    part = stack[1:3]
+    stack.mul_(3.0)
+    return part.sum(0) * w[0]
+
+
+def zeros_behind_a_stack(ops, x, w):
+    stack = torch.stack([op(x) for op in ops[1:]])
+    stack = torch.cat([stack, torch.zeros_like(stack[:1])], 0)
+    return torch.sum(w.view(-1, 1, 1, 1, 1) * stack, 0)
+
+
+def zeros_beside_a_stack(ops, x, w):
+    zeros = torch.zeros_like(torch.stack([op(x) for op in ops[1:3]])[:1])
+    return (zeros * w[0]).sum(0) + w[1] * ops[1](x), zeros
+
+
+def all_channels(ops, x, w):
+    a = w[0] * ops[1](x)
+    part, rest = a[:, : a.shape[1], :, :], a[:, a.shape[1] :, :, :]
+    part += 1
+    return a + w[1] * ops[2](part), rest, torch.cat([part, rest], 1)
+
+
+def two_skip_connections(ops, x, w):
+    out = sum(weight * op(x) for weight, op in zip(w, ops))
+    out += ops[0](x) * 0.5
+    return out + w[1] * ops[0](x)
+
+
+def the_same_skip_connection(ops, x, w):
+    a = ops[0](x)
+    return w[0] * a + w[1] * a + w[2] * ops[1](x)
+
+
+def a_state_beside_nodes(ops, x, w):
+    a = w[0] * ops[1](x) + w[1] * ops[0](x)
+    b = w[2] * ops[2](a) + w[3] * ops[3](x)
+    return torch.cat([x, a, b], 1), torch.cat([x.tanh(), a], 1), torch.cat([a, x, b], 1), b
+
+
 def a_stack_as_a_state(ops, x, w):
     return w[0] * ops[0](torch.stack([ops[1](x), ops[2](x)])).sum(0) + w[1] * ops[1](x)
 
@@ -337,6 +386,20 @@ AROUND = {
     "modes around a call": modes_around_a_call,
     "a state transposed between calls": transposed_between_calls,
     "a stack as a state": a_stack_as_a_state,
+    "a part of a stack, written": a_part_of_a_stack_written,
+    "a stack written behind its part": a_stack_written_behind_its_part,
+    "a stack and zeros": zeros_behind_a_stack,
+    "zeros of the shape of a stack": zeros_beside_a_stack,
+    "a part of a stack": lambda ops, x, w: (torch.stack([op(x) for op in ops])[1:3] * w[:2].view(-1, 1, 1, 1, 1)).sum(0),
+    "a result out of a stack": lambda ops, x, w: w[0] * torch.stack([op(x) for op in ops])[2],
+    "every other channel": lambda ops, x, w: (w[0] * ops[1](x) + w[1] * ops[2](x))[:, 0 : x.shape[1] : 2],
+    "all channels and none": all_channels,
+    "two skip connections": two_skip_connections,
+    "one skip connection twice": the_same_skip_connection,
+    "a state beside nodes": a_state_beside_nodes,
+    "integer weights": lambda ops, x, w: sum(torch.tensor(k) * op(x) for k, op in enumerate(ops)),
+    "boolean weights": lambda ops, x, w: sum((weight > 0.15) * op(x) for weight, op in zip(w, ops)),
+    "an integer of one dimension": lambda ops, x, w: torch.tensor([2]) * ops[1](x) + w[0] * ops[2](x),
     "a result written, then summed": a_result_written,
     "a sum of the identity written": identity_written,
     "autocast off inside": autocast_inside,
@@ -390,8 +453,9 @@ def test_code_around_candidates_means_what_it_did(name, training):
     assert_same(module.train(training), plain.train(training), images(), WEIGHTS)
 
 
-def test_a_stack_that_is_weighted_and_summed_is_one_edge():
-    module, _, report = both(lambda: Around(AROUND["stack"]))
+@pytest.mark.parametrize("name", ["stack", "a stack and zeros", "two skip connections", "integer weights"])
+def test_what_is_one_edge(name):
+    module, _, report = both(lambda: Around(AROUND[name]))
     module(images(), WEIGHTS)
     assert (report.counts.edges, report.counts.alone) == (1, 0)
 

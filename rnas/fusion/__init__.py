@@ -1,6 +1,6 @@
 """The fused kernels inside other people's supernets: `rnas.accelerate` and `rnas.restore`.
 
-    find.py       which modules hold candidate operations
+    find.py       which modules hold candidate operations, and tree.py what is above them
     recognise.py  what a candidate computes: a primitive. layers.py: what it holds; verify.py: checked in numbers;
                   reads.py, branches.py: what its code depends on
     plan.py       what was found, compared at every call; modules.py: the classes of accelerated modules

@@ -270,7 +270,7 @@ def _scale(x: Deferred, other) -> Scale | None:
     elif dimensions and (other.dtype != like.dtype or dimensions > 4):
         takes = False
     else:
-        takes = other.is_floating_point() and other.device == like.device
+        takes = not other.is_complex() and other.device == like.device
     # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
     return hold(other if x._rnas_scope.grad else other.clone()) if takes else None
 

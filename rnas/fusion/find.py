@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -12,6 +12,7 @@ from torch import nn
 from .layers import Guess, Layers, kind_of
 from .modules import (
     COUNTS,
+    NODE,
     PLAN,
     POOL,
     Candidate,
@@ -25,6 +26,7 @@ from .plan import Plan, original_class
 from .reads import Reads
 from .recognise import recognise
 from .report import Left, Replaced, Report
+from .tree import FORWARDS, Tree
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _IN_FRONT = ("relu_conv_norm", "factorized_reduce")
@@ -72,13 +74,13 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if strict:
-        left = _plan(model)[2].left
+        left = _plan(model)[3].left
         if left:
             raise ValueError(
                 f"strict: these modules hold candidate operations that the kernels do not take:\n{Report(left=left)}"
             )
     restore(model)
-    candidates, holders, report, fronts = _plan(model)
+    candidates, holders, nodes, report, fronts = _plan(model)
     for module, (guess, layers, reads) in candidates:
         accelerate_module(module, Candidate, PLAN, Plan(module, guess, layers, reads))
     for module, (guess, layers, reads) in fronts:
@@ -87,6 +89,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         accelerate_module(module, Holder, COUNTS, report.counts)
         for pool in _pools_beside(module):
             accelerate_module(pool, Pool, POOL, True)
+    for module in nodes:
+        module.__dict__[NODE] = True
     return report
 
 
@@ -121,16 +125,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def _looked_at(model: nn.Module):
-    """(candidates with what they are, holders, report, layers in front of cells with what they are)."""
+    """(candidates with what they are, holders, nodes, report, layers in front of cells with what they are)."""
     memory: dict = {}
     report = Report()
     candidates: dict[nn.Module, Recognised] = {}
     holders: dict[nn.Module, str] = {}
-    parents = _parents(model)
+    tree = Tree(model)
     names = {module: name for name, module in model.named_modules()}
     everything = list(_groups(model))
     # What stands in a cell beside its mixed operations are no candidates.
-    cells = set(_above([owner for owner, groups in everything if any(map(_in_a_list, groups))], parents))
+    cells = set(tree.above([owner for owner, groups in everything if any(map(_in_a_list, groups))]))
     inner: set[nn.Module] = set()  # what recognised candidates hold
     for owner, groups in chain(everything, _alone(model, everything, holders)):
         if owner in inner or owner in cells:
@@ -153,14 +157,20 @@ def _looked_at(model: nn.Module):
             ]
             inner.update(module for each in known for module in group[each].modules())
         if found:
+            for name, module in _beside(owner):
+                known = recognise(module, memory)
+                if not isinstance(known, str) and known[0].primitive == "skip_connect":
+                    candidates[module] = known
+                    found[name] = known[0].primitive
             holders[owner] = names[owner]
             report.replaced.append(Replaced(names[owner], original_class(owner).__name__, found))
         if reasons:
             report.left.append(Left(names[owner], original_class(owner).__name__, "; ".join(reasons)))
-    around = [each for each in _above(holders, parents) if each not in holders]
+    nodes = tree.nodes([*holders, *tree.around(holders)], candidates)
+    around = [each for each in tree.around([*holders, *nodes]) if each not in holders]
     fronts = _in_front(around, set(candidates), memory)
     report.in_front = {names[module]: each[0].primitive for module, each in fronts.items()}
-    return list(candidates.items()), [*holders, *around], report, list(fronts.items())
+    return list(candidates.items()), [*holders, *around], nodes, report, list(fronts.items())
 
 
 def _in_a_list(group: dict[str, nn.Module]) -> bool:
@@ -188,19 +198,10 @@ def _why(found: Recognised | str) -> str:
     return found if isinstance(found, str) else "the number of channels changes"
 
 
-def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The first parent of every module."""
-    found: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        for child in module.children():
-            found.setdefault(child, module)
-    return found
-
-
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[dict[str, nn.Module]]]]:
     """Modules with a forward, and the groups of at least two modules that they hold side by side, by their names."""
     for owner in model.modules():
-        if isinstance(owner, (*_LISTS, nn.Sequential)) and original_class(owner).forward in _FORWARDS:
+        if isinstance(owner, (*_LISTS, nn.Sequential)) and original_class(owner).forward in FORWARDS:
             continue
         groups = [group for group in _held(owner, "") if len(group) > 1]
         if groups:
@@ -215,9 +216,6 @@ def _alone(model: nn.Module, groups, holders) -> Iterator[tuple[nn.Module, list[
             yield owner, [group for group in _held(owner, "") if group]
 
 
-_FORWARDS = {nn.ModuleList.forward, nn.ModuleDict.forward, nn.Sequential.forward}
-
-
 def _held(module: nn.Module, prefix: str) -> Iterator[dict[str, nn.Module]]:
     """What the module holds directly, and in lists and dicts of modules, those within them too."""
     yield {prefix + name: child for name, child in module.named_children() if not _is_list(child)}
@@ -227,7 +225,7 @@ def _held(module: nn.Module, prefix: str) -> Iterator[dict[str, nn.Module]]:
 
 
 def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, _LISTS) and original_class(module).forward in _FORWARDS
+    return isinstance(module, _LISTS) and original_class(module).forward in FORWARDS
 
 
 def _resembling(group: dict[str, nn.Module], recognised: dict[str, Recognised | str]) -> list[str]:
@@ -255,16 +253,11 @@ def _has_groups(module: nn.Module) -> bool:
     return any(len(group) > 1 for each in module.modules() if not _is_list(each) for group in _held(each, ""))
 
 
-def _above(modules: Iterable[nn.Module], parents: dict[nn.Module, nn.Module]) -> list[nn.Module]:
-    """The nearest module with a forward above each of them: the cell of an edge."""
-    found: dict[nn.Module, None] = {}
-    for module in modules:
-        above = parents.get(module)
-        while above is not None and original_class(above).forward in _FORWARDS:
-            above = parents.get(above)
-        if above is not None:
-            found[above] = None
-    return list(found)
+def _beside(owner: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module that stands beside the lists of candidates, where there is one: a skip connection of its own, say."""
+    own = [(name, each) for name, each in owner.named_children() if not _is_list(each)]
+    if len(own) == 1 and len(list(owner.children())) > 1:
+        yield from own
 
 
 def _in_front(cells: list[nn.Module], taken: set[nn.Module], memory: dict) -> dict[nn.Module, Recognised]:

@@ -33,8 +33,23 @@ class Layers:
 
     @property
     def biased(self) -> bool:
-        """Whether a convolution has a bias: where a candidate is taken, it is the only one, with a norm behind it."""
+        """Whether a convolution has a bias."""
         return any([each.bias is not None for each in self.convolutions])
+
+    def in_front(self) -> list[list[nn.Conv2d]]:
+        """The convolutions whose outputs, side by side, each norm takes."""
+        count = len(self.convolutions) // max(1, len(self.norms))
+        parts = [self.convolutions[index * count : (index + 1) * count] for index in range(len(self.norms))]
+        return [[each for each in part if count == 1 or each.kernel_size == (1, 1)] for part in parts]
+
+    def check_biases(self) -> None:
+        """Raises Foreign where a bias is followed by something else than a norm, or is one of some channels only."""
+        groups = self.in_front()
+        biased = [[each.bias is not None for each in group] for group in groups]
+        if sum(map(sum, biased)) < sum(each.bias is not None for each in self.convolutions):
+            raise Foreign("a convolution without a norm behind it has a bias")
+        if any(any(each) and not all(each) for each in biased):
+            raise Foreign("a convolution has a bias, and one beside it has none")
 
 
 _PLAIN = (nn.ReLU, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ConstantPad2d, nn.ZeroPad2d)

@@ -34,6 +34,8 @@ class Edge(NamedTuple):
     calls: tuple[Call, ...]
     scales: tuple[Scale | None, ...]
     outer: tuple[Scale, ...]
+    also: tuple[Call, ...] = ()
+    """Calls that compute the same as one of `calls`, and are part of its scale."""
 
     @property
     def x(self) -> Tensor:
@@ -236,6 +238,7 @@ def _as_edge(group: Group, empty: bool = False) -> Edge | None:
     empty: whether the candidate `none` by itself is an edge.
     """
     pairs = sorted(zip(group.calls, group.scales), key=lambda pair: _ORDER[pair[0].plan.guess.primitive])
+    pairs, also = _merged(pairs)
     calls, scales = zip(*pairs)
     guesses = [call.plan.guess for call in calls]
     primitives = tuple([guess.primitive for guess in guesses])
@@ -247,7 +250,24 @@ def _as_edge(group: Group, empty: bool = False) -> Edge | None:
     if len(pool_norms) > 1:
         return None
     pool_norm = pool_norms.pop() if pool_norms else None
-    return Edge(primitives, guesses[0].stride, pool_norm, calls, scales, group.outer)
+    return Edge(primitives, guesses[0].stride, pool_norm, calls, scales, group.outer, also)
+
+
+def _merged(pairs: list[tuple[Call, Scale | None]]) -> tuple[list[tuple[Call, Scale | None]], tuple[Call, ...]]:
+    """One call of each primitive without layers, such as a second skip connection, and the others of it."""
+    kept: list[tuple[Call, Scale | None]] = []
+    also: list[Call] = []
+    for call, scale in pairs:
+        before = kept[-1][0] if kept else call
+        same = before is not call and before.plan.guess == call.plan.guess and not before.plan.has_layers
+        if same and _can_be_fused(before) and _can_be_fused(call):
+            both = [1.0 if each is None else scale_of(each) for each in (kept[-1][1], scale)]
+            total = both[0] + both[1]
+            kept[-1] = before, hold(total) if isinstance(total, Tensor) else total
+            also.append(call)
+        else:
+            kept.append((call, scale))
+    return kept, tuple(also)
 
 
 def _can_be_fused(call: Call) -> bool:
@@ -278,7 +298,7 @@ def _fused(
 ) -> Tensor:
     """What a cell of these edges computes; None: there is none. addends: numbers that are added to each node."""
     calls = [() if edge is None else edge.calls for edge in edges]
-    for call in chain.from_iterable(calls):
+    for call in chain(*calls, *[() if edge is None else edge.also for edge in edges]):
         seen(call.held)
         call.plan.check(call.state)
         call.consumed = True

@@ -22,7 +22,7 @@ from . import scope as scopes
 from .deferred import value_of, values
 from .plan import Plan, is_hooked, original_class
 
-PLAN, COUNTS, POOL = "_rnas_plan", "_rnas_counts", "_rnas_pool"
+PLAN, COUNTS, POOL, NODE = "_rnas_plan", "_rnas_counts", "_rnas_pool", "_rnas_node"
 """Where an accelerated module keeps what it needs: a `Plan`, the counts of a report, or nothing but the name."""
 
 class Unregistered:
@@ -120,7 +120,8 @@ def run_holder(forward: Callable, self: nn.Module, arguments: tuple, options: di
     with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
         mark = scope.mark()
         try:
-            return scope.close(forward(self, *arguments, **options), force=is_new or is_hooked(self))
+            results = forward(self, *arguments, **options)
+            return scope.close(results, force=is_new or is_hooked(self), node=NODE in self.__dict__)
         except (TypeError, AttributeError, AssertionError) as error:
             if not scope.is_unused_since(mark):
                 raise
@@ -194,7 +195,7 @@ def accelerate_module(module: nn.Module, mixin: type, key: str, value: object) -
 def restore_module(module: nn.Module) -> bool:
     """Gives the module back its class; whether it had another."""
     original = original_class(module)
-    for key in (PLAN, COUNTS, POOL):
+    for key in (PLAN, COUNTS, POOL, NODE):
         module.__dict__.pop(key, None)
     if original is type(module):
         return False

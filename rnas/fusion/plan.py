@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from operator import itemgetter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .layers import Guess, Layers, kind_of
@@ -90,7 +91,9 @@ class Plan:
         self._watched = [_Watched.of(each, reads, is_first=each is module) for each in modules]
         self._of_classes = [each for each in reads.values if isinstance(each[0], type)]
         self.biased = layers.biased
-        self._has_state = bool(layers.convolutions or layers.norms)
+        self._biases = [each.bias is not None for each in layers.convolutions]
+        self._in_front = layers.in_front() if self.biased else []
+        self.has_layers = bool(layers.convolutions or layers.norms)
 
     def holds(self) -> bool:
         """Whether the module is as it was: the same layers without hooks, the same settings."""
@@ -119,8 +122,8 @@ class Plan:
         for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        for each in self.layers.convolutions:
-            if (each._parameters.get("bias") is not None) != self.biased:
+        for each, biased in zip(self.layers.convolutions, self._biases):
+            if (each._parameters.get("bias") is not None) != biased:
                 return False
         return True
 
@@ -147,21 +150,25 @@ class Plan:
             return [each.weight for each in self.layers.convolutions]
 
     def biases(self) -> list[Tensor | None]:
-        """Of the convolution in front of each norm."""
+        """Of the channels in front of each norm."""
         if not self.biased:
             return [None] * len(self.layers.norms)
-        return [each._parameters["bias"] for each in self.layers.convolutions]
+        found = [[each._parameters["bias"] for each in group] for group in self._in_front]
+        return [each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in found]
 
     def state(self) -> State:
         """Of now."""
-        return State(self._weights_state(), self.modes()) if self._has_state else _NOTHING
+        return State(self._weights_state(), self.modes()) if self.has_layers else _NOTHING
 
     def modes(self) -> tuple[bool, ...]:
         """The training flags of the norms."""
         return tuple([norm.training for norm in self.layers.norms])
 
     def _held(self) -> list[Tensor]:
-        return [*self.weights(), *self.biases()] if self.biased else self.weights()
+        if not self.biased:
+            return self.weights()
+        biases = [each._parameters["bias"] for group in self._in_front for each in group]
+        return [*self.weights(), *(each for each in biases if each is not None)]
 
     def _weights_state(self) -> tuple[tuple[int, int, bool], ...]:
         return tuple(

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kernels.reference.mixed_op import DENSE, SEPARABLE
+from ..kernels.mixed_op import PRIMITIVES
+from ..kernels.reference.mixed_op import SEPARABLE
 from .layers import Guess, Layers, layers_of
 from .reads import Foreign, Reads, is_simple, reads
 from .verify import check_values, failed, images, randomised
@@ -66,8 +67,10 @@ def _guesses(module: nn.Module, layers: Layers, extras: list[None]) -> list[Gues
             return _pools(layers.norms[0].num_features, True)
         return _guess_empty(module, extras)
     guess = _guess(module, layers)
-    if layers.biased and guess.primitive not in DENSE:
-        raise Foreign("a convolution has a bias")
+    if layers.biased:
+        if guess.primitive not in PRIMITIVES:
+            raise Foreign("a convolution has a bias")
+        layers.check_biases()
     return [guess]
 
 

@@ -19,7 +19,7 @@ from . import (
     stacked,  # noqa: F401  (for what it adds to the functions that leave a tensor deferred)
 )
 from .calls import Call, Group, hold
-from .deferred import Deferred, flat, is_open, is_raw, value_of
+from .deferred import Deferred, flat, is_open, is_raw, value_of, values
 from .partial import Pooled, concatenated
 from .parts import Slice
 
@@ -239,12 +239,19 @@ class Scope:
         made = concatenated(self, tensors)
         if made is not None:
             return made
-        if len(tensors) > 1 and all(is_open(each) and each._rnas_scope is self for each in tensors):
-            with self._as_before():
-                out = lower.whole_cell(list(tensors), self, last=False)
-            if out is not None:
-                return out
-        return NotImplemented
+        nodes = [each for each in tensors if is_open(each) and each._rnas_scope is self]
+        if len(nodes) < 2:
+            return NotImplemented
+        first = next(index for index, each in enumerate(tensors) if each is nodes[0])
+        behind = first + len(nodes)
+        if any(a is not b for a, b in zip(tensors[first:behind], nodes)):
+            return NotImplemented
+        with self._as_before():
+            out = lower.whole_cell(nodes, self, last=False)
+        if out is None:
+            return NotImplemented
+        around = values([*tensors[:first], *tensors[behind:]])  # states that the cell was called on, say
+        return torch.cat([*around[:first], out, *around[first:]], dim=1) if around else out
 
     def has_used(self, x: Deferred) -> bool:
         """Whether a candidate of the sum x has been computed as a part of another sum."""
@@ -292,9 +299,9 @@ class Scope:
                 stack.enter_context(_saved_through(self._hooks))
                 yield
 
-    def close(self, results, force: bool):
-        """What the forward returns; with `force`, or where it is no single edge, computed."""
-        if is_open(results) and not force and lower.is_edge(results):
+    def close(self, results, force: bool, node: bool = False):
+        """What the forward returns; with `force`, or where it is no single edge and no node, computed."""
+        if is_open(results) and not force and (node or lower.is_edge(results)):
             return results
         if type(results) is Deferred:
             return value_of(results)

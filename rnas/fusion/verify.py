@@ -54,7 +54,7 @@ def _definition(guess: Guess) -> Callable[..., Tensor]:
             x,
             torch.ones(1, dtype=x.dtype),
             [each.weight for each in layers.convolutions],
-            [_behind_a_bias(layers, norm) for norm in layers.norms],
+            list(map(_behind_biases, layers.norms, layers.in_front())),
             primitives=(guess.primitive,),
             stride=guess.stride,
             pool_norm=guess.pool_norm,
@@ -63,11 +63,9 @@ def _definition(guess: Guess) -> Callable[..., Tensor]:
     return primitive
 
 
-def _behind_a_bias(layers: Layers, norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
-    if not layers.biased:
-        return norm
-    (convolution,) = layers.convolutions
-    return lambda x: norm(x + convolution.bias[:, None, None])
+def _behind_biases(norm: nn.BatchNorm2d, in_front: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
+    biases = [each.bias for each in in_front if each.bias is not None]
+    return (lambda x: norm(x + torch.cat(biases)[:, None, None])) if biases else norm
 
 
 def randomised(module: nn.Module) -> nn.Module:
