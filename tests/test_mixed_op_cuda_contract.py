@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnas import kernels
 from rnas.kernels import backend, engine, fused
-from rnas.kernels.mixed_op import OP, _Settings, arrange
+from rnas.kernels.mixed_op import OP, arrange
+from rnas.kernels.mixed_registered import Settings
 from rnas.kernels.reference import mixed_op as reference
 
 only_on_gpu = pytest.mark.parametrize("cuda_device", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
@@ -79,14 +80,14 @@ def test_activations_are_kept_or_nothing(mode, wanted, expected, cuda_device):
     problem = draw(mode=mode, shape=(2, 4, 6, 6)).copy(device=cuda_device).require(wanted)
     with Recorder("mixed_cell_forward") as recorder:
         problem.run()
-    assert [_Settings(*arguments[7:]).keep for _, arguments, _ in recorder.calls] == [expected]
+    assert [Settings(*arguments[7:]).keep for _, arguments, _ in recorder.calls] == [expected]
 
 
 @pytest.mark.parametrize("keep", [fused.MASKS, fused.OUTPUTS])
 def test_what_the_kernels_do_not_keep_is_refused(keep, cuda_device):
     problem = draw(mode="train", shape=(2, 4, 6, 6)).copy(device=cuda_device)
     theta = torch.cat([tensor.reshape(-1) for tensor in problem.leaves("parameters")])
-    settings = _Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False, False, False)
+    settings = Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False, False, False)
     with pytest.raises(ValueError):
         torch.ops.rnas.mixed_cell_forward(
             problem.states, problem.weights[None], theta, None, None, None, None, *settings
