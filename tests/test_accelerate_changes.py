@@ -149,6 +149,15 @@ def test_a_report_tells_what_was_done():
     assert "Since then: 1 edges fused" in str(report)
 
 
+def test_why_candidates_are_left_beside_some_that_do_nothing():
+    reflecting = [separable(size=size) for size in (3, 5)]
+    for each in reflecting:
+        next(layer for layer in each.modules() if isinstance(layer, nn.Conv2d)).padding_mode = "reflect"
+    report = rnas.accelerate(Mixed(nn.Identity(), *reflecting))
+    (left,) = report.left
+    assert not report.replaced and left.reason.count("a convolution pads by 'reflect'") == 2
+
+
 def test_strict_changes_nothing_where_something_is_not_recognised():
     module = Mixed(separable(), nn.Sequential(nn.GELU(), separable()))
     classes = [type(each) for each in module.modules()]

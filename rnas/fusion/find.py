@@ -230,9 +230,14 @@ def _is_list(module: nn.Module) -> bool:
 
 def _resembling(group: dict[str, nn.Module], recognised: dict[str, Recognised | str]) -> list[str]:
     """Reasons for a group none of whose members is fused, where it looks like candidates: convolutions with norms."""
-    if not all(_looks_like_one(module) for module in group.values()) or any(map(_has_groups, group.values())):
+    unknown = {name: each for name, each in recognised.items() if isinstance(each, str)}
+    if not all(_looks_like_one(group[name]) for name in unknown):
         return []
-    return [f"{name}: {each}" for name, each in recognised.items() if isinstance(each, str)]
+    if len(unknown) == len(group) and any(map(_has_groups, group.values())):
+        return []  # the blocks of a network
+    if len(unknown) < len(group) and sum(bool(list(group[name].children())) for name in unknown) < 2:
+        return []  # an identity beside a convolution
+    return [f"{name}: {each}" for name, each in unknown.items()]
 
 
 def _looks_like_one(module: nn.Module) -> bool:
