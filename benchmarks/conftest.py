@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rnas benchmarks")
     group.addoption("--quick", action="store_true", help="tiny sizes: C=4, 3 cells of 2 nodes, batch 2")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    group.addoption("--channels", type=int, help="C of the supernet's first cells; the file is then <device>.c<C>.json")
     group.addoption("--results", type=Path, help="where <device>.json goes; full runs: benchmarks/results")
 
 
@@ -44,7 +45,7 @@ def session(request: pytest.FixtureRequest):
     torch.backends.cudnn.benchmark = True  # as the public search scripts of this field set it
     selected = bool(config.getoption("keyword")) or any("::" in argument for argument in config.args)
     folder = config.getoption("--results") or (None if quick or selected else RESULTS)
-    session = Session(device, quick, folder, _command(config))
+    session = Session(device, quick, folder, _command(config), config.getoption("--channels"))
     yield session
     session.head["selected"] = selected
     session.write(complete=session.number_of_rows == len(request.session.items) and not selected)

@@ -36,9 +36,10 @@ FULL_CUDA = replace(FULL, batches=(256, 64))
 QUICK = Size(channels=4, layers=3, nodes=2, image=16, batches=(2,))
 
 
-def size_of(device: str, quick: bool) -> Size:
-    """What is timed on a device type."""
-    return QUICK if quick else FULL_CUDA if device == "cuda" else FULL
+def size_of(device: str, quick: bool, channels: int | None = None) -> Size:
+    """What is timed on a device type. channels: others than usual."""
+    size = QUICK if quick else FULL_CUDA if device == "cuda" else FULL
+    return replace(size, channels=channels) if channels else size
 
 
 @dataclass(frozen=True)

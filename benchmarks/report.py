@@ -39,12 +39,15 @@ CLOCK = ReplayClock()
 class Session:
     """Measures each group of rows once, when its first row is asked for, and writes the file after each group."""
 
-    def __init__(self, device: str, quick: bool, folder: Path | None, command: str) -> None:
+    def __init__(
+        self, device: str, quick: bool, folder: Path | None, command: str, channels: int | None = None
+    ) -> None:
         self.device = device
         self.quick = quick
-        self.size: Size = size_of(device, quick)
+        self.size: Size = size_of(device, quick, channels)
         self.head = {**machine.describe(device, command, quick), "size": asdict(self.size)}
-        self.path = None if folder is None else folder / f"{machine.slug(device)}.json"
+        name = machine.slug(device) + (f".c{channels}" if channels else "")
+        self.path = None if folder is None else folder / f"{name}.json"
         self.groups: dict[tuple, dict[str, Row]] = {}
         self.last_job = ""
 

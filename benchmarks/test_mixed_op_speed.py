@@ -21,7 +21,7 @@ from rnas.supernet import MixedOperation
 
 WIDTHS = (16, 24, 36, 48, 64)
 SIZES = ((28, 28), (8, 8), (33, 17))
-BATCH = 64
+BATCHES, CUDA_BATCHES = (64,), (256, 64)
 PROVIDERS = ("eager", "channels_last", "rnas")
 CUDA_PROVIDERS = (*PROVIDERS, "channels_last_bf16", "rnas_bf16")
 CUDA_WIDTHS, CUDA_SIZES = (16, 36), SIZES[:1]  # of a search, and of the networks that are trained
@@ -32,16 +32,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = device_of(metafunc.config)
     widths, sizes = (CUDA_WIDTHS, CUDA_SIZES) if device == "cuda" else (WIDTHS, SIZES)
     metafunc.parametrize("provider", _providers(device))
+    metafunc.parametrize("batch", CUDA_BATCHES if device == "cuda" else BATCHES)
     metafunc.parametrize("size", sizes, ids=lambda size: f"{size[0]}x{size[1]}")
     metafunc.parametrize("channels", widths)
     metafunc.parametrize("mode", MODES)
 
 
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_mixed_op_speed(session: Session, benchmark, mode: str, channels: int, size: tuple[int, int], provider: str):
-    """One row: this width, size and provider."""
+def test_mixed_op_speed(
+    session: Session, benchmark, mode: str, channels: int, size: tuple[int, int], batch: int, provider: str
+):
+    """One row: this width, size, batch and provider."""
     job = f"mixed_edge_{mode}_{channels}_{size[0]}x{size[1]}"
-    batch = 2 if session.quick else BATCH
+    batch = 2 if session.quick else batch
     row = session.row((job, batch), provider, lambda: measure_edge(session, job, mode, channels, size, batch))
     reason = replay(benchmark, row)
     if reason:

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     device = device_of(config)
-    size = size_of(device, config.getoption("--quick"))
+    size = size_of(device, config.getoption("--quick"), config.getoption("--channels"))
     cases = [
         pytest.param(job, batch, provider.name, id=f"{job.name}-{batch}-{provider.name}")
         for job in JOBS.values()

@@ -2,6 +2,7 @@
 # On a machine with a GPU: builds the package, runs the GPU tests, checks memory accesses, and measures. Under 9 minutes.
 #
 #   PYTHON=python3 OUT=benchmarks/results scripts/gpu.sh
+#   CHANNELS=36 scripts/gpu.sh        measures supernets of this width alone, into <device>.c36.json
 #
 # Downloads nothing: PYTHON must have torch, setuptools, pybind11, cmake, ninja, pytest, pytest-benchmark, hypothesis, and
 # nvcc must be on PATH or under CUDA_HOME. Without write access to that Python the package goes into a folder of its own.
@@ -74,7 +75,9 @@ fi
 
 say "benchmarks"
 # What the other parts left of 530 seconds. A run that is cut short has written the groups that it finished.
-part "$((530 - SECONDS))" benchmarks "$PYTHON" -m pytest benchmarks -q -s --device cuda --results "$OUT" -p no:cacheprovider
+what=(benchmarks)
+[ -z "${CHANNELS:-}" ] || what=(benchmarks/test_supernet_speed.py --channels "$CHANNELS")
+part "$((530 - SECONDS))" benchmarks "$PYTHON" -m pytest "${what[@]}" -q -s --device cuda --results "$OUT" -p no:cacheprovider
 status=$?
 [ "$status" -eq 0 ] || fail "benchmarks ended with exit code $status (124: out of time); what was measured is in $OUT"
 [ "$OUT" != "$PWD/benchmarks/results" ] || "$PYTHON" scripts/render_readme.py

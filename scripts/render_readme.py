@@ -158,7 +158,8 @@ def device_section(result: dict) -> str:
     kernels = [row for row in rows if row["bytes_moved"] is not None]
     tables = [supernet_table(networks, flops)] if networks else []
     tables += profile_table(networks, flops, result["threads"])
-    tables += [edge_table(edges, flops)] if edges else []
+    for batch in sorted({row["batch"] for row in edges}):
+        tables.append(edge_table([row for row in edges if row["batch"] == batch], flops))
     tables += [method_table(methods)] if methods else []
     for prefix in ACCELERATE:
         part = [row for row in styles if row["job"].startswith(prefix)]

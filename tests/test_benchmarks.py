@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -461,6 +462,29 @@ PROFILE = {  # on two threads, that is of one second
     "total_seconds": 0.75,
     "wall_seconds": 0.5,
 }
+
+
+def test_another_width_is_another_file(benchmarks, tmp_path):
+    make = benchmarks["report"].Session
+    usual, wider = make("cpu", True, tmp_path, ""), make("cpu", True, tmp_path, "", channels=36)
+    assert wider.path.name == usual.path.name.replace(".json", ".c36.json")
+    assert (wider.size.channels, wider.size.layers) == (36, usual.size.layers) and usual.size.channels != 36
+
+
+def test_edges_of_each_batch_have_a_table(monkeypatch):
+    head = {"threads": 2, "kind": "cuda", "versions": {}, "device": "a GPU", "precision": "float32", "commit": "c"}
+    head |= {"date": "2026-01-01", "command": "python -m pytest benchmarks", "complete": True}
+    head["ceilings"] = dict.fromkeys(("flops_per_second", "copy_bytes_per_second", "in_place_bytes_per_second"), 1e12)
+    row = {"provider": "rnas", "flops": 10**9, "bytes_moved": None, "note": "", "profile": None, "status": "measured"}
+    rows = [
+        row | {"job": "mixed_edge_attack_16_28x28", "batch": batch, "provider": name, "seconds_best": seconds}
+        for batch, factor in ((64, 1.0), (256, 4.0))
+        for name, seconds in (("channels_last", 0.006 * factor), ("rnas", 0.002 * factor))
+    ]
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    text = importlib.import_module("render_readme").device_section(head | {"rows": rows})
+    assert "batch 64: time" in text and "batch 256: time" in text
+    assert "| C=16 | 2.00 ms (3.0x), 50% |" in text and "| C=16 | 8.00 ms (3.0x), 12% |" in text
 
 
 def test_the_terminal_shows_where_the_time_goes(benchmarks, capsys):
