@@ -297,6 +297,17 @@ def zeros_beside_a_stack(ops, x, w):
     return (zeros * w[0]).sum(0) + w[1] * ops[1](x), zeros
 
 
+@torch.no_grad()
+def stacked_without_gradients(ops, x, w):
+    with torch.enable_grad():
+        a, b = w[0] * ops[1](x), w[1] * ops[2](x)
+        stack = torch.stack([a, b])
+    parts = [torch.stack([a, b]), stack[:1], torch.cat([stack, stack], 0), a[:, : a.shape[1]]]
+    parts += [torch.cat([a, b], 1), torch.cat([a, x], 1).view(len(x), 2, 8, *x.shape[2:]).transpose(1, 2), a.data]
+    with torch.enable_grad():
+        return a + b + sum(part.sum() * 0.01 for part in parts), stack[:1].sum(0)
+
+
 def all_channels(ops, x, w):
     a = w[0] * ops[1](x)
     part, rest = a[:, : a.shape[1], :, :], a[:, a.shape[1] :, :, :]
@@ -403,6 +414,7 @@ AROUND = {
     "a result out of a stack": lambda ops, x, w: w[0] * torch.stack([op(x) for op in ops])[2],
     "every other channel": lambda ops, x, w: (w[0] * ops[1](x) + w[1] * ops[2](x))[:, 0 : x.shape[1] : 2],
     "all channels and none": all_channels,
+    "stacked without gradients": stacked_without_gradients,
     "two skip connections": two_skip_connections,
     "one skip connection twice": the_same_skip_connection,
     "a state beside nodes": a_state_beside_nodes,

@@ -101,7 +101,8 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for each in flat((args, kwargs)):
+        deferred = flat((args, kwargs))
+        for each in deferred:
             _refuse_gradients(each)
             if function in _ABOUT_ITS_GRADIENT and each._rnas_value is None and each._rnas_scope.has_used(each):
                 raise RuntimeError(
@@ -109,7 +110,7 @@ class Deferred(Tensor):
                     "asked for, and has none of its own; ask for it (retain_grad, register_hook) before it is used"
                 )
         handler = HANDLERS.get(function)
-        if handler is not None:
+        if handler is not None and all([each._rnas_scope.is_as_before() for each in deferred]):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -117,7 +118,7 @@ class Deferred(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if writes(function, kwargs):
-            for each in flat((args, kwargs)):
+            for each in deferred:
                 each._rnas_scope.before_writing(each)
         return function(*values(args), **values(kwargs))
 
@@ -143,7 +144,8 @@ _ABOUT_ITS_GRADIENT = {
 }  # fmt: skip
 
 HANDLERS: dict = {}
-"""Functions of PyTorch that leave a deferred tensor deferred: they take the arguments and may return NotImplemented."""
+"""Functions of PyTorch that leave a deferred tensor deferred, where gradients are asked for as when candidates were
+called: they take the arguments and may return NotImplemented."""
 
 _ABOUT_THE_SHAPE = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.is_floating_point,

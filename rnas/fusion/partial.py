@@ -84,7 +84,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
     """torch.cat of a sum of candidates and of a tensor that goes around them; None where it is something else."""
-    if len(tensors) != 2 or not scope.is_as_before():
+    if len(tensors) != 2:
         return None
     mixed, around = tensors if is_open(tensors[0]) else tensors[::-1]
     if not is_open(mixed) or mixed._rnas_finish is not None or mixed._rnas_addends or mixed._rnas_source:
