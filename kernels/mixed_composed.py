@@ -86,4 +86,6 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings) -> 
 
 
 def _norm(mean, variance, gamma, beta, eps: float, x: Tensor) -> Tensor:
+    if gamma is None and beta is not None:  # of which PyTorch has no second derivative
+        return F.batch_norm(x, mean, variance, training=mean is None, eps=eps) + beta[:, None, None]
     return F.batch_norm(x, mean, variance, gamma, beta, training=mean is None, eps=eps)

@@ -184,7 +184,7 @@ def test_logits_gradients_and_averages_are_those_of_before(style, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("style", ["darts", "pc-darts", "nas-bench-201", "weights as attributes"])
+@pytest.mark.parametrize("style", ["darts", "darts, biases", "pc-darts", "nas-bench-201", "weights as attributes"])
 def test_second_derivatives_are_those_of_before(style, training):
     check(style, second_derivatives, training, channels=4, layers=2 if "201" not in style else 3)
 

@@ -8,7 +8,8 @@ import gc
 import pytest
 import torch
 from op_checks import distance
-from supernets import darts, hooked, lookalikes, nasbench201, others, pcdarts, smooth
+from supernets import darts, hooked, lookalikes, nasbench201, nested, others, pcdarts, smooth
+from supernets.darts_candidates import Halve
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -109,13 +110,13 @@ def test_what_only_looks_like_a_mixed_operation_keeps_its_meaning(name):
         assert any(f"ops.{index}" in each.reason for each in report.left) or not fused, report
 
 
-@pytest.mark.parametrize("kind", ["plain", "residual", "transformer"])
+@pytest.mark.parametrize("kind", others.KINDS)
 def test_networks_without_mixed_operations_pass_through(kind):
     model = others.build(8, 3, 5, kind=kind)
     classes = [type(module) for module in model.modules()]
-    report = rnas.accelerate(model)
+    report = rnas.accelerate(model, strict=True)
     assert [type(module) for module in model.modules()] == classes
-    assert not report.replaced and not report.in_front
+    assert not report.replaced and not report.in_front and not report.left
     assert "found no mixed operations" in str(report)
 
 
@@ -418,6 +419,18 @@ AROUND = {
     "two skip connections": two_skip_connections,
     "one skip connection twice": the_same_skip_connection,
     "a state beside nodes": a_state_beside_nodes,
+    "small integers": lambda ops, x, w: sum(torch.tensor(k * 60, dtype=torch.uint8) * op(x) for k, op in enumerate(ops))
+    * torch.tensor(90, dtype=torch.uint8)
+    * torch.tensor(7, dtype=torch.int8),
+    "skip connections of weight one": lambda ops, x, w: sum((w[0] > 0) * op(x) for op in (ops[0], ops[2], ops[0])),
+    "halves as weights": lambda ops, x, w: w[0].half() * (w[1].half() * ops[1](x)) + w[2].half() * ops[2](x),
+    "twice on one, then on another": lambda ops, x, w: (
+        lambda a, b, c: (w[1] * c + 0, w[0] * a + b)
+    )(ops[1](x), ops[1](x), ops[1](x.tanh())),
+    "stack, by other names": lambda ops, x, w: (
+        torch.stack([op(x) for op in ops]).sum(axis=0) * w[0]
+        + torch.sum(input=torch.stack(tensors=[op(x) for op in ops]), dim=0)
+    ),
     "integer weights": lambda ops, x, w: sum(torch.tensor(k) * op(x) for k, op in enumerate(ops)),
     "boolean weights": lambda ops, x, w: sum((weight > 0.15) * op(x) for weight, op in zip(w, ops)),
     "an integer of one dimension": lambda ops, x, w: torch.tensor([2]) * ops[1](x) + w[0] * ops[2](x),
@@ -562,6 +575,129 @@ def test_a_gradient_of_a_result_that_has_been_fused_raises():
     loss = module(images().requires_grad_(), WEIGHTS).sum()
     with pytest.raises(RuntimeError, match="fused into a sum before its gradient was asked for"):
         torch.autograd.grad(loss, keep.y)
+
+
+def test_a_stack_has_no_gradient_where_its_parts_were_fused():
+    def keep(ops, x, w):
+        stack = torch.stack([op(x) for op in ops])
+        total = (stack * w.view(-1, 1, 1, 1, 1)).sum(0)
+        y = total * 1.0
+        y.relu()
+        stack.retain_grad()
+        return y
+
+    module, _, _ = both(lambda: Around(keep))
+    with pytest.raises(RuntimeError, match="fused into a sum before its gradient was asked for"):
+        module(images().requires_grad_(), WEIGHTS)
+
+
+SETTINGS = {"eps": 0.5, "momentum": 0.9, "track_running_stats": False, "running_mean": torch.ones(8)}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_norms_that_change_before_a_result_is_used_raise(name, training):
+    def change(ops, x, w):
+        norm = ops[1][-1]
+        before = getattr(norm, name)
+        setattr(norm, name, SETTINGS[name])
+        y = ops[1](x)
+        setattr(norm, name, before)
+        return w[0] * y
+
+    module, _, _ = both(lambda: Around(change))
+    with pytest.raises(RuntimeError, match="settings or averages of a candidate operation's batch norm"):
+        module.train(training)(images(), WEIGHTS)
+
+
+class Behind(nn.Module):
+    """A layer in front of a mixed operation."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.edges = layer, nn.ModuleList([mixed(), mixed()])
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        x = self.layer(x)
+        return sum(edge(x, weights) for edge in self.edges)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layers_in_front_of_a_cell_that_have_a_bias(stride, training):
+    def make():
+        halve = Halve(8, 8)
+        for each in (halve.conv_1, halve.conv_2):
+            each.bias = nn.Parameter(torch.randn(4))
+        return Behind(halve if stride == 2 else biased(1))
+
+    module, plain, _ = both(make)
+    for each in (*module.layer.modules(), *plain.layer.modules()):
+        if isinstance(each, nn.Conv2d):  # on batch statistics its gradient is what rounding leaves
+            each.bias.requires_grad_(not training)
+    assert_same(module.train(training), plain.train(training), images(size=8), WEIGHTS)
+
+
+class WithIdentity(Mixed):
+    """A mixed operation with a module that does nothing, before or behind its candidates or beside them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(*mixed().ops)
+        self.nothing, self.where = nn.Identity(), where
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        if self.where == "before":
+            y, x = self.nothing(x), x * 1
+            y = y * 1
+            y.mul_(2)
+            return super().forward(x, weights) + y
+        out = super().forward(x, weights)
+        return self.nothing(out) if self.where == "behind" else out + self.nothing(x)
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "beside"])
+def test_a_module_that_does_nothing_beside_candidates(where):
+    module, plain, report = both(lambda: WithIdentity(where))
+    assert_same(module, plain, images(), WEIGHTS)
+    assert (report.counts.edges, report.counts.alone) == (1, 0)
+
+
+@pytest.mark.parametrize("module", [nn.Identity(), separable(size=3)], ids=["identity", "convolutions"])
+def test_a_model_of_one_edge_waits_no_longer_than_the_edge_is_in(module):
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge = Mixed(module, separable(size=5))
+
+        def forward(self, x):
+            return self.edge(x, WEIGHTS)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            out = self.inner(x)
+            return out, [each.running_mean.clone() for each in self.modules() if isinstance(each, nn.BatchNorm2d)]
+
+    accelerated, plain, _ = both(Outer)
+    assert_same(accelerated, plain, images())
+
+
+def test_nodes_under_a_checkpoint():
+    def run(model: nn.Module) -> list[Tensor]:
+        cell = model.cells[0]
+        for node in cell.nodes:
+            forward = node.forward
+            node.forward = lambda *a, forward=forward: checkpoint(forward, *a, use_reentrant=False)
+        logits = model(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        found = torch.autograd.grad(logits.square().sum(), [*model.parameters(), *model.arch_parameters()])
+        return [each.detach() for each in (logits, *found)]
+
+    module, plain, _ = both(lambda: nested.build(4, 3, 5, kind="nodes", steps=2))
+    for found, expected in zip(run(module), run(plain)):
+        assert torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()) + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

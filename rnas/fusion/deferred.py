@@ -10,6 +10,9 @@ Legend: N images, C channels, H W pixels, K candidates of an edge, E edges.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -110,7 +113,8 @@ class Deferred(Tensor):
                     "asked for, and has none of its own; ask for it (retain_grad, register_hook) before it is used"
                 )
         handler = HANDLERS.get(function)
-        if handler is not None and all([each._rnas_scope.is_as_before() for each in deferred]):
+        known = handler is not None and (not kwargs or kwargs.keys() <= _names_of(handler))
+        if known and all([each._rnas_scope.is_as_before() for each in deferred]):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -146,6 +150,14 @@ _ABOUT_ITS_GRADIENT = {
 HANDLERS: dict = {}
 """Functions of PyTorch that leave a deferred tensor deferred, where gradients are asked for as when candidates were
 called: they take the arguments and may return NotImplemented."""
+
+
+
+@functools.cache
+def _names_of(handler) -> set[str]:
+    """The options that it takes."""
+    return set(inspect.signature(handler).parameters)
+
 
 _ABOUT_THE_SHAPE = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.is_floating_point,
@@ -273,8 +285,15 @@ def _scale(x: Deferred, other) -> Scale | None:
         takes = False
     else:
         takes = not other.is_complex() and other.device == like.device
+    if not takes:
+        return None
+    if other.dtype not in _WIDE:  # in which products and sums of numbers would be rounded, or run over
+        other = other.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
     # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
-    return hold(other if x._rnas_scope.grad else other.clone()) if takes else None
+    return hold(other if x._rnas_scope.grad else other.clone())
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def plus(x: Deferred, other, other_first: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from .modules import (
     NODE,
     PLAN,
     POOL,
+    Beside,
     Candidate,
     Holder,
     InFront,
@@ -74,17 +75,16 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if strict:
-        left = _plan(model)[3].left
+        left = _plan(model)[-1].left
         if left:
             raise ValueError(
                 f"strict: these modules hold candidate operations that the kernels do not take:\n{Report(left=left)}"
             )
     restore(model)
-    candidates, holders, nodes, report, fronts = _plan(model)
-    for module, (guess, layers, reads) in candidates:
-        accelerate_module(module, Candidate, PLAN, Plan(module, guess, layers, reads))
-    for module, (guess, layers, reads) in fronts:
-        accelerate_module(module, InFront, PLAN, Plan(module, guess, layers, reads))
+    found, holders, nodes, report = _plan(model)
+    for mixin, modules in found.items():
+        for module, (guess, layers, reads) in modules.items():
+            accelerate_module(module, mixin, PLAN, Plan(module, guess, layers, reads))
     for module in holders:
         accelerate_module(module, Holder, COUNTS, report.counts)
         for pool in _pools_beside(module):
@@ -125,10 +125,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _looked_at(model: nn.Module):
-    """(candidates with what they are, holders, nodes, report, layers in front of cells with what they are)."""
+    """(modules to accelerate with what they are, by how; holders; nodes; report)."""
     memory: dict = {}
     report = Report()
     candidates: dict[nn.Module, Recognised] = {}
+    besides: dict[nn.Module, Recognised] = {}
     holders: dict[nn.Module, str] = {}
     tree = Tree(model)
     names = {module: name for name, module in model.named_modules()}
@@ -160,7 +161,7 @@ def _looked_at(model: nn.Module):
             for name, module in _beside(owner):
                 known = recognise(module, memory)
                 if not isinstance(known, str) and known[0].primitive == "skip_connect":
-                    candidates[module] = known
+                    besides[module] = known
                     found[name] = known[0].primitive
             holders[owner] = names[owner]
             report.replaced.append(Replaced(names[owner], original_class(owner).__name__, found))
@@ -168,9 +169,9 @@ def _looked_at(model: nn.Module):
             report.left.append(Left(names[owner], original_class(owner).__name__, "; ".join(reasons)))
     nodes = tree.nodes([*holders, *tree.around(holders)], candidates)
     around = [each for each in tree.around([*holders, *nodes]) if each not in holders]
-    fronts = _in_front(around, set(candidates), memory)
+    fronts = _in_front(around, {*candidates, *besides}, memory)
     report.in_front = {names[module]: each[0].primitive for module, each in fronts.items()}
-    return list(candidates.items()), [*holders, *around], nodes, report, list(fronts.items())
+    return {Candidate: candidates, Beside: besides, InFront: fronts}, [*holders, *around], nodes, report
 
 
 def _in_a_list(group: dict[str, nn.Module]) -> bool:
@@ -235,8 +236,11 @@ def _resembling(group: dict[str, nn.Module], recognised: dict[str, Recognised | 
         return []
     if len(unknown) == len(group) and any(map(_has_groups, group.values())):
         return []  # the blocks of a network
-    if len(unknown) < len(group) and sum(bool(list(group[name].children())) for name in unknown) < 2:
-        return []  # an identity beside a convolution
+    known = {each[0].primitive for each in recognised.values() if not isinstance(each, str)}
+    if known and not _in_a_list(group) and known.isdisjoint({"none", "max_pool_3x3", "avg_pool_3x3"}):
+        return []  # the layers of a residual block
+    if known and sum(bool(list(group[name].children())) for name in unknown) < 2:
+        return []
     return [f"{name}: {each}" for name, each in unknown.items()]
 
 
@@ -275,6 +279,6 @@ def _in_front(cells: list[nn.Module], taken: set[nn.Module], memory: dict) -> di
                 if not isinstance(known, str) and known[0].primitive in (*_IN_FRONT, "conv_1x1", "skip_connect"):
                     guess, layers, _ = known
                     one_by_one = guess.primitive != "conv_1x1" or guess.stride == 1
-                    if layers.convolutions and one_by_one:
+                    if layers.convolutions and one_by_one and not layers.biased:
                         found[module] = known
     return found

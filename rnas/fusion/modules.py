@@ -48,6 +48,16 @@ class Candidate(Unregistered):
         return super().__call__(*arguments, **options)
 
 
+class Beside(Candidate):
+    """Mixed into the class of a skip connection beside candidates: one of them where it is called on their state."""
+
+    def __call__(self, *arguments, **options):
+        scope = None if torch.compiler.is_compiling() else scopes.current()
+        if scope is None or not arguments or not scope.is_state(arguments[0]):
+            return super(Candidate, self).__call__(*arguments, **options)
+        return super().__call__(*arguments, **options)
+
+
 class Pool(Unregistered):
     """Mixed into the class of a pool beside candidates: what it makes of the channels that go around them can wait."""
 
@@ -117,8 +127,11 @@ def run_holder(forward: Callable, self: nn.Module, arguments: tuple, options: di
     """The forward of a holder, with candidates whose results wait until they are used."""
     if _stands_back(self):
         return forward(self, *arguments, **options)
+    outer = scopes.current()
     with scopes.opened(self.__dict__[COUNTS]) as (scope, is_new):
         mark = scope.mark()
+        if is_new and outer is not None:  # what waits out there has another one
+            arguments, options = values(arguments), values(options)
         try:
             results = forward(self, *arguments, **options)
             return scope.close(results, force=is_new or is_hooked(self), node=NODE in self.__dict__)

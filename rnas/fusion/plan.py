@@ -48,9 +48,11 @@ class State(NamedTuple):
     """Identity, version and requires_grad of each convolution's weight."""
     modes: tuple[bool, ...]
     """Training flags of the norms."""
+    norms: tuple[tuple, ...]
+    """Their other settings, and the identities of their averages."""
 
 
-_NOTHING = State((), ())
+_NOTHING = State((), (), ())
 
 
 class _Watched(NamedTuple):
@@ -153,21 +155,29 @@ class Plan:
         """Of the channels in front of each norm."""
         if not self.biased:
             return [None] * len(self.layers.norms)
-        found = [[each._parameters["bias"] for each in group] for group in self._in_front]
+        found = [[each._parameters.get("bias") for each in group] for group in self._in_front]
         return [each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in found]
 
     def state(self) -> State:
         """Of now."""
-        return State(self._weights_state(), self.modes()) if self.has_layers else _NOTHING
+        return State(self._weights_state(), self.modes(), self._norms_state()) if self.has_layers else _NOTHING
 
     def modes(self) -> tuple[bool, ...]:
         """The training flags of the norms."""
         return tuple([norm.training for norm in self.layers.norms])
 
+    def _norms_state(self) -> tuple[tuple, ...]:
+        found = []
+        for norm in self.layers.norms:
+            held, buffers = norm.__dict__, norm._buffers
+            averages = id(buffers.get("running_mean")), id(buffers.get("running_var"))
+            found.append((held.get("eps"), held.get("momentum"), held.get("track_running_stats"), *averages))
+        return tuple(found)
+
     def _held(self) -> list[Tensor]:
         if not self.biased:
             return self.weights()
-        biases = [each._parameters["bias"] for group in self._in_front for each in group]
+        biases = [each._parameters.get("bias") for group in self._in_front for each in group]
         return [*self.weights(), *(each for each in biases if each is not None)]
 
     def _weights_state(self) -> tuple[tuple[int, int, bool], ...]:
@@ -176,10 +186,15 @@ class Plan:
         )
 
     def check(self, state: State) -> None:
-        """Raises RuntimeError where the weights are others than in `state`."""
+        """Raises RuntimeError where the weights, or what belongs to norms, are others than in `state`."""
         if self.layers.convolutions and state.weights != self._weights_state():
             raise RuntimeError(
                 "rnas.accelerate: the weights of a candidate operation were replaced, written to or frozen before its "
+                "result was used; call .contiguous() on the result before, or rnas.restore(model)"
+            )
+        if self.layers.norms and state.norms != self._norms_state():
+            raise RuntimeError(
+                "rnas.accelerate: settings or averages of a candidate operation's batch norm were replaced before its "
                 "result was used; call .contiguous() on the result before, or rnas.restore(model)"
             )
 

@@ -9,7 +9,6 @@ decides by what the images are, is a reason to leave the module alone.
 from __future__ import annotations
 
 import builtins
-import copy
 import dis
 import functools
 import inspect
@@ -143,8 +142,8 @@ class _Reader:
         if owner is None or _is_torch(owner.__module__) or owner is object:
             return
         value = owner.__dict__[name]
-        if is_simple(value) or (type(value) is list and all(map(is_simple, value))):
-            self.found.values.append((owner, name, copy.copy(value)))
+        if is_simple(value):
+            self.found.values.append((owner, name, value))
             return
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if not isinstance(value, types.FunctionType):

@@ -126,7 +126,7 @@ class Scope:
         guess = plan.guess
         if guess.channels not in (0, state.channels) or not self.is_as_before():
             return None
-        if self._hooks != _saved_tensor_hooks():  # a checkpoint that begins inside has to see what runs in it
+        if not self.saves_as_before():  # a checkpoint that begins inside has to see what runs in it
             return None
         shape = state.shape if guess.stride == 1 else state.halved
         if shape is None:
@@ -135,12 +135,20 @@ class Scope:
         self._remember(call)
         return Deferred.make(self, shape, state.like, (Group((), (call,), (None,)),))
 
+    def is_state(self, x) -> bool:
+        """Whether candidates were called on x, and on nothing since."""
+        x = x._rnas_value if type(x) is Deferred and x._rnas_value is not None else x
+        return x is not None and (x is self._state.given or x is self._state.x)
+
     def _remember(self, call: Call) -> None:
         """Of calls of one candidate, batch norms see the first first."""
         before = self._latest.get(id(call.plan))
-        if before is not None and not before.consumed and any(call.state.modes) and before.x is not call.x:
-            with self._as_before():
-                lower.alone(before)
+        if before is not None and not before.consumed and any((*call.state.modes, *before.state.modes)):
+            if before.x is not call.x or before.state.modes != call.state.modes:
+                with self._as_before():
+                    for each in self._calls:
+                        if each.plan is call.plan and not each.consumed:
+                            lower.alone(each)
         self._latest[id(call.plan)] = call
         self._called += 1
         self._calls.append(call)
@@ -205,6 +213,10 @@ class Scope:
         """Whether gradients are asked for as they were when the forward began."""
         return torch.is_grad_enabled() == self.grad
 
+    def saves_as_before(self) -> bool:
+        """Whether saved tensors go through what they went through when the forward began."""
+        return self._hooks == _saved_tensor_hooks()
+
     def mark(self) -> int:
         """For `is_unused_since`."""
         return self._called
@@ -256,7 +268,9 @@ class Scope:
     def has_used(self, x: Deferred) -> bool:
         """Whether a candidate of the sum x has been computed as a part of another sum."""
         calls = [call for group in x._rnas_groups for call in group.calls]
-        return any([call.consumed and call.value is None for call in calls]) or isinstance(x._rnas_finish, Slice)
+        parts = getattr(x._rnas_finish, "parts", ())  # of a stack
+        used = any([call.consumed and call.value is None for call in calls]) or any(map(self.has_used, parts))
+        return used or isinstance(x._rnas_finish, Slice)
 
     def before_writing(self, x: Deferred) -> None:
         """x is about to be changed in place: what was called on it, or on what it is an alias of, sees it before."""
@@ -341,7 +355,7 @@ class Scope:
 def opened(counts):
     """The scope of this thread, a new one where none is open, and whether it is new."""
     before = current()
-    if before is not None:
+    if before is not None and before.saves_as_before():
         yield before, False
         return
     scope = _current.scope = Scope(counts)
@@ -350,5 +364,5 @@ def opened(counts):
         _current.scope = None
         scope.end()
     finally:
-        _current.scope = None
+        _current.scope = before
         scope.let_go()

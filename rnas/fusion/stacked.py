@@ -110,10 +110,10 @@ def _item(x, index):
     return x if shape == x._rnas_shape else NotImplemented
 
 
-def _zeros_like(x, **options):
+def _zeros_like(x):
     """Of parts of a stack."""
     of = x._rnas_finish.of if is_open(x) and isinstance(x._rnas_finish, View) else x
-    if not _is_stack(of) or options or x.dim() != of.dim() or 0 in x._rnas_shape:
+    if not _is_stack(of) or x.dim() != of.dim() or 0 in x._rnas_shape:
         return NotImplemented
     zero = Zero(x._rnas_shape[1:], x._rnas_like)
     part = Deferred.make(x._rnas_scope, zero.shape, x._rnas_like, (), (), zero)

@@ -34,14 +34,16 @@ class Tree:
         return list(found)
 
     def around(self, holders: Iterable[nn.Module]) -> list[nn.Module]:
-        """The modules above the holders, up to the cells: edges may have wrappers, which hold one of them each."""
+        """The modules above the holders; and the cells above those where they are wrappers of one edge each."""
         inside = self._inside(holders)
-        found: dict[nn.Module, None] = {}
-        latest = list(holders)
-        while latest:
-            new = [each for each in self.above(latest) if each not in found]
-            found.update(dict.fromkeys(new))
-            latest = [each for each in new if inside[each] == 1]
+        found: dict[nn.Module, None] = dict.fromkeys(self.above(holders))
+        for each in list(found):
+            wrappers: list[nn.Module] = []
+            while each is not None and inside[each] == 1:
+                wrappers.append(each)
+                each = next(iter(self.above([each])), None)
+            if wrappers and each is not None:
+                found.update(dict.fromkeys([*wrappers, each]))
         return list(found)
 
     def nodes(self, modules: Iterable[nn.Module], candidates: Iterable[nn.Module]) -> list[nn.Module]:
