@@ -494,6 +494,13 @@ def test_what_is_one_edge(name):
     assert (report.counts.edges, report.counts.alone) == (1, 0)
 
 
+@pytest.mark.parametrize("name", ["stack", "stack, by other names", "a part of a stack", "data"])
+def test_what_does_not_stand_back(name):
+    module, _, report = both(lambda: Around(AROUND[name]))
+    module(images(), WEIGHTS)
+    assert report.counts.given_back == 0 and report.counts.edges + report.counts.alone > 0
+
+
 @pytest.mark.parametrize("function", [refilled, partial_refilled])
 def test_one_tensor_for_one_weight_after_the_other(function):
     module, plain, report = both(lambda: Around(function))
@@ -585,6 +592,20 @@ def test_a_stack_has_no_gradient_where_its_parts_were_fused():
         y.relu()
         stack.retain_grad()
         return y
+
+    module, _, _ = both(lambda: Around(keep))
+    with pytest.raises(RuntimeError, match="fused into a sum before its gradient was asked for"):
+        module(images().requires_grad_(), WEIGHTS)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_of_two_skip_connections_has_no_gradient_where_both_were_fused(index):
+    def keep(ops, x, w):
+        both = [ops[0](x), ops[0](x)]
+        total = w[0] * both[0] + w[1] * both[1] + w[2] * ops[1](x)
+        total.relu()
+        both[index].retain_grad()
+        return total
 
     module, _, _ = both(lambda: Around(keep))
     with pytest.raises(RuntimeError, match="fused into a sum before its gradient was asked for"):
