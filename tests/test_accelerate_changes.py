@@ -431,6 +431,7 @@ AROUND = {
         torch.stack([op(x) for op in ops]).sum(axis=0) * w[0]
         + torch.sum(input=torch.stack(tensors=[op(x) for op in ops]), dim=0)
     ),
+    "reshaped, by name": lambda ops, x, w: torch.reshape(w[0] * ops[1](x), shape=(len(x), -1)),
     "integer weights": lambda ops, x, w: sum(torch.tensor(k) * op(x) for k, op in enumerate(ops)),
     "boolean weights": lambda ops, x, w: sum((weight > 0.15) * op(x) for weight, op in zip(w, ops)),
     "an integer of one dimension": lambda ops, x, w: torch.tensor([2]) * ops[1](x) + w[0] * ops[2](x),
@@ -494,7 +495,7 @@ def test_what_is_one_edge(name):
     assert (report.counts.edges, report.counts.alone) == (1, 0)
 
 
-@pytest.mark.parametrize("name", ["stack", "stack, by other names", "a part of a stack", "data"])
+@pytest.mark.parametrize("name", ["stack", "stack, by other names", "a part of a stack", "data", "reshaped, by name"])
 def test_what_does_not_stand_back(name):
     module, _, report = both(lambda: Around(AROUND[name]))
     module(images(), WEIGHTS)

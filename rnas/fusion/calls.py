@@ -65,9 +65,14 @@ def product(scales: tuple[Scale, ...]) -> Tensor | float:
     return first
 
 
+def number_dtype(like: Tensor) -> torch.dtype:
+    """In which numbers are added up and multiplied that images like these are multiplied with."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
 def stacked(scales: list[Tensor | float], like: Tensor) -> Tensor:
     """(len(scales),) in the dtype of `like`, in float32 for those of 16 bits, where a number multiplies in float32."""
-    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    dtype = number_dtype(like)
     tensors, numbers = [], {}
     for scale in scales:
         if not isinstance(scale, Tensor):

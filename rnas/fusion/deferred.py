@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .calls import Group, Held, Scale, hold, version_of
+from .calls import Group, Held, Scale, hold, number_dtype, version_of
 
 
 class Finish:
     """What is done to a sum behind all. One that is not said to be linear is computed before anything is made of it."""
+
+    parts: tuple[Tensor, ...] = ()
+    """The deferred tensors that it is made of, where it is no sum of candidates."""
 
     def times(self, scale: Scale) -> Finish | None:
         """Of the sum times a number, or as many as `takes` says; None where it has to be computed."""
@@ -151,19 +154,18 @@ HANDLERS: dict = {}
 """Functions of PyTorch that leave a deferred tensor deferred, where gradients are asked for as when candidates were
 called: they take the arguments and may return NotImplemented."""
 
-
-
-@functools.cache
-def _names_of(handler) -> set[str]:
-    """The options that it takes."""
-    return set(inspect.signature(handler).parameters)
-
-
 _ABOUT_THE_SHAPE = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__, Tensor.is_floating_point,
     Tensor.is_complex, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
     Tensor.is_cuda.__get__, Tensor.get_device, Tensor.element_size,
 }  # fmt: skip
+
+
+@functools.cache
+def _names_of(handler) -> set[str]:
+    """The arguments that it takes by name."""
+    arguments = inspect.signature(handler).parameters.values()
+    return {each.name for each in arguments if each.kind is not each.VAR_POSITIONAL}
 
 
 def value_of(x):
@@ -287,13 +289,10 @@ def _scale(x: Deferred, other) -> Scale | None:
         takes = not other.is_complex() and other.device == like.device
     if not takes:
         return None
-    if other.dtype not in _WIDE:  # in which products and sums of numbers would be rounded, or run over
-        other = other.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    if other.dtype not in (torch.float32, torch.float64):  # its products and sums would be rounded, or run over
+        other = other.to(number_dtype(like))
     # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
     return hold(other if x._rnas_scope.grad else other.clone())
-
-
-_WIDE = (torch.float32, torch.float64)
 
 
 def plus(x: Deferred, other, other_first: bool = False) -> Tensor:

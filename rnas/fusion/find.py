@@ -60,7 +60,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     take, and where a candidate has hooks or was changed since, the modules' own code runs.
 
     What raises, where plain PyTorch did not: a state, a weight of the sum or a candidate's weight that is written to
-    between the call and the use of the result; the gradient to a single result that is asked for after that was fused;
+    between the call and the use of the result, or settings or averages of its norms that are replaced there; the
+    gradient to a single result that is asked for after that was fused;
     an autograd.Function, a function compiled by torch.compile or torch.jit, or a transform of torch.func applied to a
     result inside the forward. What differs: `type(module)` is a subclass of the same name, and the class of a result
     that waits is a subclass of Tensor; the candidate none gives zeros where images are not finite; under a checkpoint

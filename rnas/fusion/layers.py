@@ -36,7 +36,7 @@ class Layers:
         """Whether a convolution has a bias."""
         return any([each.bias is not None for each in self.convolutions])
 
-    def in_front(self) -> list[list[nn.Conv2d]]:
+    def before_norms(self) -> list[list[nn.Conv2d]]:
         """The convolutions whose outputs, side by side, each norm takes."""
         count = len(self.convolutions) // max(1, len(self.norms))
         parts = [self.convolutions[index * count : (index + 1) * count] for index in range(len(self.norms))]
@@ -44,7 +44,7 @@ class Layers:
 
     def check_biases(self) -> None:
         """Raises Foreign where a bias is followed by something else than a norm, or is one of some channels only."""
-        groups = self.in_front()
+        groups = self.before_norms()
         biased = [[each.bias is not None for each in group] for group in groups]
         if sum(map(sum, biased)) < sum(each.bias is not None for each in self.convolutions):
             raise Foreign("a convolution without a norm behind it has a bias")

@@ -94,7 +94,7 @@ class Plan:
         self._of_classes = [each for each in reads.values if isinstance(each[0], type)]
         self.biased = layers.biased
         self._biases = [each.bias is not None for each in layers.convolutions]
-        self._in_front = layers.in_front() if self.biased else []
+        self._before_norms = layers.before_norms() if self.biased else []
         self.has_layers = bool(layers.convolutions or layers.norms)
 
     def holds(self) -> bool:
@@ -155,8 +155,11 @@ class Plan:
         """Of the channels in front of each norm."""
         if not self.biased:
             return [None] * len(self.layers.norms)
-        found = [[each._parameters.get("bias") for each in group] for group in self._in_front]
-        return [each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in found]
+        return [each[0] if len(each) == 1 or each[0] is None else torch.cat(each) for each in self._all_biases()]
+
+    def _all_biases(self) -> list[list[Tensor | None]]:
+        """Of each convolution in front of each norm; none at all where all are None."""
+        return [[each._parameters.get("bias") for each in group] for group in self._before_norms]
 
     def state(self) -> State:
         """Of now."""
@@ -175,10 +178,7 @@ class Plan:
         return tuple(found)
 
     def _held(self) -> list[Tensor]:
-        if not self.biased:
-            return self.weights()
-        biases = [each._parameters.get("bias") for group in self._in_front for each in group]
-        return [*self.weights(), *(each for each in biases if each is not None)]
+        return [*self.weights(), *(each for group in self._all_biases() for each in group if each is not None)]
 
     def _weights_state(self) -> tuple[tuple[int, int, bool], ...]:
         return tuple(

@@ -268,7 +268,7 @@ class Scope:
     def has_used(self, x: Deferred) -> bool:
         """Whether a candidate of the sum x has been computed as a part of another sum."""
         calls = [call for group in x._rnas_groups for call in group.calls]
-        parts = getattr(x._rnas_finish, "parts", ())  # of a stack
+        parts = () if x._rnas_finish is None else x._rnas_finish.parts
         used = any([call.consumed and call.value is None for call in calls]) or any(map(self.has_used, parts))
         return used or isinstance(x._rnas_finish, Slice)
 
@@ -353,7 +353,7 @@ class Scope:
 
 @contextmanager
 def opened(counts):
-    """The scope of this thread, a new one where none is open, and whether it is new."""
+    """The scope of this thread and whether it is new: where none is open, or a checkpoint has begun inside of it."""
     before = current()
     if before is not None and before.saves_as_before():
         yield before, False

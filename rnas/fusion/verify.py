@@ -54,7 +54,7 @@ def _definition(guess: Guess) -> Callable[..., Tensor]:
             x,
             torch.ones(1, dtype=x.dtype),
             [each.weight for each in layers.convolutions],
-            list(map(_behind_biases, layers.norms, layers.in_front())),
+            list(map(_behind_biases, layers.norms, layers.before_norms())),
             primitives=(guess.primitive,),
             stride=guess.stride,
             pool_norm=guess.pool_norm,
@@ -63,8 +63,8 @@ def _definition(guess: Guess) -> Callable[..., Tensor]:
     return primitive
 
 
-def _behind_biases(norm: nn.BatchNorm2d, in_front: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
-    biases = [each.bias for each in in_front if each.bias is not None]
+def _behind_biases(norm: nn.BatchNorm2d, convolutions: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
+    biases = [each.bias for each in convolutions if each.bias is not None]
     return (lambda x: norm(x + torch.cat(biases)[:, None, None])) if biases else norm
 
 
