@@ -178,7 +178,7 @@ class Norms:
         on_batch = [norm.training or not there for norm, there in zip(modules, running)]
         self.on_batch = any(on_batch)
         """Whether any of them takes the statistics of the batch."""
-        self.differ = bool(modules) and (self.on_batch != all(on_batch) or len({norm.eps for norm in modules}) > 1)
+        self.differ = len(modules) > 0 and (self.on_batch != all(on_batch) or len({norm.eps for norm in modules}) > 1)
         """In eps, or in where they take the statistics from."""
         self.eps = modules[0].eps if modules else 0.0
 

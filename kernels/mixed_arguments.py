@@ -207,7 +207,7 @@ def _check_parameters(x: Tensor, parameters: Sequence[Tensor], shapes: list[tupl
     for index, (tensor, shape) in enumerate(zip(parameters, shapes)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"parameters[{index}]{where} must be a tensor, got {type(tensor).__name__}")
-        if tensor.shape != shape:
+        if not tensor.shape == shape:  # `!=` with a constant is not traced by PyTorch 2.11
             raise ValueError(f"parameters[{index}]{where} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype not in taken:
             raise TypeError(

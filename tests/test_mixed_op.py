@@ -26,6 +26,7 @@ from op_checks import (
     evaluate,
     noise,
     of_a_mean,
+    opcheck,
 )
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -940,7 +941,7 @@ def test_opcheck(cell, last, mode):
     if not calls:
         pytest.skip("no op called rnas::mixed_... is registered")
     for function, arguments, options in calls:
-        torch.library.opcheck(function, arguments, options)
+        opcheck(function, arguments, options)
 
 
 class Edge(nn.Module):

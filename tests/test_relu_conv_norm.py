@@ -26,6 +26,7 @@ from op_checks import (
     evaluate,
     noise,
     of_a_mean,
+    opcheck,
 )
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -543,7 +544,7 @@ def test_opcheck(mode, compiled):
     expected = {"forward", "backward"} | ({"double_backward"} if "eval" in mode else set())
     assert names == {f"rnas::relu_conv_norm_{name}" for name in expected}
     for function, arguments, options in recorder.one_each():
-        torch.library.opcheck(function, arguments, options)
+        opcheck(function, arguments, options)
 
 
 class Block(nn.Module):
