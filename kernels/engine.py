@@ -46,6 +46,9 @@ class Cpu:
     TAKES_PLANES = True
     """Whether it writes results and gradients of states, and reads gradients of results, channels first too."""
 
+    TAKES_SCALES = True
+    """Whether it multiplies each image of an edge by a number of its own, on batch statistics."""
+
     READS_NODES = False
     """Whether a backward pass reads the nodes that the forward pass has returned, rather than what is kept of them."""
 
@@ -110,6 +113,9 @@ class Cuda:
 
     TAKES_PLANES = False
     """As `Cpu.TAKES_PLANES`."""
+
+    TAKES_SCALES = False
+    """As `Cpu.TAKES_SCALES`."""
 
     READS_NODES = True
     """As `Cpu.READS_NODES`."""

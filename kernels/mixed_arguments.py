@@ -110,6 +110,20 @@ def check_edge_weights(x: Tensor, edge_weights: Tensor, edges: int) -> None:
         raise ValueError(f"edge_weights must be on the device of the states, {x.device}; got {edge_weights.device}")
 
 
+def check_image_scales(x: Tensor, image_scales: Tensor, edges: int) -> None:
+    """(E, N), beside the images x."""
+    expected = (edges, x.shape[0])
+    if not isinstance(image_scales, Tensor):
+        raise TypeError(f"image_scales must be a tensor of shape {expected}, got {type(image_scales).__name__}")
+    if image_scales.shape != expected:
+        found = tuple(image_scales.shape)
+        raise ValueError(f"image_scales must have shape {expected}, one number per edge and image; got {found}")
+    if image_scales.dtype not in fused.dtypes_beside(x, mixing=True):
+        raise TypeError(f"image_scales must have the dtype of the states, {x.dtype}; got {image_scales.dtype}")
+    if image_scales.device != x.device:
+        raise ValueError(f"image_scales must be on the device of the states, {x.device}; got {image_scales.device}")
+
+
 class Edges(NamedTuple):
     """What the edges of a cell have to come with."""
 

@@ -13,7 +13,7 @@ from rnas.kernels import mixed_arguments as arguments
 from rnas.kernels.reference import mixed_op as reference
 
 # Positions of the tensors that the backward op takes and can be differentiated by; the states come behind.
-GRAD_OUT, WEIGHTS, THETA, GAMMA, BETA, STATES = 0, 3, 4, 5, 6, 9
+GRAD_OUT, WEIGHTS, THETA, GAMMA, BETA, SCALES, STATES = 0, 3, 4, 5, 6, 9, 10
 
 
 def second_derivatives(ctx, directions):
@@ -27,7 +27,7 @@ def second_derivatives(ctx, directions):
     statistics = (None, None) if ctx.batch_statistics else tensors[7:9]
 
     def cell(*inputs):
-        nodes = _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, ctx.settings)
+        nodes = _composed(inputs[: ctx.count], *inputs[ctx.count :], *statistics, tensors[SCALES], ctx.settings)
         return nodes[:, -tensors[GRAD_OUT].shape[1] :]
 
     with fused.without_autocast(tensors[STATES]):
@@ -45,7 +45,7 @@ def second_derivatives(ctx, directions):
     return gradients
 
 
-def _composed(states, weights, theta, gamma, beta, mean, variance, settings) -> Tensor:
+def _composed(states, weights, theta, gamma, beta, mean, variance, scales, settings) -> Tensor:
     """The cell by its definition. mean None: batch statistics. settings: `mixed_registered.Settings`.
 
     In the dtype of the parameters; rounded once to that of the states.
@@ -81,6 +81,7 @@ def _composed(states, weights, theta, gamma, beta, mean, variance, settings) -> 
         nodes=settings.nodes,
         stride=settings.stride,
         pool_norm=settings.pool_norm,
+        image_scales=scales,
     )
     return out.to(images)
 

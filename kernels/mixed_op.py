@@ -116,6 +116,7 @@ def mixed_cell(
     edge_weights: Tensor | None = None,
     last: bool = False,
     biases: Sequence[Sequence[Tensor | None]] | None = None,
+    image_scales: Tensor | None = None,
 ) -> Tensor:
     """A cell of mixed edges: node j is the sum of the edges from all S input states and all nodes before it.
 
@@ -132,6 +133,8 @@ def mixed_cell(
         last: whether the last node alone is wanted, as in NAS-Bench-201. The others are then not written out.
         biases: (C,) or None for each norm of each edge: of the convolution in front of it. On batch statistics they
             change nothing but running averages, and their gradients are zero. None: there are none at all.
+        image_scales: (E, N) numbers by which the images of each edge are multiplied, as drop path does; None for ones.
+            Fused on a CPU, on batch statistics, without partial channels, and where they require no gradient.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
@@ -145,6 +148,7 @@ def mixed_cell(
 
         for node in range(nodes):
             into = [mixed_op(state, ..., partial=partial) for state in states]  # with the rows of each edge
+            into = [scales[:, None, None, None] * edge for scales, edge in zip(image_scales_of_node, into)]
             states = [*states, sum(weight * edge for weight, edge in zip(edge_weights_of_node, into))]
         states[-1] if last else torch.cat(states[S:], dim=1)
 
@@ -162,11 +166,13 @@ def mixed_cell(
     read = arguments.read_parameters(x, channels, parameters, norms, edges)
     if edge_weights is not None:
         arguments.check_edge_weights(x, edge_weights, len(edges.shapes))
+    if image_scales is not None:
+        arguments.check_image_scales(x, image_scales, len(edges.shapes))
     if biases is not None:
         arguments.check_biases(x, channels, biases, norms)
         read = (read[0], fused.read_norms(_flattened(norms), channels, _flattened(biases)))
-    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last) and nodes > 1, biases)
-    call = _Call(states, weights, parameters, norms, *options, *read)
+    options = (names, nodes, stride, bool(pool_norm), partial, edge_weights, bool(last) and nodes > 1)
+    call = _Call(states, weights, parameters, norms, *options, biases, image_scales, *read)
     on = engine.of(x)
     autocast = on.autocast_dtype(x)
     if call.norms_read.on_batch and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) == 1:
@@ -177,6 +183,8 @@ def mixed_cell(
     obstacle = fused.obstacle(x, call.norms_read, autocast) or on.obstacle(channels)
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
+    if image_scales is not None:
+        obstacle = obstacle or _obstacle_of_scales(call)
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
     return formats.arranged(run(call), formats.layout(x))
 
@@ -212,8 +220,18 @@ class _Call(NamedTuple):
     edge_weights: Tensor | None
     last: bool
     biases: Sequence[Sequence[Tensor | None]] | None
+    image_scales: Tensor | None
     arrays: object | None  # the parameters as compiled code has read them
     norms_read: fused.Norms | fused.CompiledNorms
+
+
+def _obstacle_of_scales(call: _Call) -> str | None:
+    """Why no kernel covers the call's `image_scales`, or None."""
+    if not engine.of(call.states[0]).TAKES_SCALES:
+        return "the CUDA kernels take no image_scales"
+    if not call.norms_read.on_batch or call.partial > 1:
+        return "image_scales are fused on batch statistics and without partial channels only"
+    return "image_scales require a gradient" if call.image_scales.requires_grad and torch.is_grad_enabled() else None
 
 
 def _fused(call: _Call) -> Tensor:
@@ -305,7 +323,7 @@ def _cell(
     keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
     primitives = ";".join([",".join(row) for row in arguments.once(names)])
     settings = Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last, planes_out, planes_grad)
-    tables = (weights, theta, gamma, beta, mean, variance)
+    tables = (weights, theta, gamma, beta, mean, variance, call.image_scales)
     out, mean, variance, *_ = forward_op(list(states), *tables, *settings)
     if norms.on_batch:
         norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
@@ -332,6 +350,7 @@ def _reference(call: _Call) -> Tensor:
         pool_norm=call.pool_norm,
         partial=call.partial,
         edge_weights=call.edge_weights,
+        image_scales=call.image_scales,
     )
     return nodes[:, -call.states[0].shape[1] :].clone() if call.last else nodes
 

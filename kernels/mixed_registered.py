@@ -1,6 +1,7 @@
 """The registered ops of the mixed operation: a cell forward, its gradients, and second derivatives.
 
-They take the parameters of all edges in one tensor, `theta`, and what belongs to norms in tables (B, C) of all B norms.
+They take the parameters of all edges in one tensor, `theta`, and what belongs to norms in tables (B, C) of all B norms;
+`scales` (E, N) multiply the images of each edge, on batch statistics only.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ class Settings(NamedTuple):
 
 
 def _call(
-    states: Sequence[Tensor], settings: Settings, planes_out: bool = False, planes_grad: bool = False
+    states: Sequence[Tensor],
+    settings: Settings,
+    planes_out: bool = False,
+    planes_grad: bool = False,
+    scaled: bool = False,
 ) -> tuple[tuple[int, ...], engine.Sizes]:
     """The shape as the compiled functions take it, and the sizes that follow from it."""
     on = engine.of(states[0])
     n, c, h, w = (int(size) for size in states[0].shape)
     last = settings.last and on.MAKES_LAST
-    flags = map(int, (settings.pool_norm, last, planes_out, planes_grad))
+    flags = map(int, (settings.pool_norm, last, planes_out, planes_grad, scaled))
     shape = (n, c, h, w, len(states), settings.nodes, settings.stride, *flags)
     return shape, on.sizes(shape, settings.primitives, on.image_dtype(states[0]))
 
@@ -67,19 +72,21 @@ def _outputs(states, batch_statistics, settings, sizes, take) -> tuple[Tensor, T
     return out, *(x.new_empty(table, dtype=torch.float32) for _ in range(2)), take(kept), all_nodes
 
 
-def _forward(states, weights, theta, gamma, beta, mean, variance, *settings):
+def _forward(states, weights, theta, gamma, beta, mean, variance, scales, *settings):
     settings, on = Settings(*settings), engine.of(states[0])
-    shape, sizes = _call(states, settings, settings.planes_out)
+    shape, sizes = _call(states, settings, settings.planes_out, scaled=scales is not None)
     rows = engine.rows(settings.primitives)
     if theta.numel() != sizes.theta or weights.numel() != sizes.edges * max(map(len, rows)):
         raise ValueError(f"expected {sizes.theta} parameters and weights of {sizes.edges} edges")
     if any(table is not None and table.shape != (sizes.norms, shape[1]) for table in (gamma, beta, mean, variance)):
         raise ValueError(f"expected tables of {sizes.norms} norms with {shape[1]} channels")
+    if scales is not None and scales.shape != (sizes.edges, shape[0]):
+        raise ValueError(f"expected scales of {sizes.edges} edges for {shape[0]} images")
     out, batch_mean, batch_variance, kept, all_nodes = _outputs(states, mean is None, settings, sizes, on.memory)
     dtype = on.image_dtype(states[0])
     raw = _nodes(_made(out, all_nodes), kept, dtype, settings, shape[1])
     images = on.images(states, dtype)
-    tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance, scales)
     workspace = on.workspace(sizes.workspace)  # held by its name until the call returns
     on.module.mixed_forward(
         shape,
@@ -128,9 +135,9 @@ def _put_back(raw: Tensor, images: Tensor) -> None:
         images.copy_(raw[:, raw.shape[1] - images.shape[1] :])
 
 
-def _forward_fake(states, weights, theta, gamma, beta, mean, variance, *settings):
+def _forward_fake(states, weights, theta, gamma, beta, mean, variance, scales, *settings):
     take, settings = functools.partial(fused.empty_bytes, device=states[0].device), Settings(*settings)
-    _, sizes = _call(states, settings)
+    _, sizes = _call(states, settings, scaled=scales is not None)
     return _outputs(states, mean is None, settings, sizes, take)
 
 
@@ -151,19 +158,18 @@ def _gradients(states, weights, theta, gamma, beta, wanted, planes: bool = False
     return [images, *(t.new_empty(t.shape) if want else None for t, want in zip(tables, wanted[len(states) :]))]
 
 
-def _backward(
-    grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
-):
+def _backward(grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, scales, *rest):
+    batch_statistics, wanted, *settings = rest
     settings, on = Settings(*settings), engine.of(states[0])
     if not on.MAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * states[0].shape[1])
     planes = on.TAKES_PLANES and grad_out.is_contiguous()
-    shape, sizes = _call(states, settings, planes, settings.planes_grad)
+    shape, sizes = _call(states, settings, planes, settings.planes_grad, scales is not None)
     of_states, *gradients = _gradients(states, weights, theta, gamma, beta, wanted, settings.planes_grad)
     dtype = on.image_dtype(states[0])
     raw = None if of_states is None else of_states.to(dtype)
     images, out = _read_images(on, states, out, kept, dtype, settings)
-    tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance, scales)
     if not planes:
         (grad_out,) = on.images([grad_out], dtype)
     workspace = on.workspace(sizes.workspace)
@@ -201,22 +207,21 @@ def _addresses_of_states(images: Tensor | None, wanted: Sequence[bool]) -> list[
     return [image.data_ptr() if want else 0 for image, want in zip(images.unbind(), wanted)]
 
 
-def _backward_fake(
-    grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, batch_statistics, wanted, *settings
-):
+def _backward_fake(grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, scales, *rest):
+    _, wanted, *settings = rest
     gradients = _gradients(states, weights, theta, gamma, beta, wanted, Settings(*settings).planes_grad)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 def _double_backward(
-    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
+    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, scales, wanted, *settings
 ):
     settings, on = Settings(*settings), engine.of(states[0])
     shape, sizes = _call(states, settings)
     dtype = on.image_dtype(states[0])
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     images, out = _read_images(on, states, out, kept, dtype, settings)
-    tables = on.tables(weights, theta, gamma, beta, mean, variance)
+    tables = on.tables(weights, theta, gamma, beta, mean, variance, scales)  # there are none on fixed statistics
     grad_grad_out = formats.empty_image(grad_out, *grad_out.shape[1:])
     if not on.MAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])
@@ -243,7 +248,7 @@ def _double_backward(
 
 
 def _double_backward_fake(
-    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, wanted, *settings
+    direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, scales, wanted, *settings
 ):
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     grad_grad_out = formats.empty_image(grad_out, *grad_out.shape[1:])
@@ -255,19 +260,19 @@ class _Forward(torch.autograd.Function):
     """`images` are the states and, where only masks are kept, a link to each of them."""
 
     @staticmethod
-    def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, *images):
+    def forward(ctx, count, settings, weights, theta, gamma, beta, mean, variance, scales, *images):
         states, links = images[:count], images[count:]
         with torch._C._AutoDispatchBelowAutograd():
             out, batch_mean, batch_variance, kept, all_nodes = forward_op(
-                list(states), weights, theta, gamma, beta, mean, variance, *settings
+                list(states), weights, theta, gamma, beta, mean, variance, scales, *settings
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
         # Where nobody reads the nodes others may change them in place.
         read = _made(out, all_nodes) if engine.of(out).READS_NODES else fused.shape_of(out)
-        saved = [read, kept, weights, theta, gamma, beta, *statistics, *states]
+        saved = [read, kept, weights, theta, gamma, beta, *statistics, scales, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
-            tables = [None if table is None else table.detach() for table in saved[2:8]]  # constants from here on
+            tables = [None if table is None else table.detach() for table in saved[2:9]]  # constants from here on
             saved = [fused.shape_of(out), kept, *tables, *map(fused.shape_of, states)]
         ctx.save_for_backward(*saved, *links)
         ctx.mark_non_differentiable(batch_mean, batch_variance, kept, all_nodes)
@@ -280,11 +285,11 @@ class _Forward(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if grad_out is None:
             return (None,) * len(needs)
-        of_states = needs[8 : 8 + ctx.count]
+        of_states = needs[9 : 9 + ctx.count]
         wanted = [*of_states, *needs[2:6]]
         saved = ctx.saved_tensors  # read once: a checkpoint counts the reads
-        out, kept, *tables = saved[:8]
-        states, links = saved[8 : 8 + ctx.count], saved[8 + ctx.count :]
+        out, kept, *tables = saved[:9]
+        states, links = saved[9 : 9 + ctx.count], saved[9 + ctx.count :]
         if links and torch.is_grad_enabled():
             tensors = (grad_out, out, kept, *tables, *states, *links)
             found = _Backward.apply(ctx.count, ctx.batch_statistics, wanted, ctx.settings, *tensors)
@@ -295,7 +300,7 @@ class _Forward(torch.autograd.Function):
         images = next(found).unbind() if any(of_states) else [None] * ctx.count
         gradients = [next(found) if want else None for want in wanted[ctx.count :]]
         images = [image if need else None for image, need in zip(images, of_states)]
-        return None, None, *gradients, None, None, *images, *(None for _ in links)
+        return None, None, *gradients, None, None, None, *images, *(None for _ in links)
 
 
 class _Backward(torch.autograd.Function):
@@ -303,8 +308,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count, batch_statistics, wanted, settings, *tensors):
-        grad_out, *rest = tensors[:9]
-        states = list(tensors[9 : 9 + count])
+        grad_out, *rest = tensors[:STATES]
+        states = list(tensors[STATES : STATES + count])
         with torch._C._AutoDispatchBelowAutograd():
             found = _backward_op(grad_out, states, *rest, batch_statistics, wanted, *settings)
         ctx.count, ctx.batch_statistics, ctx.wanted, ctx.settings = count, batch_statistics, wanted, settings
@@ -332,8 +337,8 @@ class _Backward(torch.autograd.Function):
 def _second_linear(ctx, directions):
     """On fixed statistics a cell is linear between its kinks: one pass along the direction gives everything."""
     saved = ctx.saved_tensors
-    grad_out, *rest = saved[:9]
-    states = list(saved[9 : 9 + ctx.count])
+    grad_out, *rest = saved[:STATES]
+    states = list(saved[STATES : STATES + ctx.count])
     needs = ctx.needs_input_grad[4:]
     wanted = [needs[WEIGHTS], needs[THETA], needs[GAMMA]]
     found = iter(_double_backward_op(directions[0], grad_out, states, *rest, wanted, *ctx.settings))
@@ -349,23 +354,26 @@ def _second_linear(ctx, directions):
 _TABLES = "Tensor weights, Tensor theta, Tensor? gamma, Tensor? beta"
 _SETTINGS = "str primitives, int nodes, int stride, bool pool_norm, float eps, int keep, bool last, bool planes_out, "
 _SETTINGS += "bool planes_grad"
-_SAVED = f"Tensor grad_out, Tensor[] states, Tensor out, Tensor kept, {_TABLES}, Tensor mean, Tensor variance"
+_SAVED = f"Tensor grad_out, Tensor[] states, Tensor out, Tensor kept, {_TABLES}, Tensor mean, Tensor variance, "
+_SAVED += "Tensor? scales"
 
 
-def _forward_autograd(states, weights, theta, gamma, beta, mean, variance, *settings):
+def _forward_autograd(states, weights, theta, gamma, beta, mean, variance, scales, *settings):
     settings = Settings(*settings)
     links = [fused.Link.apply(state) for state in states] if settings.keep == fused.MASKS else []
-    return _Forward.apply(len(states), settings, weights, theta, gamma, beta, mean, variance, *states, *links)
+    tables = (weights, theta, gamma, beta, mean, variance, scales)
+    return _Forward.apply(len(states), settings, *tables, *states, *links)
 
 
 def _backward_autograd(grad_out, states, *rest):
-    *tensors, batch_statistics, wanted = rest[:10]
-    settings = Settings(*rest[10:])
+    *tensors, batch_statistics, wanted = rest[:11]
+    settings = Settings(*rest[11:])
     return list(_Backward.apply(len(states), batch_statistics, wanted, settings, grad_out, *tensors, *states))
 
 
 forward_op = define_differentiable_op(
-    f"mixed_cell_forward(Tensor[] states, {_TABLES}, Tensor? mean, Tensor? variance, {_SETTINGS}) "
+    f"mixed_cell_forward(Tensor[] states, {_TABLES}, Tensor? mean, Tensor? variance, Tensor? scales, "
+    f"{_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,

@@ -74,6 +74,7 @@ class Problem(Call):
     partial: int = 1
     edge_weights: Tensor | None = None
     last: bool = False
+    image_scales: Tensor | None = None
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cpu") -> Problem:
         arrange = LAYOUTS[layout]
@@ -89,6 +90,7 @@ class Problem(Call):
             self.partial,
             None if self.edge_weights is None else self.edge_weights.detach().to(device, dtype, copy=True),
             self.last,
+            None if self.image_scales is None else self.image_scales.to(device, dtype, copy=True),
         )
 
     def arguments(self) -> tuple:
@@ -102,6 +104,7 @@ class Problem(Call):
         options = {"primitives": self.primitives, "stride": self.stride, "pool_norm": self.pool_norm}
         options["partial"] = self.partial
         cell = {"nodes": self.nodes, "edge_weights": self.edge_weights, "last": self.last}
+        cell["image_scales"] = self.image_scales
         return options | cell if self.nodes else options
 
     def run(self, implementation=kernels) -> Tensor:
@@ -143,6 +146,7 @@ def draw(
     edge_weights: bool = False,
     last: bool = False,
     own: bool = False,
+    image_scales: bool = False,
 ) -> Problem:
     """A random problem.
 
@@ -156,6 +160,7 @@ def draw(
         edge_weights: whether a cell has them.
         last: whether the last node of a cell alone is wanted.
         own: whether each edge of a cell has some of the primitives, in an order of its own, or none at all.
+        image_scales: whether a cell has them; a third of them are zero.
     """
     generator = torch.Generator().manual_seed(seed)
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
@@ -181,7 +186,11 @@ def draw(
     weights = MIXING[mixing](normal if cell else normal[0])
     states = [draw_input(shape, generator) for _ in range(inputs)]
     of_edges = torch.randn(len(sources), generator=generator) if cell and edge_weights else None
-    return Problem(states, weights, parameters, norms, primitives, nodes, stride, pool_norm, partial, of_edges, last)
+    scales = torch.randn(len(sources), shape[0], generator=generator) if image_scales else None
+    if image_scales:
+        scales *= torch.rand(scales.shape, generator=generator) > 1 / 3
+    options = (nodes, stride, pool_norm, partial, of_edges, last, scales)
+    return Problem(states, weights, parameters, norms, primitives, *options)
 
 
 def check(implementation=kernels, wanted=KINDS, **how) -> None:
@@ -191,6 +200,8 @@ def check(implementation=kernels, wanted=KINDS, **how) -> None:
     else is forced, see `compiled`.
     """
     uncovered = how.get("mode") == "mixed" or how.get("shape", (1,))[0] == 0
+    if how.get("image_scales"):
+        uncovered |= "eval" in how["mode"] or how["mode"].endswith("no buffers") or how.get("partial", 1) > 1
     with pytest.MonkeyPatch.context() as patch:
         if uncovered:
             patch.setenv("RNAS_BACKEND", "auto")
@@ -285,6 +296,78 @@ def test_an_edge_without_candidates_is_one_of_none():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     problem.primitives = (problem.primitives, ())
     with pytest.raises(ValueError, match="one for each of the 3 edges; got 2"):
+        problem.run()
+
+
+@pytest.mark.parametrize("mode", ["train", "train affine", "eval affine", "mixed"])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201", "no parameters", "another order"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_image_scales(cell, space, mode):
+    layout = "channels_last" if cell == "reduction" else "contiguous"
+    check(space=space, cell=cell, mode=mode, shape=(3, 4, 7, 9), layout=layout, image_scales=True)
+
+
+@pytest.mark.parametrize("partial", [1, 2])
+@pytest.mark.parametrize("last", [False, True])
+def test_image_scales_beside_the_other_options(last, partial):
+    options = {"partial": partial, "last": last, "own": True, "edge_weights": True, "image_scales": True}
+    check(space="another order", cell="normal", mode="train affine", shape=(3, 4, 8, 8), **options)
+
+
+@pytest.mark.parametrize("wanted", [*((kind,) for kind in KINDS), ("inputs", "weights"), ("parameters", "affine")])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+def test_image_scales_and_some_gradients(space, wanted):
+    check(space=space, cell="reduction", mode="train affine", shape=(3, 4, 8, 8), image_scales=True, wanted=wanted)
+
+
+@pytest.mark.parametrize("channels", [3, 16, 20])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+def test_image_scales_at_every_simd_level(level, space, channels):
+    check(space=space, cell="small reduction", mode="train affine", shape=(3, channels, 9, 7), image_scales=True)
+
+
+@pytest.mark.parametrize("first", ["inputs", "weights", "parameters"])
+@pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
+def test_second_derivatives_with_image_scales(space, first):
+    check(space=space, first=(first,), wanted=KINDS[:3], cell="two nodes", mode="train affine", image_scales=True)
+
+
+def test_image_scales_of_one_change_nothing_and_of_zero_leave_nothing():
+    problem = draw(cell="normal", mode="train affine", shape=(3, 4, 8, 8))
+    scaled = [problem.copy() for _ in range(2)]
+    scaled[0].image_scales, scaled[1].image_scales = torch.ones(14, 3), torch.ones(14, 3)
+    scaled[1].image_scales[:, 1] = 0.0
+    plain, one, zero = (each.run() for each in (problem, *scaled))
+    assert distance([one], [plain]) <= 1e-6
+    assert not zero[1].any() and zero[0].any() and zero[2].any()
+
+
+def test_a_gradient_to_image_scales():
+    problem = draw(cell="two nodes", mode="train affine", image_scales=True)
+    found = []
+    for each, implementation in ((problem.copy(torch.float64), reference), (problem.copy(), kernels)):
+        each.image_scales.requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RNAS_BACKEND", "auto")
+            out = each.run(implementation)
+        found.append(torch.autograd.grad(out.square().sum(), each.image_scales)[0])
+    assert distance(found[1:], found[:1]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scales", "error", "text"),
+    [
+        ([[1.0] * 2] * 5, TypeError, "must be a tensor of shape"),
+        (torch.ones(4, 2), ValueError, r"must have shape \(5, 2\)"),
+        (torch.ones(5, 2, 1, 1), ValueError, r"must have shape \(5, 2\)"),
+        (torch.ones(5, 2, dtype=torch.float64), TypeError, "dtype of the states"),
+        (torch.ones(5, 2, device="meta"), ValueError, "on the device of the states"),
+    ],
+)
+def test_refuses_other_image_scales(scales, error, text):
+    problem = draw(cell="two nodes", mode="train")
+    problem.image_scales = scales
+    with pytest.raises(error, match=text):
         problem.run()
 
 

@@ -27,17 +27,17 @@ inline Primitive primitive(const std::string& name) {
 }
 
 // A MixedShape and the primitives it points at. From (batch, channels, height, width, inputs, nodes, stride, pool_norm,
-// last, planes_out, planes_grad) and the primitives' names.
+// last, planes_out, planes_grad, scaled) and the primitives' names.
 struct OwnedShape {
   OwnedShape(const Sizes& s, const Names& names) {
-    if (s.size() != 11) throw std::invalid_argument("a shape has 11 numbers");
+    if (s.size() != 12) throw std::invalid_argument("a shape has 12 numbers");
     size_t candidates = 0;
     for (const std::vector<std::string>& row : names) candidates = std::max(candidates, row.size());
     for (const std::vector<std::string>& row : names)
       for (size_t each = 0; each < candidates; ++each)
         primitives.push_back(each < row.size() ? primitive(row[each]) : Primitive::none);
     shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], primitives.data(), static_cast<int64_t>(candidates), s[7] != 0,
-             names.size() > 1, s[8] != 0, s[9] != 0, s[10] != 0};
+             names.size() > 1, s[8] != 0, s[9] != 0, s[10] != 0, s[11] != 0};
     const int64_t edges = s[5] * s[4] + s[5] * (s[5] - 1) / 2;
     if (shape.each_edge && static_cast<int64_t>(names.size()) != edges)
       throw std::invalid_argument("primitives come in one row, or in one for each edge");
@@ -52,13 +52,13 @@ inline Keep keep(int value) {
   return static_cast<Keep>(value);
 }
 
-// Addresses of (weights, theta, gamma, beta, mean, variance), 0 for null, behind those of the states.
+// Addresses of (weights, theta, gamma, beta, mean, variance, scales), 0 for null, behind those of the states.
 struct OwnedInputs {
   OwnedInputs(const Addresses& a, int64_t states_count, double eps, bool batch_statistics) {
-    if (static_cast<int64_t>(a.size()) != states_count + 6) throw std::invalid_argument("6 addresses behind the states");
+    if (static_cast<int64_t>(a.size()) != states_count + 7) throw std::invalid_argument("7 addresses behind the states");
     for (int64_t state = 0; state < states_count; ++state) states.push_back(pointer(a[state]));
     const auto at = [&](int each) { return pointer<const float>(a[states_count + each]); };
-    inputs = {states.data(), at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics};
+    inputs = {states.data(), at(0), at(1), at(2), at(3), at(4), at(5), eps, batch_statistics, at(6)};
   }
   OwnedInputs(const OwnedInputs&) = delete;
   std::vector<const void*> states;

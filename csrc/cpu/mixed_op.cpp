@@ -75,14 +75,21 @@ namespace rnas::cpu {
 
 MixedSizes mixed_sizes(const MixedShape& shape, int threads) { return RNAS_SELECT_WIDTH(mixed_sizes, shape.channels)(shape, threads); }
 
+static void check_scales(const MixedShape& shape, const MixedInputs& in) {
+  if (shape.scaled != (in.scales != nullptr) || (shape.scaled && !in.batch_statistics))
+    throw std::invalid_argument("a scaled shape comes with scales, and on batch statistics");
+}
+
 void mixed_forward(const MixedShape& shape, const MixedInputs& in, Keep keep, float* out, float* mean, float* variance,
                    void* kept, void* workspace, int threads) {
+  check_scales(shape, in);
   const Whole whole(threads);
   RNAS_SELECT_WIDTH(mixed_forward, shape.channels)(shape, in, keep, out, mean, variance, kept, workspace, threads);
 }
 
 void mixed_backward(const MixedShape& shape, const MixedInputs& in, Keep keep, const float* out, const void* kept,
                     const float* grad_out, const MixedGradients& grad, void* workspace, int threads) {
+  check_scales(shape, in);
   if (in.batch_statistics && keep < Keep::activations)
     throw std::invalid_argument("mixed_backward on batch statistics needs the kept activations");
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma || grad.beta)))
@@ -97,7 +104,7 @@ void mixed_double_backward(const MixedShape& shape, const MixedInputs& in, Keep 
                            int threads) {
   if (keep == Keep::nothing || (keep == Keep::masks && (grad.weights || grad.theta || grad.gamma)))
     throw std::invalid_argument("mixed_double_backward: the forward pass has not kept what these gradients need");
-  if (in.batch_statistics || grad.states || grad.beta || !grad_grad_out)
+  if (in.batch_statistics || shape.scaled || grad.states || grad.beta || !grad_grad_out)
     throw std::invalid_argument("mixed_double_backward takes fixed statistics and gives no gradient to states or beta");
   const Whole whole(threads);
   RNAS_SELECT_WIDTH(mixed_double_backward, shape.channels)(shape, in, keep, out, kept, grad_out, direction, grad_grad_out, direction_kept,

@@ -37,23 +37,28 @@ def mixed_cell(
     partial: int = 1,
     edge_weights: Tensor | None = None,
     last: bool = False,
+    image_scales: Tensor | None = None,
 ) -> Tensor:
     """All nodes of a cell, (N, nodes * C, H', W'), or the last; what `rnas.kernels.mixed_cell` computes. No checks.
 
     Node j is the sum of the edges from the S input states (of the given stride) and the nodes before it (of stride 1).
     The rows of `weights` (E, K), `parameters`, `norms` and the numbers of `edge_weights` (E,), by which the edges are
     multiplied, are the edges, node by node and source by source. primitives: common to all, or a row for each.
+    image_scales: (E, N), by which the images of each edge are multiplied.
     """
     inputs = len(states)
     states, edges = list(states), iter(zip(weights.unbind(), parameters, norms))
     names = iter(primitives_of_edges(primitives, len(weights)))
     scales = iter([None] * len(weights) if edge_weights is None else edge_weights.unbind())
+    of_images = iter([None] * len(weights) if image_scales is None else image_scales[..., None, None, None].unbind())
     for _ in range(nodes):
         total = 0
         for source, state in enumerate(states):
             options = {"stride": stride if source < inputs else 1, "pool_norm": pool_norm, "partial": partial}
-            edge, scale = mixed_op(state, *next(edges), primitives=next(names), **options), next(scales)
-            total = total + (edge if scale is None else scale * edge)
+            edge = mixed_op(state, *next(edges), primitives=next(names), **options)
+            for scale in (next(scales), next(of_images)):
+                edge = edge if scale is None else scale * edge
+            total = total + edge
         states.append(total)
     return states[-1] if last else torch.cat(states[inputs:], dim=1)
 

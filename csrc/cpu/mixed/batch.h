@@ -42,6 +42,8 @@ class Batch {
   Batch(const Batch&) = delete;
 
   const float* mixing(int64_t e) const { return in_.weights + e * plan_.shape.candidates; }
+  // By which image n of an edge is multiplied.
+  float scale(int64_t e, int64_t n) const { return plan_.shape.scaled ? in_.scales[e * images() + n] : 1.0f; }
   int64_t images() const { return plan_.shape.batch; }
   int64_t bundles() const { return (images() + plan_.bundle - 1) / plan_.bundle; }
   double count() const { return static_cast<double>(images()) * plan_.pixels_out(); }

@@ -43,8 +43,8 @@ class BatchBackward : public MatricesBackward {
     catch_up();
     for (size_t e = 0; e < plan_.edges.size(); ++e)
       if (plan_.edges[e].ones >= 0) {
-        const double* sum = grad_sums_ + plan_.edges[e].target * plan_.padded;
-        set_mixing_gradient(e, plan_.edges[e].ones, std::accumulate(sum, sum + plan_.padded, 0.0));
+        const std::vector<double> sum = edge_sum(e);
+        set_mixing_gradient(e, plan_.edges[e].ones, std::accumulate(sum.begin(), sum.end(), 0.0));
       }
     if (grad.theta) finish_weights();
   }
@@ -187,7 +187,7 @@ class BatchBackward : public MatricesBackward {
           float *out = y(edge, b, n), *sum = s.sums;
           double* to = sums_[b] + n * plan_.padded;
           if (output_of(branch) >= 0) {
-            dot(s, g, out, mean, to);
+            edge_dot(s, e, n, out, mean, to);
             continue;
           }
           const bool two = branch.stages.size() > 1;
@@ -214,20 +214,21 @@ class BatchBackward : public MatricesBackward {
                                     rows * plan_.width_out, mean, sum);
                             for (int64_t c = 0; c < plan_.padded; ++c) to[c] += sum[c];
                           });
+          rescale(e, n, to);
         }
       }
     }, is_first && !source.from.with_matrix.empty());
     if (is_first) settle(source);
-    const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
+    const std::vector<double> grad_sum = edge_sum(e);
     std::vector<double> dots(plan_.padded), gradient_sums(plan_.padded);
     bool second = false;
     for (size_t b = 0; b < branches; ++b) {
       const Branch& branch = edge.branches[b];
       total(sums_[b], dots.data());
       double mixing_grad = 0;
-      norm_gradients(branch.last().norm, w[branch.mix], dots.data(), grad_sum, &mixing_grad);
+      norm_gradients(branch.last().norm, w[branch.mix], dots.data(), grad_sum.data(), &mixing_grad);
       set_mixing_gradient(e, branch.mix, mixing_grad);
-      batch_gradient(plan_, norms_, branch.last().norm, w[branch.mix], dots.data(), grad_sum, count(), last_[b]);
+      batch_gradient(plan_, norms_, branch.last().norm, w[branch.mix], dots.data(), grad_sum.data(), count(), last_[b]);
       second |= branch.stages.size() > 1;
     }
 
@@ -249,7 +250,7 @@ class BatchBackward : public MatricesBackward {
               announce(s, plan_, y(edge, b, n + 1), plan_.pixels_out());
               announce(s, plan_, gradient(edge.target, n + 1), plan_.pixels_out());
             }
-            backward_second(edge, b, n, thread, s, end);
+            backward_second(e, b, n, thread, s, end);
           }
       });
       for (size_t b = 0; b < branches; ++b) {
@@ -283,7 +284,7 @@ class BatchBackward : public MatricesBackward {
           announce(s, plan_, state, last, next);
           if (of_state) announce(s, plan_, gradient(edge.source, last), next * state.height * state.width);
         }
-        backward_state(edge, state, n, last, thread, s, tile, end);
+        backward_state(e, state, n, last, thread, s, tile, end);
         for (int64_t i = n; i < last && is_last; ++i) finish(s, i);
       }
     });
@@ -291,7 +292,8 @@ class BatchBackward : public MatricesBackward {
     return is_last;
   }
 
-  void backward_second(const Edge& edge, size_t b, int64_t n, int thread, const Scratch& s, int64_t end) {
+  void backward_second(int64_t e, size_t b, int64_t n, int thread, const Scratch& s, int64_t end) {
+    const Edge& edge = plan_.edges[e];
     const Branch& branch = edge.branches[b];
     const float* g = gradient(edge.target, n);
     const float* out = y(edge, b, n);
@@ -302,7 +304,7 @@ class BatchBackward : public MatricesBackward {
         [&](int64_t, int64_t row, int64_t rows, const Tile& to) {
           const Section section(s.clock, Work::norms);
           const int64_t at = row * plan_.width_out * kLanes;
-          return apply(plan_, last_[b], g + at, out + at, rows, to);
+          return apply(plan_, last_[b], scale(e, n), g + at, out + at, rows, to);
         },
         s.mid_grad, sums_of(thread));
     flush(thread, branch.last(), n, n + 1, end);
@@ -325,8 +327,9 @@ class BatchBackward : public MatricesBackward {
   }
 
   // Of images [n, last).
-  void backward_state(const Edge& edge, const State& state, int64_t n, int64_t last, int thread, const Scratch& s,
+  void backward_state(int64_t e, const State& state, int64_t n, int64_t last, int thread, const Scratch& s,
                       const Tile& tile, int64_t end) {
+    const Edge& edge = plan_.edges[e];
     const bool of_state = wanted(edge.source);
     for (int64_t i = n; i < last; ++i) load_state(s, state, i, tile.at(i - n));
     for (size_t b = 0; b < edge.branches.size(); ++b) {
@@ -338,7 +341,7 @@ class BatchBackward : public MatricesBackward {
       const auto gradient_of = [&](int64_t i, int64_t row, int64_t rows, const Tile& to) {
         const Section section(s.clock, Work::norms);
         const int64_t at = i * plan_.image_out() + row * plan_.width_out * kLanes;
-        return apply(plan_, affine, g + at, of + at, rows, to);
+        return apply(plan_, affine, two ? 1.0f : scale(e, n + i), g + at, of + at, rows, to);
       };
       const WeightSums* now = sums_of(thread);
       float* in_grad = of_state ? s.state_grad : nullptr;

@@ -91,6 +91,25 @@ class BatchGradients : public Batch {
     add_dot(plan_, g, y, plan_.plane_out(), plan_.pixels_out(), pivot, s.sums, to);
   }
 
+  // That of an edge's gradient, which is its node's times the scale of the image.
+  void edge_dot(const Scratch& s, int64_t e, int64_t n, const float* y, const float* pivot, double* to) const {
+    dot(s, gradient(plan_.edges[e].target, n), y, pivot, to);
+    rescale(e, n, to);
+  }
+  void rescale(int64_t e, int64_t n, double* sums) const {
+    for (int64_t c = 0; c < plan_.padded && plan_.shape.scaled; ++c) sums[c] *= scale(e, n);
+  }
+  // The sum of its gradient over all images and pixels.
+  std::vector<double> edge_sum(int64_t e) const {
+    const int64_t target = plan_.edges[e].target;
+    const double* sum = grad_sums_ + target * plan_.padded;
+    if (!plan_.shape.scaled) return std::vector<double>(sum, sum + plan_.padded);
+    std::vector<double> found(plan_.padded);
+    for (int64_t n = 0; n < images(); ++n)
+      for (int64_t c = 0; c < plan_.padded; ++c) found[c] += scale(e, n) * image_sums(target, n)[c];
+    return found;
+  }
+
   // Adds up (images, padded).
   void total(const double* each, double* to) const {
     for (int64_t c = 0; c < plan_.padded; ++c) to[c] = 0;

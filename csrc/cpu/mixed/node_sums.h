@@ -19,26 +19,28 @@ class NodeSums : public MatricesForward {
   void leave(const Edge& edge, int64_t e, const State& state) {
     Sum& left = left_[edge.target - plan_.shape.inputs];
     const float* w = mixing(e);
+    std::vector<float> constant(plan_.padded);
     const auto add_constant = [&](int64_t mix, int64_t norm) {
-      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c)
-        left.constant[c] += w[mix] * norms_.row(norms_.shift, norm)[c];
+      for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c) constant[c] += w[mix] * norms_.row(norms_.shift, norm)[c];
     };
     const auto add = [&](const float* data, int64_t mix, int64_t norm) {
-      Term term{data, std::vector<float>(plan_.padded, w[mix])};
+      Term term{e, data, std::vector<float>(plan_.padded, w[mix])};
       for (int64_t c = 0; c < plan_.padded && norm >= 0; ++c)
         term.factor[c] = w[mix] * norms_.row(norms_.scale, norm)[c];
       left.terms.push_back(std::move(term));
       add_constant(mix, norm);
     };
-    left.constant.resize(plan_.padded);
     for (size_t b = 0; b < edge.branches.size(); ++b)
       add(y(edge, b, 0), edge.branches[b].mix, edge.branches[b].last().norm);
     if (edge.max >= 0) add(max_, edge.max, edge.max_norm);
     if (edge.avg >= 0) add(avg_, edge.avg, edge.avg_norm);
     if (edge.matrix >= 0) add_constant(edge.matrix, edge.matrix_norm);
-    for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) left.constant[c] += w[edge.ones];
+    for (int64_t c = 0; c < plan_.shape.channels && edge.ones >= 0; ++c) constant[c] += w[edge.ones];
+    left.constant.resize(plan_.padded);
+    for (int64_t c = 0; c < plan_.padded; ++c) left.constant[c] += constant[c];
+    if (plan_.shape.scaled) left.constants.push_back({e, std::move(constant)});
     if (edge.skip >= 0 || edge.matrix >= 0)
-      left.states.push_back({edge.source, state, edge.skip >= 0, edge.skip >= 0 ? w[edge.skip] : 0.0f, matrices_[e]});
+      left.states.push_back({e, edge.source, state, edge.skip >= 0, edge.skip >= 0 ? w[edge.skip] : 0.0f, matrices_[e]});
     left.has_matrix |= edge.matrix >= 0;
     left.any |= !left.terms.empty() || !left.states.empty() || edge.ones >= 0;
   }
@@ -90,6 +92,10 @@ class NodeSums : public MatricesForward {
 
   void add_due(const Scratch& s, int64_t n) const {
     for (const Sum& sum : due_) {
+      if (plan_.shape.scaled) {  // there are no matrices
+        add(of_image(sum, n), s, n, 0, plan_.pixels_out());
+        continue;
+      }
       if (!sum.has_matrix) {
         add(sum, s, n, 0, plan_.pixels_out());
         continue;
@@ -104,24 +110,42 @@ class NodeSums : public MatricesForward {
 
  private:
   struct Term {
+    int64_t edge;
     const float* data;  // dense images
     std::vector<float> factor;
   };
   // An identity, or a matrix behind a ReLU, or both.
   struct OnState {
-    int64_t state;
+    int64_t edge, state;
     State x;
     bool has_skip;
     float skip;
     const float* matrix;  // or null
   };
+  struct Constant {
+    int64_t edge;
+    std::vector<float> values;
+  };
   struct Sum {
     std::vector<Term> terms;
     std::vector<OnState> states;
     std::vector<float> constant;
+    std::vector<Constant> constants;  // what that consists of, where edges have scales
     bool any = false, has_matrix = false, adds = false;  // whether there is anything; whether it adds to what is there
     float* to = nullptr;
   };
+
+  // What is added to image n, where edges have scales.
+  Sum of_image(const Sum& sum, int64_t n) const {
+    Sum made = sum;
+    for (Term& term : made.terms)
+      for (float& factor : term.factor) factor *= scale(term.edge, n);
+    for (OnState& each : made.states) each.skip *= scale(each.edge, n);
+    std::fill(made.constant.begin(), made.constant.end(), 0.0f);
+    for (const Constant& each : sum.constants)
+      for (int64_t c = 0; c < plan_.padded; ++c) made.constant[c] += scale(each.edge, n) * each.values[c];
+    return made;
+  }
 
   // Everything but matrices, of pixels [begin, begin + pixels).
   void add(const Sum& sum, const Scratch& s, int64_t n, int64_t begin, int64_t pixels) const {

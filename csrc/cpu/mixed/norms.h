@@ -104,11 +104,12 @@ inline void batch_gradient(const Plan& plan, const Norms& n, int64_t norm, doubl
   }
 }
 
-// a * g + b * y + d on `rows` rows of a dense image, into a tile.
-inline Rows apply(const Plan& plan, const Affine& f, const float* g, const float* y, int64_t rows, const Tile& to) {
+// a * scale * g + b * y + d on `rows` rows of a dense image, into a tile.
+inline Rows apply(const Plan& plan, const Affine& f, float scale, const float* g, const float* y, int64_t rows,
+                  const Tile& to) {
   const int64_t width = plan.width_out;
   for (int64_t group = 0; group < plan.groups; ++group) {
-    const Vector a = load(f.a + group * kLanes), b = load(f.b + group * kLanes), d = load(f.d + group * kLanes);
+    const Vector a = load(f.a + group * kLanes) * set(scale), b = load(f.b + group * kLanes), d = load(f.d + group * kLanes);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t at = group * plan.plane_out() + row * width * kLanes;
       float* out = to.data + group * to.plane + row * to.row;

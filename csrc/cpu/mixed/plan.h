@@ -248,7 +248,7 @@ struct Builder {
 
   // Whether a 1x1 convolution goes without its output.
   bool is_matrix(const Edge& edge) const {
-    return on_batch && edge.stride == 1 && c <= kMostMatrix && plan.padded <= plan.pixels_out();
+    return on_batch && !plan.shape.scaled && edge.stride == 1 && c <= kMostMatrix && plan.padded <= plan.pixels_out();
   }
 
   void add(Edge& edge, int64_t mix, Primitive primitive) {

@@ -78,11 +78,11 @@ class PoolsBackward : public BatchGradients {
         const Edge& edge = plan_.edges[e];
         const int64_t norm = kind == 0 ? edge.max_norm : edge.avg_norm;
         const float* mean = norm >= 0 ? norms_.row(norms_.mean, norm) : nullptr;
-        dot(s, gradient(edge.target, n), to, mean, pool_sums(e, kind, n));
+        edge_dot(s, e, n, to, mean, pool_sums(e, kind, n));
       }
     }
     if (!skip) return;
-    for (int64_t e : from.with_skip) dot(s, gradient(plan_.edges[e].target, n), x, nullptr, skip_sums(e, n));
+    for (int64_t e : from.with_skip) edge_dot(s, e, n, x, nullptr, skip_sums(e, n));
   }
 
   // What goes back through pools without norms.
@@ -106,14 +106,14 @@ class PoolsBackward : public BatchGradients {
     std::vector<double> dots(plan_.padded);
     for (int64_t e : from.edges) {
       const Edge& edge = plan_.edges[e];
-      const double* grad_sum = grad_sums_ + edge.target * plan_.padded;
+      const std::vector<double> grad_sum = edge_sum(e);
       const auto settle_pool = [&](int kind, int64_t mix, int64_t norm) {
         total(pool_sums(e, kind, 0), dots.data());
         const double w = mixing(e)[mix];
         double mixing_grad = 0;
         if (norm >= 0) {
-          norm_gradients(norm, w, dots.data(), grad_sum, &mixing_grad);
-          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum, count(), pool_[2 * e + kind]);
+          norm_gradients(norm, w, dots.data(), grad_sum.data(), &mixing_grad);
+          batch_gradient(plan_, norms_, norm, w, dots.data(), grad_sum.data(), count(), pool_[2 * e + kind]);
         } else {
           mixing_grad = std::accumulate(dots.begin(), dots.end(), 0.0);
         }
@@ -150,7 +150,7 @@ class PoolsBackward : public BatchGradients {
         }
         weighted(with, n, plane, plan_.pixels_out(), s.mid_grad,
                  plan_.shape.pool_norm ? pooled(s, kind, n) + plane : nullptr, slope, constant,
-                 [&](int64_t e) { return load(pool_[2 * e + kind].a + group * kLanes); });
+                 [&](int64_t e) { return load(pool_[2 * e + kind].a + group * kLanes) * set(scale(e, n)); });
         if (kind == 0)
           max_pool_backward(s.mid_grad, shape, s.pool_rows, across(n, group), down(n, group), to);
         else
@@ -158,7 +158,7 @@ class PoolsBackward : public BatchGradients {
       }
       if (!from.with_skip.empty())
         weighted(from.with_skip, n, plane, pixels, to, begun || pools ? to : nullptr, set(1.0f), zero(),
-                 [&](int64_t e) { return set(mixing(e)[plan_.edges[e].skip]); });
+                 [&](int64_t e) { return set(mixing(e)[plan_.edges[e].skip] * scale(e, n)); });
     }
   }
 

@@ -4,7 +4,8 @@
 
 // A cell of mixed edges, fused. A mixed edge computes sum_k weights[e, k] * primitive_k(x); node j is the sum of the
 // edges from all input states and all nodes before it. One input and one node make a single mixed edge. An edge whose
-// primitives are all `none` is as good as no edge.
+// primitives are all `none` is as good as no edge. With `scaled`, image n of edge e is multiplied by scales[e, n], as drop
+// path does.
 //
 // Legend: N images, C channels, H W pixels of the input states, H' W' = ceil(H / stride), ceil(W / stride), S input
 // states, J nodes, of which all J' = J or the last alone are asked for, E edges in the order (node 0: sources 0 ..
@@ -54,6 +55,7 @@ struct MixedShape {
   // What is channels first, on the CPU only: `out` and `grad_out`, (N, J' * C, H', W'); the gradients to the states,
   // (N, C, H, W).
   bool planes_out = false, planes_grad = false;
+  bool scaled = false;                     // whether there are scales. On the CPU and on batch statistics only
   int64_t results() const { return last ? 1 : nodes; }  // J', how many nodes are asked for
   const Primitive* of_edge(int64_t edge) const { return primitives + (each_edge ? edge * candidates : 0); }
 };
@@ -85,6 +87,7 @@ struct MixedInputs {
   const float *gamma, *beta, *mean, *variance;
   double eps;
   bool batch_statistics;
+  const float* scales = nullptr;  // (E, N) where `scaled`; there are no gradients to them
 };
 
 // Where gradients go; null for those not wanted, single states included.
