@@ -42,7 +42,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
 }
 STYLES |= {kind: lambda *a, kind=kind: nested.build(*a, kind=kind, steps=2) for kind in nested.KINDS}
 WHOLE_CELLS = ("darts", "darts, affine", "darts, no averages", "nas-bench-201", "nas-bench-201, affine")
-WHOLE_CELLS += ("a list of candidates per edge", "perturbed weights")
+WHOLE_CELLS += ("a list of candidates per edge", "perturbed weights", "drop path of edges, in place")
 WHOLE_CELLS += ("nas-bench-201, one hot", "nas-bench-201, chosen ones")
 WHOLE_CELLS += ("nas-bench-201, biases", "nas-bench-201, biases, no averages", "darts, biases", *nested.KINDS)
 FACTOR, FLOOR = 3.0, 1e-6  # the first contract of the ops: no further from float64 than three times plain PyTorch
@@ -178,13 +178,23 @@ def test_logits_gradients_and_averages_are_those_of_before(style, training):
     for report in check(style, training=training):
         assert report.replaced and not report.left
         assert report.counts.edges > 0 or "candidates" in style, report
-        whole = style in WHOLE_CELLS or ("drop path" in style and not training)
+        whole = style in WHOLE_CELLS or (style == "drop path of candidates" and not training)
         assert (report.counts.cells > 0) == whole, report
         assert report.counts.given_back == 0
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("style", ["darts", "darts, biases", "pc-darts", "nas-bench-201", "weights as attributes"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        "darts",
+        "darts, biases",
+        "pc-darts",
+        "nas-bench-201",
+        "weights as attributes",
+        "drop path of edges, in place",
+    ],
+)
 def test_second_derivatives_are_those_of_before(style, training):
     check(style, second_derivatives, training, channels=4, layers=2 if "201" not in style else 3)
 

@@ -22,7 +22,7 @@ UNKNOWN = -1
 """The version of a tensor that has no value yet."""
 
 Scale = Held | float
-"""A number, or a tensor that holds one."""
+"""A number, or a tensor that holds one, or (N, 1, 1, 1) one for each image."""
 
 
 def hold(x: Tensor) -> Held:
@@ -55,6 +55,11 @@ def seen(held: Held) -> Tensor:
 def scale_of(scale: Scale) -> Tensor | float:
     """The number or tensor that a sum is multiplied with."""
     return seen(scale) if type(scale) is Held else scale
+
+
+def is_of_images(scale: Scale | None) -> bool:
+    """Whether it is a number for each image, as those of drop path."""
+    return type(scale) is Held and scale.tensor.dim() == 4 and scale.tensor.numel() > 1
 
 
 def product(scales: tuple[Scale, ...]) -> Tensor | float:

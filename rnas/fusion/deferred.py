@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .calls import Group, Held, Scale, hold, number_dtype, version_of
+from .calls import Group, Held, Scale, hold, is_of_images, number_dtype, version_of
 
 
 class Finish:
@@ -89,7 +89,7 @@ class Deferred(Tensor):
         return times(self, -1.0)
 
     def __truediv__(self, other):
-        if is_number(other) and other != 0:
+        if _divides(other):
             return times(self, 1.0 / other)
         return value_of(self) / value_of(other)
 
@@ -124,6 +124,8 @@ class Deferred(Tensor):
         if function in _ABOUT_THE_SHAPE:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
+        if function in _OF_ITS_KIND and type(args[0]) is Deferred:
+            return function(args[0]._rnas_like, *values(args[1:]), **values(kwargs))
         if writes(function, kwargs):
             for each in deferred:
                 each._rnas_scope.before_writing(each)
@@ -159,6 +161,10 @@ _ABOUT_THE_SHAPE = {
     Tensor.is_complex, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
     Tensor.is_cuda.__get__, Tensor.get_device, Tensor.element_size,
 }  # fmt: skip
+
+
+_OF_ITS_KIND = {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor}
+"""What makes tensors of the same dtype, on the same device, of no value of it."""
 
 
 @functools.cache
@@ -268,7 +274,7 @@ def times(x: Deferred, other) -> Tensor:
 
 
 def _times_group(group: Group, scale: Scale) -> Group:
-    if len(group.calls) == 1 and group.scales[0] is None and not group.outer:
+    if not is_of_images(scale) and len(group.calls) == 1 and group.scales[0] is None and not group.outer:
         return Group((), group.calls, (scale,))
     return Group((*group.outer, scale), group.calls, group.scales)
 
@@ -280,7 +286,9 @@ def _scale(x: Deferred, other) -> Scale | None:
     if not isinstance(other, Tensor) or type(other) is Deferred:
         return None
     like, dimensions = x._rnas_like, other.dim()
-    if dimensions and other.numel() != 1:
+    if _is_of_images(x, other):
+        takes = x._rnas_finish is None and other.dtype == like.dtype and other.device == like.device
+    elif dimensions and other.numel() != 1:
         takes = x._rnas_finish is not None and x._rnas_finish.takes(other)
     # A tensor with dimensions takes part in the choice of the result's dtype, and in its shape.
     elif dimensions and (other.dtype != like.dtype or dimensions > 4):
@@ -293,6 +301,15 @@ def _scale(x: Deferred, other) -> Scale | None:
         other = other.to(number_dtype(like))
     # Code without gradients may fill one tensor with one weight after the other; else that is an error anyhow.
     return hold(other if x._rnas_scope.grad else other.clone())
+
+
+def _is_of_images(x: Deferred, other: Tensor) -> bool:
+    """Whether it is a number for each image, and a constant."""
+    return tuple(other.shape) == (x._rnas_shape[0], 1, 1, 1) and other.numel() > 1 and not other.requires_grad
+
+
+def _divides(other) -> bool:
+    return is_number(other) and other != 0
 
 
 def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
@@ -359,6 +376,43 @@ def _multiply(a, b, *, out=None):
     if out is not None:
         return NotImplemented
     return times(a, b) if type(a) is Deferred else times(b, a)
+
+
+@_handle(torch.div, Tensor.div, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide)
+def _divide(a, b, *, rounding_mode=None, out=None):
+    if out is not None or rounding_mode is not None or type(a) is not Deferred or not _divides(b):
+        return NotImplemented
+    return times(a, 1.0 / b)
+
+
+@_handle(Tensor.mul_, Tensor.multiply_, Tensor.__imul__)
+def _multiply_in_place(a, b):
+    return _become_times(a, b)
+
+
+@_handle(Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__, Tensor.__idiv__)
+def _divide_in_place(a, b, *, rounding_mode=None):
+    return _become_times(a, 1.0 / b) if rounding_mode is None and _divides(b) else NotImplemented
+
+
+def _become_times(x, other):
+    """x, from here on times a number, or one for each image: what it is now is seen by all who hold it."""
+    if type(x) is not Deferred or not _takes_part(x) or x._rnas_finish is not None or is_alias(x):
+        return NotImplemented
+    scale = _scale(x, other)
+    if scale is None:
+        return NotImplemented
+    made = times(x, other)
+    x._rnas_groups, x._rnas_addends = made._rnas_groups, made._rnas_addends
+    return x
+
+
+def is_alias(x: Deferred) -> bool:
+    """Whether its value is the very state that a candidate was called on."""
+    if not is_raw(x):
+        return False
+    guess = x._rnas_groups[0].calls[0].plan.guess
+    return guess.primitive == "skip_connect" and guess.stride == 1
 
 
 @_handle(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)

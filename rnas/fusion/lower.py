@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import formats
+from ..kernels import engine, formats
 from ..kernels.mixed_op import PRIMITIVES, mixed_cell
 from ..kernels.reference.mixed_op import SEPARABLE
-from .calls import Call, Group, Scale, hold, product, scale_of, seen, stacked
-from .deferred import Deferred, is_open, is_raw, value_of
+from .calls import Call, Group, Scale, hold, is_of_images, product, scale_of, seen, stacked
+from .deferred import Deferred, is_open, value_of
 from .parts import Slice
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
@@ -41,6 +41,16 @@ class Edge(NamedTuple):
     def x(self) -> Tensor:
         """The state."""
         return self.calls[0].x
+
+    @property
+    def numbers(self) -> tuple[Scale, ...]:
+        """Those of `outer` that are one number."""
+        return tuple([each for each in self.outer if not is_of_images(each)])
+
+    @property
+    def of_images(self) -> tuple[Scale, ...]:
+        """Those of `outer` that are a number for each image."""
+        return tuple([each for each in self.outer if is_of_images(each)])
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -94,6 +104,10 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     used = {id(edge.x) for edge in found if any(call.plan.guess.has_gradient for call in edge.calls)}
     if any(id(each) not in used for each in (*inputs, *(nodes[:-1] if last else ()))):
         return None
+    if any(edge.of_images for edge in found) and (
+        any(node._rnas_addends for node in nodes) or not _take_scales(inputs[0], found)
+    ):
+        return None
     states = [value_of(each) for each in inputs]
     addends = [node._rnas_addends for node in nodes]
     out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), formats.layout(states[0])
@@ -125,7 +139,19 @@ def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None]
 
 def _are_numbers(addends) -> bool:
     """Whether what is added to a node is the same everywhere."""
-    return all([held.tensor.numel() == 1 and type(held.tensor) is not Deferred for _, held in addends])
+    return all(
+        [
+            held.tensor.numel() == 1 and type(held.tensor) is not Deferred and not any(map(is_of_images, scales))
+            for scales, held in addends
+        ]
+    )
+
+
+def _take_scales(x: Tensor, edges: Sequence[Edge]) -> bool:
+    """Whether the kernels multiply each image of edges like these, on a state like x, by a number of its own."""
+    norms = [norm for edge in edges for call in edge.calls for norm in call.plan.layers.norms]
+    on_batch = [norm.training or norm.running_mean is None for norm in norms]
+    return engine.of(x).TAKES_SCALES and bool(norms) and all(on_batch)
 
 
 def _pool_norms(edges: Iterable[Edge]) -> set[bool]:
@@ -170,12 +196,18 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
             total = value if total is None else total + value
             scope.counts.alone += 1
     known = _pool_norms(found)
-    for edge in found:
+    for index, edge in enumerate(found):
         pool_norm = edge.pool_norm if len(known) > 1 else None
-        batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
-    for edges in batches.values():
+        alone_in_it = index if edge.of_images and not _take_scales(value_of(edge.x), found) else None
+        batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape, alone_in_it), []).append(edge)
+    for (*_, alone_in_it), edges in batches.items():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
-        made = _fused(states, edges, 1, edges[0].stride, last=False)
+        if alone_in_it is None:
+            made = _fused(states, edges, 1, edges[0].stride, last=False)
+        else:
+            (edge,) = edges
+            made = _fused(states, [edge._replace(outer=edge.numbers)], 1, edge.stride, last=False)
+            made = made * product(edge.of_images)
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -285,11 +317,6 @@ def is_edge(x: Deferred) -> bool:
     return len(sources) == 1
 
 
-def is_alias(x: Deferred) -> bool:
-    """Whether the value of x is the very state that a candidate was called on."""
-    return is_raw(x) and x._rnas_groups[0].calls[0].plan.guess.primitive == "skip_connect"
-
-
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +332,7 @@ def _fused(
     like, names = states[0], [() if edge is None else edge.primitives for edge in edges]
     given = [() if edge is None else edge.scales for edge in edges]
     scales = [[1.0 if each is None else scale_of(each) for each in row] for row in given]
-    outer = [[1.0 if edge is None else product(edge.outer)] for edge in edges]
+    outer = [[1.0 if edge is None else product(edge.numbers)] for edge in edges]
     if any(addends):
         outer = [each * len(row) for each, row in zip(outer, scales)]
         for index, total in _totals(addends, edges, like):
@@ -313,7 +340,7 @@ def _fused(
             scales[index].append(total)
             outer[index].append(1.0)
     weights = _table(scales, like)
-    if any(edge is not None and edge.outer for edge in edges):
+    if any(edge is not None and edge.numbers for edge in edges):
         weights = weights * _table(outer, like)
     pool_norms = _pool_norms(edge for edge in edges if edge is not None)
     biases = None
@@ -332,7 +359,17 @@ def _fused(
         edge_weights=None,
         last=last,
         biases=biases,
+        image_scales=_image_scales(edges, like),
     )
+
+
+def _image_scales(edges: Sequence[Edge | None], like: Tensor) -> Tensor | None:
+    """(E, N), by which the images of each edge are multiplied; None for ones."""
+    of_images = [() if edge is None else edge.of_images for edge in edges]
+    if not any(of_images):
+        return None
+    ones = like.new_ones(like.shape[0])
+    return torch.stack([product(each).reshape(-1) if each else ones for each in of_images])
 
 
 def _table(rows: Sequence[Sequence[Tensor | float]], like: Tensor) -> Tensor:

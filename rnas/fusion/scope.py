@@ -19,7 +19,7 @@ from . import (
     stacked,  # noqa: F401  (for what it adds to the functions that leave a tensor deferred)
 )
 from .calls import Call, Group, hold
-from .deferred import Deferred, flat, is_open, is_raw, value_of, values
+from .deferred import Deferred, flat, is_alias, is_open, is_raw, value_of, values
 from .partial import Pooled, concatenated
 from .parts import Slice
 
@@ -274,7 +274,7 @@ class Scope:
 
     def before_writing(self, x: Deferred) -> None:
         """x is about to be changed in place: what was called on it, or on what it is an alias of, sees it before."""
-        if x._rnas_source or lower.is_alias(x):
+        if x._rnas_source or is_alias(x):
             self._settle()
         if is_raw(x):
             value_of(x)
