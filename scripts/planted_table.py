@@ -37,6 +37,7 @@ WAITING = "mixed_op edges_that_wait"
 MATRIX = "mixed_op 1x1_convolutions_on_batch"
 MATRIX_THREADS = "mixed_op 1x1_convolutions_that"
 POOLS = "mixed_op gradients_of_a_pool"
+SCALES = "mixed_op test_image_scales and not level and not some"
 EDGE = "mixed_op test_edge and (affine or other) and not skip"
 WIDE = "mixed_op every_simd_level_and_number_of_channels"
 TIES = "mixed_op ties_go"
@@ -379,6 +380,10 @@ NODE_SUMS = rows(
     ("batch: identity without its weight", EDGE, "void leave(", "? w[edge.skip] : 0.0f", "? 1.0f : 0.0f"),
     ("matrices: no constant", MATRIX, "void leave(", "if (edge.matrix >= 0) add_constant", "if (false) add_constant"),
     ("matrices: the first row's product", MATRIX, "void add_product(", " + first * plan_.width_out * kLanes", ""),
+    ("scales: not of what is added", SCALES, "Sum of_image(", "factor *= scale(term.edge, n)", "factor *= 1.0f"),
+    ("scales: not of identities", SCALES, "Sum of_image(", "each.skip *= scale(each.edge, n)", "each.skip *= 1.0f"),
+    ("scales: not of constants", SCALES, "Sum of_image(", "scale(each.edge, n) * each", "each"),
+    ("scales: those of the first edge", SCALES, "void leave(", "Term term{e, data", "Term term{0, data"),
 )  # fmt: skip
 
 BATCH_FORWARD = rows(
@@ -419,6 +424,8 @@ GRADIENTS = rows(
      "dot(s, gradient(state, n), nullptr, nullptr, image_sums(state, n));", ""),
     ("batch: the last gradient does not begin", LAST, "void begin_last(",
      "begin_gradient(plan_, grad_out_, last, n, gradient(last, n));", ""),
+    ("scales: not in sums of gradients", SCALES, "std::vector<double> edge_sum(", "scale(e, n) * image_sums",
+     "image_sums"),
     ("batch: gradients of states go nowhere", PLANES, "void finish_gradient(",
      "store_gradient(plan_, gradient(state, n), state, n, grad_.states[state]);", ""),
 )  # fmt: skip
@@ -443,6 +450,12 @@ POOLS_BACKWARD = rows(
      "to.b[c] = to.d[c] = 1"),
     ("batch: products of pools only where weights are learnt", POOLS, "bool has_dots(",
      " || plan_.shape.pool_norm", ""),
+    ("scales: not behind pools", SCALES, "void pool_gradients(", " * set(scale(e, n))", ""),
+    ("scales: not behind identities", SCALES, "void pool_gradients(", " * scale(e, n)); });", "); });"),
+    ("scales: not in products of pools", SCALES, "void pool_dots(", "edge_dot(s, e, n, to,",
+     "dot(s, gradient(edge.target, n), to,"),
+    ("scales: not in products of identities", SCALES, "void pool_dots(", "edge_dot(s, e, n, x,",
+     "dot(s, gradient(plan_.edges[e].target, n), x,"),
     ("batch: winners only where products are asked for", POOLS, "void pool_dots(",
      "from.with_pool[0].empty() && !average", "!average"),
 )  # fmt: skip
@@ -481,6 +494,14 @@ BATCH_BACKWARD = rows(
     ("batch: caught up and not settled", LAST, "void settle(const Source& source)", "settle();", ""),
     ("batch: nobody catches up in front of norms behind pools", "mixed_op test_cell and parameters",
      "void backward_source(", "catch_up(s, n);", ""),
+    ("scales: not in products of outputs that were kept", SCALES, "bool backward_edge(", "edge_dot(s, e, n, out",
+     "dot(s, g, out"),
+    ("scales: not in products of outputs", SCALES, "bool backward_edge(", "rescale(e, n, to);", ""),
+    ("scales: not behind second stages", SCALES, "void backward_second(", "scale(e, n)", "1.0f"),
+    ("scales: not behind first stages", SCALES, "void backward_state(", "scale(e, n + i)", "1.0f"),
+    ("scales: behind both stages", SCALES, "void backward_state(", "two ? 1.0f : scale", "scale"),
+    ("scales: those of a bundle's first image", "mixed_op image_scales_of_images", "void backward_state(",
+     "scale(e, n + i)", "scale(e, n)"),
     ("batch: what waits at the end is lost", OWN, "void catch_up()", "if (!waiting_.empty()) each", "if (false) each"),
 )  # fmt: skip
 

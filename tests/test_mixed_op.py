@@ -320,6 +320,11 @@ def test_image_scales_and_some_gradients(space, wanted):
     check(space=space, cell="reduction", mode="train affine", shape=(3, 4, 8, 8), image_scales=True, wanted=wanted)
 
 
+@pytest.mark.parametrize("size", [(7, 16, 8, 8), (5, 33, 6, 8)], ids=str)
+def test_image_scales_of_images_that_go_together(size):
+    check(space="nas-bench-201", cell="two nodes", mode="train affine", shape=size, image_scales=True)
+
+
 @pytest.mark.parametrize("channels", [3, 16, 20])
 @pytest.mark.parametrize("space", ["darts", "nas-bench-201"])
 def test_image_scales_at_every_simd_level(level, space, channels):

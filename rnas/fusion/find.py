@@ -50,7 +50,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     The code around the candidates stays and runs as before. A recognised candidate hands it a tensor whose value is not
     computed yet; sums of such tensors, each times a number, are computed by one call of `rnas.kernels.mixed_op` or
     `mixed_cell`: for an edge, for a node with all its edges, or for a whole cell, as far as the code goes on adding.
-    Partial channels with a shuffle are part of it. Whatever else the code does with a result (drop path, a norm, a
+    Partial channels with a shuffle and drop path are part of it. Whatever else the code does with a result (a norm, a
     hook), it gets the value, computed by the candidate's own forward. So weights may come as arguments or attributes,
     candidates may be dropped, sampled or switched off.
 
