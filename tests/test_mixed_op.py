@@ -1286,7 +1286,7 @@ def test_second_derivatives_of_a_partial_cell(first, mode):
 def test_a_partial_cell_is_the_sum_of_its_edges(cell, partial, mode, layout):
     """Edge after edge through mixed_op, in float32, averages and gradients included."""
 
-    def edge_by_edge(states, weights, parameters, norms, *, nodes, stride, edge_weights, last, **options):
+    def edge_by_edge(states, weights, parameters, norms, *, nodes, stride, edge_weights, last, image_scales, **options):
         states, inputs, edges = list(states), len(states), iter(zip(edge_weights, weights, parameters, norms))
         for _ in range(nodes):
             total = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_checks import Recorder, distance, draw_norm, evaluate, noise
+from op_checks import Recorder, compare, distance, draw_norm, evaluate, noise
 from test_mixed_op import KINDS, MODES, draw
 from test_mixed_op_cuda import CASES, FEW, leaves_of, same, values_and_gradients
 from torch import Tensor
@@ -80,7 +80,7 @@ def test_activations_are_kept_or_nothing(mode, wanted, expected, cuda_device):
     problem = draw(mode=mode, shape=(2, 4, 6, 6)).copy(device=cuda_device).require(wanted)
     with Recorder("mixed_cell_forward") as recorder:
         problem.run()
-    assert [Settings(*arguments[7:]).keep for _, arguments, _ in recorder.calls] == [expected]
+    assert [Settings(*arguments[8:]).keep for _, arguments, _ in recorder.calls] == [expected]
 
 
 @pytest.mark.parametrize("keep", [fused.MASKS, fused.OUTPUTS])
@@ -90,7 +90,7 @@ def test_what_the_kernels_do_not_keep_is_refused(keep, cuda_device):
     settings = Settings(",".join(problem.primitives), 1, 1, True, 1e-5, keep, False, False, False)
     with pytest.raises(ValueError):
         torch.ops.rnas.mixed_cell_forward(
-            problem.states, problem.weights[None], theta, None, None, None, None, *settings
+            problem.states, problem.weights[None], theta, *[None] * 5, *settings
         )
 
 
@@ -334,10 +334,10 @@ def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_dev
 
 @only_on_host
 def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
-    """More convolutions and pools on one edge than there is room for, and the last node alone."""
+    """More convolutions and pools on one edge than there is room for, the last node alone, numbers for each image."""
 
-    def sizes(primitives: list[str], last: int = 0):
-        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0), [primitives], "float32")
+    def sizes(primitives: list[str], last: int = 0, scaled: int = 0):
+        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0, scaled), [primitives], "float32")
 
     sizes(list(reference.PRIMITIVES))
     assert sizes(["sep_conv_3x3"] * 9)
@@ -345,3 +345,11 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
         sizes(["sep_conv_3x3"] * 10)
     with pytest.raises(ValueError, match="all nodes"):
         sizes(["sep_conv_3x3"], last=1)
+    with pytest.raises(ValueError, match="no scales"):
+        sizes(["sep_conv_3x3"], scaled=1)
+
+
+def test_image_scales_are_left_to_plain_pytorch(cuda_device, monkeypatch):
+    monkeypatch.setenv("RNAS_BACKEND", "auto")
+    how = {"cell": "two nodes", "mode": "train affine", "shape": (3, 4, 8, 8), "image_scales": True}
+    compare(draw, reference, kernels, wanted=KINDS, device=cuda_device, **how)

@@ -327,7 +327,7 @@ def test_opcheck_and_fake_tensors(case, dtype, cuda_device):
 
 def test_activations_and_workspace_take_half_the_memory(dtype, cuda_device):
     x = torch.empty(2, 4, 32, 32, device=cuda_device)
-    shape = (2, 4, 32, 32, 2, 4, 1, 1, 0, 0, 0)
+    shape = (2, 4, 32, 32, 2, 4, 1, 1, 0, 0, 0, 0)
     wide, narrow = (engine.of(x).sizes(shape, "sep_conv_3x3,skip_connect", each) for each in (torch.float32, dtype))
     assert narrow.kept_activations == wide.kept_activations / 2 > 0
     assert narrow.workspace < wide.workspace
@@ -336,13 +336,13 @@ def test_activations_and_workspace_take_half_the_memory(dtype, cuda_device):
 @only_on_host
 def test_the_compiled_functions_refuse_what_they_do_not_take(dtype, cuda_device, kernels_on_host):
     name, images = str(dtype).removeprefix("torch."), torch.zeros(64, dtype=dtype)
-    tables = [0, 0, 0, 0, 0]
+    tables = [0, 0, 0, 0, 0, 0]
 
     def forward(channels: int, offset: int, dtype_name: str):
         address = images.data_ptr() + offset
         rest = (1e-5, False, 0, address, 0, 0, 0, torch.zeros(2**16).data_ptr(), dtype_name, 0, 0)
         weights = torch.ones(1)
-        shape = (1, channels, 2, 2, 1, 1, 1, 1, 0, 0, 0)
+        shape = (1, channels, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0)
         kernels_on_host.mixed_forward(shape, [["skip_connect"]], [address, weights.data_ptr(), *tables], *rest)
 
     forward(4, 0, name)
