@@ -31,6 +31,8 @@ MODES = ("training", "attack")  # all gradients on batch statistics; the gradien
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = device_of(metafunc.config)
     widths, sizes = (CUDA_WIDTHS, CUDA_SIZES) if device == "cuda" else (WIDTHS, SIZES)
+    if metafunc.config.getoption("--quick"):
+        widths, sizes = widths[:2], sizes[-2:]
     metafunc.parametrize("provider", _providers(device))
     metafunc.parametrize("batch", CUDA_BATCHES if device == "cuda" else BATCHES)
     metafunc.parametrize("size", sizes, ids=lambda size: f"{size[0]}x{size[1]}")

@@ -6,15 +6,18 @@ import os
 import signal
 from pathlib import Path
 
-import cuda_on_host
-import numpy as np
-import pytest
-import torch
+# Threads that wait let others work: two processes with two threads each are ten times as slow on two cores else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from rnas.config import AttackConfig, DataConfig, SearchConfig, TrainConfig
-from rnas.kernels import backend
-from rnas.methods import options_for
-from rnas.runs import load_tensors
+import cuda_on_host  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from rnas.config import AttackConfig, DataConfig, SearchConfig, TrainConfig  # noqa: E402
+from rnas.kernels import backend  # noqa: E402
+from rnas.methods import options_for  # noqa: E402
+from rnas.runs import load_tensors  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -1025,7 +1025,10 @@ def registered_calls(problem: Problem) -> list:
 @pytest.mark.parametrize("mode", ["train affine", "eval"])
 @pytest.mark.parametrize(("cell", "last"), [(None, False), ("small reduction", False), ("small reduction", True)])
 def test_opcheck(cell, last, mode):
-    calls = registered_calls(draw(cell=cell, mode=mode, shape=(2, 3, 5, 4), last=last))
+    scaled = last and mode == "train affine"
+    few = (("max_pool_3x3", "skip_connect", "sep_conv_3x3"), True)
+    how = {"mode": mode, "shape": (2, 3, 5, 4), "last": last, "image_scales": scaled}
+    calls = registered_calls(draw(space=few, cell=cell, **how))
     if not calls:
         pytest.skip("no op called rnas::mixed_... is registered")
     for function, arguments, options in calls:
