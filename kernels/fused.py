@@ -234,6 +234,8 @@ class Norms:
             if norm.training and norm.track_running_stats and average is not None
             if counter is not None or norm.momentum is not None
         ]
+        if not rows:
+            return
         stored = [table[row] for table in (self.means, self.variances, counters) for row in rows]
         stored = [tensor for tensor in stored if tensor is not None]
         # Tensors that several norms share move several times, one after another.

@@ -134,7 +134,7 @@ def mixed_cell(
         biases: (C,) or None for each norm of each edge: of the convolution in front of it. On batch statistics they
             change nothing but running averages, and their gradients are zero. None: there are none at all.
         image_scales: (E, N) numbers by which the images of each edge are multiplied, as drop path does; None for ones.
-            Fused on a CPU, on batch statistics, without partial channels, and where they require no gradient.
+            Finite. Fused on a CPU, on batch statistics, without partial channels, and where they require no gradient.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
@@ -184,6 +184,8 @@ def mixed_cell(
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
     if image_scales is not None:
+        if not any(map(len, norms)):
+            call.norms_read.on_batch = True  # without norms both ways are one, and scales go this one
         obstacle = obstacle or _obstacle_of_scales(call)
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
     return formats.arranged(run(call), formats.layout(x))

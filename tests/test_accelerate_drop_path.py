@@ -108,10 +108,12 @@ def test_one_edge_is_dropped_and_another_is_not():
     assert report.counts.cells == 1
 
 
-def test_a_number_beside_a_dropped_edge():
+@pytest.mark.parametrize("before", [0.0, 1.0])
+def test_a_number_beside_a_dropped_edge(before):
     class Added(Cell):
         def forward(self, x, weights):
-            first = self.way(self.edges[0](x, weights) + weights[0])
+            first = self.edges[0](x, weights)
+            first = self.way(first + weights[0] if before else first)
             second = self.way(self.edges[1](x, weights)) + self.edges[2](first, weights) + weights[1]
             return torch.cat([first, second], dim=1)
 
@@ -180,17 +182,19 @@ def test_other_shapes_are_what_they_were(shape):
 
 
 def test_a_number_for_each_image_that_has_a_gradient():
-    class Learned(Mixed):
-        def __init__(self, *ops):
-            super().__init__(*ops)
+    class Learned(Cell):
+        def __init__(self):
+            super().__init__(lambda out: out * self.scale)
             self.scale = nn.Parameter(torch.rand(3, 1, 1, 1))
 
-        def forward(self, x, weights):
-            return super().forward(x, weights) * self.scale
+        def __deepcopy__(self, memo):
+            made = Learned()
+            made.load_state_dict(self.state_dict())
+            return made
 
-    module, plain, report = both(lambda: Learned(*mixed().ops))
+    module, plain, report = both(Learned)
     assert_same(module, plain, images(), WEIGHTS)
-    assert report.counts.edges == 1
+    assert (report.counts.cells, report.counts.edges) == (0, 3)
 
 
 def test_a_mask_that_changes_before_a_result_is_used_raises():
@@ -240,3 +244,95 @@ def test_what_is_made_in_the_likeness_of_a_result_computes_nothing():
 
     module, plain, _ = both(lambda: Alike(*mixed().ops))
     assert_same(module, plain, images(), WEIGHTS)
+
+
+@pytest.mark.parametrize("write", [in_place, lambda b: b.mul_(mask(b).double()), lambda b: b.__setitem__(0, 0.0)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_result_on_a_node_is_written_to(write, training):
+    class Written(Mixed):
+        def forward(self, x, weights):
+            node = weights[1] * self.ops[1](x) + weights[2] * self.ops[2](x)
+            pooled = self.ops[3](node)
+            write(pooled)
+            return pooled * 0.5 + node
+
+    module, plain, _ = both(lambda: Written(*mixed().ops))
+    assert_same(module.train(training), plain.train(training), images(), WEIGHTS)
+
+
+@pytest.mark.parametrize("made", [lambda a, m: a * m, lambda a, m: a.mul_(m), lambda a, m: a * 2.0])
+@pytest.mark.parametrize("ask", [lambda a: a.register_hook(lambda g: g * 2), Tensor.retain_grad])
+@pytest.mark.parametrize("op", [1, 3])
+def test_a_gradient_of_a_dropped_result_that_has_been_used_raises(made, ask, op):
+    class Asked(Mixed):
+        def forward(self, x, weights):
+            a = made(self.ops[op](x), mask(x))
+            total = (a * 0.5).square()
+            ask(a)
+            return total
+
+    module = Asked(*mixed().ops)
+    rnas.accelerate(module)
+    with pytest.raises(RuntimeError, match="before it is used"):
+        module(images().requires_grad_(), WEIGHTS)
+
+
+def test_a_gradient_of_a_dropped_result_that_has_not_been_used():
+    class Asked(Mixed):
+        def forward(self, x, weights):
+            y = self.ops[3](x)
+            a = y * mask(x)
+            total = (y * 0.5).square()
+            a.mul_(3.0)
+            a.register_hook(lambda g: g * 2)
+            return total + a
+
+    module, plain, _ = both(lambda: Asked(*mixed().ops))
+    assert_same(module, plain, images(), WEIGHTS)
+
+
+class Marked(Tensor):
+    """A tensor that notes what is done to it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        made = super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return made * 3.0 if function in (Tensor.mul, Tensor.__mul__, Tensor.__rmul__) else made
+
+
+@pytest.mark.parametrize("kind", ["a class of its own", "sparse"])
+def test_masks_of_other_kinds_are_what_they_were(kind):
+    class Other(Mixed):
+        def forward(self, x, weights):
+            kept = (torch.rand(len(x), 1, 1, 1) > 0.4).float()
+            if kind == "sparse":
+                return super().forward(x, weights) * kept.to_sparse().to_dense()
+            with torch._C.DisableTorchFunctionSubclass():
+                kept = kept.as_subclass(Marked)
+            return super().forward(x, weights) * kept
+
+    module, plain = Other(*mixed().ops), Other(*mixed().ops)
+    rnas.accelerate(module)
+    found, expected = [], []
+    for network, results in ((module, found), (plain, expected)):
+        torch.manual_seed(0)
+        results.append(network(images(), WEIGHTS))
+    assert type(found[0]) is type(expected[0])
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.allclose(found[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_view_of_a_result_or_what_it_is_of_cannot_be_written_to(which):
+    class Shuffled(Mixed):
+        def forward(self, x, weights):
+            whole = torch.cat([super().forward(x, weights), x], dim=1)
+            view = whole.view(len(x), 2, 8, *x.shape[2:])
+            (whole, view)[which].mul_(0.5)
+            return whole, view.transpose(1, 2).reshape(whole.shape)
+
+    module = Shuffled(*mixed().ops)
+    rnas.accelerate(module)
+    with pytest.raises(RuntimeError, match="a view of it"):
+        module(images(), WEIGHTS)

@@ -347,6 +347,12 @@ def test_image_scales_of_one_change_nothing_and_of_zero_leave_nothing():
     assert not zero[1].any() and zero[0].any() and zero[2].any()
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 7, 6), (2, 3, 1, 1), (1, 3, 1, 1)], ids=str)
+def test_image_scales_without_norms(shape):
+    space = (("max_pool_3x3", "skip_connect", "ones"), False)
+    check(space=space, cell="two nodes", mode="train", shape=shape, image_scales=True)
+
+
 def test_a_gradient_to_image_scales():
     problem = draw(cell="two nodes", mode="train affine", image_scales=True)
     found = []

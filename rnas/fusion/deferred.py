@@ -26,6 +26,9 @@ class Finish:
     parts: tuple[Tensor, ...] = ()
     """The deferred tensors that it is made of, where it is no sum of candidates."""
 
+    is_view = False
+    """Whether it is a view of a tensor that somebody else may have."""
+
     def times(self, scale: Scale) -> Finish | None:
         """Of the sum times a number, or as many as `takes` says; None where it has to be computed."""
 
@@ -46,6 +49,8 @@ class Deferred(Tensor):
 
     _rnas_value: Tensor | None = None
     _rnas_source = False  # whether candidates were called on it
+    _rnas_taken = False  # whether something was made of it that waits
+    _rnas_viewed = False  # whether there is a view of it that waits
     _rnas_groups: tuple[Group, ...]
     _rnas_addends: tuple[tuple[tuple[Scale, ...], Held], ...]  # scales, and a tensor that broadcasts
     _rnas_finish: Finish | None
@@ -94,8 +99,10 @@ class Deferred(Tensor):
         return value_of(self) / value_of(other)
 
     def __iadd__(self, other):
+        taken = self._rnas_taken
         made = plus(self, other) if _takes_part(self) and not is_raw(self) else None
         if is_open(made):  # what it is now is seen by all who hold it
+            self._rnas_taken = taken
             self._rnas_groups, self._rnas_addends, self._rnas_finish = (
                 made._rnas_groups, made._rnas_addends, made._rnas_finish
             )  # fmt: skip
@@ -127,6 +134,7 @@ class Deferred(Tensor):
         if function in _OF_ITS_KIND and type(args[0]) is Deferred:
             return function(args[0]._rnas_like, *values(args[1:]), **values(kwargs))
         if writes(function, kwargs):
+            _refuse_views(kwargs.get("out", args[0] if args else None))
             for each in deferred:
                 each._rnas_scope.before_writing(each)
         return function(*values(args), **values(kwargs))
@@ -204,6 +212,18 @@ def _refuse_gradients(x: Deferred) -> None:
             x.register_hook(_raise)
 
 
+def _refuse_views(written) -> None:
+    """A tensor and a view of it would no longer be one."""
+    if not is_open(written):
+        return
+    is_view = written._rnas_finish is not None and written._rnas_finish.is_view
+    if is_view or written._rnas_viewed:
+        raise RuntimeError(
+            "rnas.accelerate: the result of candidate operations, or a view of it, is written to while the other "
+            "waits; call .contiguous() on the result before, or leave this module out"
+        )
+
+
 def _raise(_):
     raise RuntimeError(
         "rnas.accelerate: an autograd.Function was applied to the result of a candidate operation before it was "
@@ -268,6 +288,7 @@ def times(x: Deferred, other) -> Tensor:
         scale = None if finish is None else scale  # it cannot wait any longer
     if scale is None:
         return value_of(x) * value_of(other)
+    x._rnas_taken = True
     groups = tuple([_times_group(group, scale) for group in x._rnas_groups])
     addends = x._rnas_addends and tuple([((*scales, scale), held) for scales, held in x._rnas_addends])
     return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, addends, finish)
@@ -305,7 +326,8 @@ def _scale(x: Deferred, other) -> Scale | None:
 
 def _is_of_images(x: Deferred, other: Tensor) -> bool:
     """Whether it is a number for each image, and a constant."""
-    return tuple(other.shape) == (x._rnas_shape[0], 1, 1, 1) and other.numel() > 1 and not other.requires_grad
+    plain = type(other) in (Tensor, torch.nn.Parameter) and other.layout == torch.strided
+    return tuple(other.shape) == (x._rnas_shape[0], 1, 1, 1) and plain and other.numel() > 1 and not other.requires_grad
 
 
 def _divides(other) -> bool:
@@ -325,10 +347,12 @@ def plus(x: Deferred, other, other_first: bool = False) -> Tensor:
                     return _joined(first, second, finish)
         elif is_number(other) and other == 0:  # where sum() begins
             groups = x._rnas_groups
+            x._rnas_taken = True
             if is_raw(x):  # a new tensor, and not the result of the candidate itself
                 groups = (Group((), groups[0].calls, (1.0,)),)
             return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, groups, x._rnas_addends, x._rnas_finish)
         elif x._rnas_finish is None and _is_addend(x, other):  # a state of a cell too, by its value
+            x._rnas_taken = True
             addends = (*x._rnas_addends, ((), hold(value_of(other))))
             return Deferred.make(x._rnas_scope, x._rnas_shape, x._rnas_like, x._rnas_groups, addends)
     return value_of(first) + value_of(second)
@@ -339,6 +363,7 @@ def _agree(x: Deferred, other: Deferred) -> bool:
 
 
 def _joined(first: Deferred, second: Deferred, finish) -> Deferred:
+    first._rnas_taken = second._rnas_taken = True
     groups = first._rnas_groups
     for group in second._rnas_groups:
         last = groups[-1] if groups else None
@@ -399,11 +424,10 @@ def _become_times(x, other):
     """x, from here on times a number, or one for each image: what it is now is seen by all who hold it."""
     if type(x) is not Deferred or not _takes_part(x) or x._rnas_finish is not None or is_alias(x):
         return NotImplemented
-    scale = _scale(x, other)
-    if scale is None:
+    if _scale(x, other) is None:
         return NotImplemented
-    made = times(x, other)
-    x._rnas_groups, x._rnas_addends = made._rnas_groups, made._rnas_addends
+    taken, made = x._rnas_taken, times(x, other)
+    x._rnas_groups, x._rnas_addends, x._rnas_taken = made._rnas_groups, made._rnas_addends, taken
     return x
 
 

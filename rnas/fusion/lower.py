@@ -139,19 +139,14 @@ def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None]
 
 def _are_numbers(addends) -> bool:
     """Whether what is added to a node is the same everywhere."""
-    return all(
-        [
-            held.tensor.numel() == 1 and type(held.tensor) is not Deferred and not any(map(is_of_images, scales))
-            for scales, held in addends
-        ]
-    )
+    return all([held.tensor.numel() == 1 and type(held.tensor) is not Deferred for _, held in addends])
 
 
 def _take_scales(x: Tensor, edges: Sequence[Edge]) -> bool:
     """Whether the kernels multiply each image of edges like these, on a state like x, by a number of its own."""
     norms = [norm for edge in edges for call in edge.calls for norm in call.plan.layers.norms]
     on_batch = [norm.training or norm.running_mean is None for norm in norms]
-    return engine.of(x).TAKES_SCALES and bool(norms) and all(on_batch)
+    return engine.of(x).TAKES_SCALES and all(on_batch)
 
 
 def _pool_norms(edges: Iterable[Edge]) -> set[bool]:

@@ -33,6 +33,11 @@ class Around(Finish):
     stage: int = JOINED
     groups: int = 1
 
+    @property
+    def is_view(self) -> bool:
+        """As `Finish.is_view`; what is shuffled is a copy."""
+        return self.stage in (SPLIT, SWAPPED)
+
     def times(self, scale: Scale) -> Around:
         """Of the sum times `scale`."""
         return replace(self, tensors=tuple([((*scales, scale), held) for scales, held in self.tensors]))
@@ -105,6 +110,7 @@ def concatenated(scope, tensors: Sequence[Tensor]) -> Deferred | None:
 
 def _staged(x: Deferred, shape: tuple[int, ...], **changes) -> Deferred:
     finish = replace(x._rnas_finish, **changes)
+    x._rnas_viewed |= finish.is_view
     return Deferred.make(x._rnas_scope, torch.Size(shape), x._rnas_like, x._rnas_groups, (), finish)
 
 

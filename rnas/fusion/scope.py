@@ -266,10 +266,12 @@ class Scope:
         return torch.cat([*around[:first], out, *around[first:]], dim=1) if around else out
 
     def has_used(self, x: Deferred) -> bool:
-        """Whether a candidate of the sum x has been computed as a part of another sum."""
+        """Whether the sum x, or a candidate of it, has been computed as a part of another sum."""
         calls = [call for group in x._rnas_groups for call in group.calls]
         parts = () if x._rnas_finish is None else x._rnas_finish.parts
-        used = any([call.consumed and call.value is None for call in calls]) or any(map(self.has_used, parts))
+        without_x = x._rnas_taken and not is_raw(x)  # by the results of candidates, of which a raw x is one
+        used = any([call.consumed and (call.value is None or without_x) for call in calls])
+        used = used or any(map(self.has_used, parts))
         return used or isinstance(x._rnas_finish, Slice)
 
     def before_writing(self, x: Deferred) -> None:
@@ -277,8 +279,9 @@ class Scope:
         if x._rnas_source or is_alias(x):
             self._settle()
         if is_raw(x):
+            (call,) = x._rnas_groups[0].calls
             value_of(x)
-            x._rnas_groups[0].calls[0].own = None  # sums that it is part of compute it once more
+            call.own = None  # sums that it is part of compute it once more
 
     def _settle(self) -> None:
         with self._as_before():
