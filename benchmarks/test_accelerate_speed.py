@@ -31,6 +31,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {
     "DARTS": darts.build,
     "PC-DARTS": pcdarts.build,
     "a list of candidates per edge": smooth.build,
+    "likewise, drop path": partial(smooth.build, edge_drop=0.2),
     "weights as attributes": partial(hooked.build, hooks=()),
     "NAS-Bench-201": nasbench201.build,
     "NAS-Bench-201, 8 samples, one hot": partial(nasbench201.build, mode="hard"),

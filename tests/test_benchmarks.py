@@ -87,7 +87,7 @@ def test_a_run_has_every_row(results):
     assert {provider.partition(",")[0] for _, provider in steps} == set(METHODS) - {"random"}
     expected |= dict.fromkeys(steps, "measured")
     styles = {(job, provider) for job, provider in found if job.startswith("accelerate")}
-    assert len(styles) == 2 * 7 * 4  # supernet and cell, styles, providers
+    assert len(styles) == 2 * 8 * 4  # supernet and cell, styles, providers
     expected |= dict.fromkeys(styles, "measured")
     assert found == expected
     assert results["complete"]
