@@ -45,12 +45,12 @@ class Edge(NamedTuple):
     @property
     def numbers(self) -> tuple[Scale, ...]:
         """Those of `outer` that are one number."""
-        return tuple([each for each in self.outer if not is_of_images(each)])
+        return self.outer and tuple([each for each in self.outer if not is_of_images(each)])
 
     @property
     def of_images(self) -> tuple[Scale, ...]:
         """Those of `outer` that are a number for each image."""
-        return tuple([each for each in self.outer if is_of_images(each)])
+        return self.outer and tuple([each for each in self.outer if is_of_images(each)])
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
