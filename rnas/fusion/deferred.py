@@ -410,16 +410,12 @@ def _divide(a, b, *, rounding_mode=None, out=None):
     return times(a, 1.0 / b)
 
 
-@_handle(Tensor.mul_, Tensor.multiply_, Tensor.__imul__)
-def _multiply_in_place(a, b):
-    return _become_times(a, b)
-
-
 @_handle(Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__, Tensor.__idiv__)
 def _divide_in_place(a, b, *, rounding_mode=None):
     return _become_times(a, 1.0 / b) if rounding_mode is None and _divides(b) else NotImplemented
 
 
+@_handle(Tensor.mul_, Tensor.multiply_, Tensor.__imul__)
 def _become_times(x, other):
     """x, from here on times a number, or one for each image: what it is now is seen by all who hold it."""
     if type(x) is not Deferred or not _takes_part(x) or x._rnas_finish is not None or is_alias(x):

@@ -191,18 +191,22 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
             total = value if total is None else total + value
             scope.counts.alone += 1
     known = _pool_norms(found)
-    for index, edge in enumerate(found):
+    scaled = [edge for edge in found if edge.of_images]
+    apart = bool(scaled) and not _take_scales(value_of(scaled[0].x), found)
+    for edge in scaled if apart else ():
+        state = scope.arranged(value_of(edge.x))
+        made = _fused([state], [edge._replace(outer=edge.numbers)], 1, edge.stride, last=False)
+        made = made * product(edge.of_images)
+        total = made if total is None else total + made
+        scope.counts.edges += 1
+    for edge in found:
+        if apart and edge.of_images:
+            continue
         pool_norm = edge.pool_norm if len(known) > 1 else None
-        alone_in_it = index if edge.of_images and not _take_scales(value_of(edge.x), found) else None
-        batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape, alone_in_it), []).append(edge)
-    for (*_, alone_in_it), edges in batches.items():
+        batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
+    for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
-        if alone_in_it is None:
-            made = _fused(states, edges, 1, edges[0].stride, last=False)
-        else:
-            (edge,) = edges
-            made = _fused(states, [edge._replace(outer=edge.numbers)], 1, edge.stride, last=False)
-            made = made * product(edge.of_images)
+        made = _fused(states, edges, 1, edges[0].stride, last=False)
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
