@@ -36,19 +36,17 @@ export FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 offline=(-m pip install --no-build-isolation --no-deps --no-index)
 
 say "build for compute capability $TORCH_CUDA_ARCH_LIST"
-if ! part 120 build "$PYTHON" "${offline[@]}" -e . >/dev/null; then
+broken() { tail -n 40 "$OUT/gpu-build.log" >&2; fail "the package does not build"; }
+if "$PYTHON" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) >= 77)'; then
+  say "setuptools is too old to install the package, building in a copy"
+  mkdir "$WORK/copy" && cp -r setup.py csrc rnas kernels "$WORK/copy" && rm -rf "$WORK"/copy/rnas/{kernels,*.so}
+  ln -s ../kernels "$WORK/copy/rnas/kernels"
+  (cd "$WORK/copy" && part 120 build "$PYTHON" setup.py build_ext --inplace >/dev/null) || broken
+  export PYTHONPATH=$WORK/copy${PYTHONPATH:+:$PYTHONPATH}
+elif ! part 120 build "$PYTHON" "${offline[@]}" -e . >/dev/null; then
   say "no editable install (see gpu-build.log), trying a folder of its own"
-  if part 120 build "$PYTHON" "${offline[@]}" --target "$WORK/site" . >/dev/null; then
-    export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
-  else
-    tail -n 40 "$OUT/gpu-build.log" >&2
-    say "no install by pip (setuptools older than 77, say), building in a copy"
-    mkdir "$WORK/copy" && cp -r setup.py csrc rnas kernels "$WORK/copy" && rm -rf "$WORK"/copy/rnas/{kernels,*.so}
-    ln -s ../kernels "$WORK/copy/rnas/kernels"
-    (cd "$WORK/copy" && part 120 build "$PYTHON" setup.py build_ext --inplace >/dev/null) ||
-      { tail -n 40 "$OUT/gpu-build.log" >&2; fail "the package does not build"; }
-    export PYTHONPATH=$WORK/copy${PYTHONPATH:+:$PYTHONPATH}
-  fi
+  part 120 build "$PYTHON" "${offline[@]}" --target "$WORK/site" . >/dev/null || broken
+  export PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 "$PYTHON" - <<'PYTHON' || fail "the compiled CUDA module does not serve on this GPU"
 import torch
