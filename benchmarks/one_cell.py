@@ -62,9 +62,17 @@ class OneCell(nn.Module):
         """Those of a fixed random sum of the output, for each of the calls."""
         found: list[Tensor | None] = []
         for call, cotangent in enumerate(self.cotangents):
-            torch.manual_seed(call)  # of drop path
+            seed_drop_path(call, cotangent.device)
             found += torch.autograd.grad(self(call), leaves, cotangent, allow_unused=True)
         return [each for each in found if each is not None]
+
+
+def seed_drop_path(seed: int, device: torch.device) -> None:
+    """Of the generator that drop path draws from: `torch.manual_seed` formats a stack trace where CUDA sleeps."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def _images(out: Tensor | tuple[Tensor, ...]) -> Tensor:

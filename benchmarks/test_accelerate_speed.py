@@ -13,7 +13,7 @@ import pytest
 import torch
 from comparison import MEASURED, Gate, Row, compare
 from jobs import GRADIENT_TOLERANCE, relative_error
-from one_cell import OneCell
+from one_cell import OneCell, seed_drop_path
 from providers import Prepared
 from report import CLOCK, Session, broken, replay
 from torch import Tensor, nn
@@ -121,6 +121,6 @@ def _steps(model: nn.Module, leaves: list[Tensor], x: Tensor, y: Tensor, seeds: 
     found: list[Tensor | None] = []
     for seed in seeds:
         model.seed = seed
-        torch.manual_seed(seed)
+        seed_drop_path(seed, x.device)
         found += torch.autograd.grad(cross_entropy(model(x), y), leaves, allow_unused=True)
     return [each for each in found if each is not None]
