@@ -26,12 +26,13 @@ def arranged(x: Tensor, layout: torch.memory_format) -> Tensor:
 
     Equivalent to: x.contiguous(memory_format=layout)
     """
-    if x.is_contiguous(memory_format=layout) or _matrices(x, layout) is None:
+    matrices = None if x.is_contiguous(memory_format=layout) else _matrices(x, layout)
+    if matrices is None:
         return x.contiguous(memory_format=layout)
     if not torch.is_grad_enabled() or not x.requires_grad:
-        return _transposed(x, layout)
+        return _transposed(x, layout, matrices)
     back = torch.contiguous_format if layout == torch.channels_last and not takes_any_format(x) else None
-    return _Arranged.apply(x, layout, back)
+    return _Arranged.apply(x, layout, matrices, back)
 
 
 def _matrices(x: Tensor, layout: torch.memory_format) -> tuple[int, int, int] | None:
@@ -51,8 +52,8 @@ _SMALLEST = 2**15
 """Elements from which on a call of compiled code pays."""
 
 
-def _transposed(x: Tensor, layout: torch.memory_format) -> Tensor:
-    rows, columns, between = _matrices(x, layout)
+def _transposed(x: Tensor, layout: torch.memory_format, matrices: tuple[int, int, int]) -> Tensor:
+    rows, columns, between = matrices
     out = empty_in(layout, x, *x.shape[1:])
     place = (x.data_ptr(), x.stride(0), between, out.data_ptr())
     backend.module("cpu").transpose(x.shape[0], rows, columns, *place, torch.get_num_threads())
@@ -76,17 +77,17 @@ def takes_any_format(x: Tensor) -> bool:
 @with_any_format
 class _Arranged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, layout, back):
+    def forward(ctx, x, layout, matrices, back):
         ctx.set_materialize_grads(False)
         ctx.back = back  # the format of the gradient; None: as it comes
-        return _transposed(x, layout)
+        return _transposed(x, layout, matrices)
 
     @staticmethod
     @batched.one_at_a_time
     def backward(ctx, gradient):
         if gradient is not None and ctx.back is not None:
             gradient = arranged(gradient, ctx.back)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def taken(x: Tensor) -> Tensor:
@@ -99,12 +100,9 @@ def taken(x: Tensor) -> Tensor:
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width), channels_last."""
-    shape = (like.shape[0], height, width, channels)
-    return fused.empty(like, shape).permute(0, 3, 1, 2).detach()
+    return empty_in(torch.channels_last, like, channels, height, width)
 
 
 def empty_in(layout: torch.memory_format, like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An empty (N, channels, height, width) in a memory format."""
-    if layout == torch.channels_last:
-        return empty_image(like, channels, height, width)
-    return fused.empty(like, (like.shape[0], channels, height, width))
+    return fused.empty(like, (like.shape[0], channels, height, width), layout)

@@ -45,14 +45,14 @@ class Pool:
     def __init__(self) -> None:
         self._memory = None  # an rnas._cpu.FreeMemory, made at the first use
 
-    def take(self, size: int) -> Tensor:
-        """An empty uint8 tensor of `size` bytes; its memory comes back when its last holder lets go of it."""
+    def take(self, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """An empty tensor of `size` bytes; its memory comes back when its last holder lets go of it."""
         if size >= self.SMALLEST:
             if self._memory is None and not isinstance(module := backend.load("cpu"), str):
                 self._memory = module.FreeMemory(self.MOST)
             if self._memory is not None:
-                return torch.frombuffer(self._memory.take(size), dtype=torch.uint8)
-        return empty_bytes(size)
+                return torch.frombuffer(self._memory.take(size), dtype=dtype)
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device="cpu")
 
     def free(self) -> list[int]:
         """The bytes of each free piece, oldest first."""
@@ -81,14 +81,18 @@ def empty_cache() -> None:
     POOL.empty()
 
 
-def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> Tensor:
     """An empty tensor of the dtype and on the device of `like`, from the pool where nobody is watching.
 
-    No view of another, as far as autograd is concerned, so that what becomes a result may be changed in place.
+    No view of another, so that what becomes a result may be changed in place. layout: of images (N, C, H, W).
     """
-    if not like.is_cpu or is_watched((like,)):
+    if like.is_cpu and not is_watched((like,)):
+        memory = POOL.take(like.element_size() * math.prod(shape), like.dtype)
+        return memory.resize_(shape, memory_format=layout)  # one step, where views and `detach` are three
+    if layout == torch.contiguous_format:
         return like.new_empty(shape)
-    return POOL.take(like.element_size() * math.prod(shape)).view(like.dtype).view(shape).detach()
+    _, c, h, w = shape
+    return like.new_empty_strided(shape, (c * h * w, 1, w * c, c))
 
 
 def addresses(tensors) -> list[int]:

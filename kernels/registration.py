@@ -59,10 +59,14 @@ def define_differentiable_op(schema: str, implementation: Callable, fake: Callab
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
+    places = [place for place, argument in enumerate(op._schema.arguments) if "Tensor" in str(argument.type)]
+
     def call(*arguments):
-        if is_watched(_tensors(arguments)) or torch.autograd._profiler_enabled() or _len_torch_function_stack():
+        tensors = list(_tensors([arguments[place] for place in places]))
+        if is_watched(tensors) or torch.autograd._profiler_enabled() or _len_torch_function_stack():
             return op(*arguments)
-        return (autograd if _needs_graph(arguments) else implementation)(*arguments)
+        needs_graph = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+        return (autograd if needs_graph else implementation)(*arguments)
 
     LIBRARY.impl(name, differentiate, "Autograd")
     return call

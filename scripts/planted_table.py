@@ -34,6 +34,8 @@ def rows(file: str, *table: tuple[str, ...]) -> list[Planted]:
 
 ALONE = "mixed_op every_primitive_alone"
 WAITING = "mixed_op edges_that_wait"
+SAMPLED = "mixed_op test_sampled_cells"
+SOME_SAMPLED = "mixed_op some_gradients_of_sampled"
 MATRIX = "mixed_op 1x1_convolutions_on_batch"
 MATRIX_THREADS = "mixed_op 1x1_convolutions_that"
 POOLS = "mixed_op gradients_of_a_pool"
@@ -178,9 +180,9 @@ POOL = rows(
      "set(1.0f / static_cast<float>(3 * inside_rows))"),
     ("average pool backward: divisors of stride 1", f"{ALONE} and avg_pool", "void average_pool_backward(",
      "inside(y * s.stride, s.height)", "inside(y, s.height)"),
-    ("average pool backward: nothing from the next row", f"{ALONE} and avg_pool", "void average_pool_backward_dense(",
+    ("average pool backward: nothing from the next row", f"{ALONE} and avg_pool", "void average_pool_transposed(",
      "if (last.value) sum = fma(below", "if (false) sum = fma(below"),
-    ("average pool backward: all columns of three", f"{ALONE} and avg_pool", "void average_pool_backward_dense(",
+    ("average pool backward: all columns of three", f"{ALONE} and avg_pool", "void average_pool_transposed(",
      "x > 1 && x + 2 < s.width", "x > 0 && x + 2 < s.width"),
     ("average pool backward: nothing to the last column", CELL, "void average_pool_backward(",
      "if (x * s.stride + 1 < s.width) add_to", "if (x + 1 < s.width_out) add_to"),
@@ -236,6 +238,8 @@ PLANES_OF_IMAGES = rows(
     ("planes: whole blocks alone", PLANES, "void visit_planes(", "p = begin + whole; p < end", "p = end; p < end"),
     ("planes: the first group alone", PLANES, "void visit_planes(", "channel / kLanes * pixels * kLanes + ", ""),
     ("planes: one channel of a rest", PLANES, "void visit_planes(", "plane + each * pixels + p", "plane + p"),
+    ("planes: large squares of another order", PLANES, "void turn(Square<16>", "_mm512_set1_epi32(8)",
+     "_mm512_set1_epi32(7)", "avx512"),
     ("planes: rows next to each other", PLANES, "void load_planes(", "pixels, to + dense, kLanes",
      "4, to + dense, kLanes"),
     ("planes: a result next to each other", PLANES, "void store_planes(", "kLanes, to + plane, pixels",
@@ -369,6 +373,12 @@ NODE_SUMS = rows(
      "for (int64_t i = 0; i < size; ++i) total[i] = fma(load(at",
      "for (int64_t i = 1; i < size; ++i) total[i] = fma(load(at"),
     ("batch: every pass sets its nodes", CELL, "void begin_pass(", "adds = begun_[node]", "adds = false"),
+    ("batch: the last node of one pass alone", SAMPLED, "void add(const Sum& sum", "before = sum.to + base",
+     "before = image + group * plan_.plane_out()"),
+    ("batch: an average pool that waits elsewhere", SAMPLED, "void leave(", "waits ? nullptr : avg_", "avg_"),
+    ("batch: every node goes through the scratch", SAMPLED, "void begin_pass(", "source + 1 == plan_.states() && ", ""),
+    ("batch: the last node from where it is not", SAMPLED, "float* last_node(",
+     "!due_.empty() && due_.back().passes_on", "false"),
     ("batch: ones added nowhere", WAITING, "void leave(", " || edge.ones >= 0;", ";"),
     ("batch: ones without their weight", ONES, "void leave(", "+= w[edge.ones]", "+= 1.0f"),
     ("batch: a node without candidates is not set", WAITING, "void begin_pass(",
@@ -389,10 +399,16 @@ NODE_SUMS = rows(
 BATCH_FORWARD = rows(
     "cpu/mixed/batch_forward.h",
     ("batch: pools without their norms", EDGE, "void forward_source(", "if (!arrived) settle", "if (false) settle"),
-    ("batch: pools in front of what is added", CELL, "void arrive(", "add_due(s, n);  //", "//"),
-    ("batch: a node that is asked for not stored", CELL, "void arrive(", "if (now.asked) finish", "if (false) finish"),
-    ("batch: states arrive nowhere", EDGE, "void first_stage(", "arrived ? add_due(s, n) : arrive(now, thread, n)",
-     "add_due(s, n)"),
+    ("batch: pools in front of what is added", CELL, "void begin_image(", "add_due(s, n);  //", "//"),
+    ("batch: a node that is asked for not stored", CELL, "void finish_state(", "if (now.asked)",
+     "if (false)"),
+    ("batch: states arrive nowhere", EDGE, "void first_stage(", "arrived ? begin_image(s, n) : arrive(now, thread, n)",
+     "begin_image(s, n)"),
+    ("batch: what waits is not finished", SAMPLED, "void begin_image(",
+     "finish_state(waiting_[each], s, n, pooled(s));", ""),
+    ("batch: what waits is added to nothing", SAMPLED, "void begin_image(", "add_delayed(each, s, n);", ""),
+    ("batch: norms behind pools wait for nobody", SAMPLED, "void forward_source(",
+     "(!plan_.shape.pool_norm || (!now.max && !now.avg))", "true"),
 )  # fmt: skip
 
 MATRICES_BACKWARD = rows(
@@ -438,9 +454,24 @@ POOLS_BACKWARD = rows(
      "constant -= load("),
     ("batch: gradient past the last pixels", EDGE, "void weighted(",
      "for (int64_t q = 0; q < size; ++q) sum[q] = fma(", "for (int64_t q = 1; q < size; ++q) sum[q] = fma("),
-    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "!begun && (pools", "(pools"),
+    ("batch: pools begin a gradient once more", EDGE, "void pool_gradients(", "!begun && !sets", "!sets"),
     ("batch: pools do not begin a gradient", f"{ALONE} and pool", "void pool_gradients(",
-     "if (!begun && (", "if (false && ("),
+     "if (!begun && !sets", "if (false && !sets"),
+    ("batch: an average pool sets what a max pool has begun", SAMPLED, "void pool_gradients(",
+     "transposed && from.with_pool[0].empty()", "transposed"),
+    ("batch: a transposed pool sets what there is", SAMPLED, "void pool_gradients(", "begun || !sets", "false"),
+    ("batch: the first of several transposed pools alone", SAMPLED, "bool transposes(", "with_pool[1].size() == 1",
+     "with_pool[1].size() > 0"),
+    ("batch: pools are transposed for nobody", SOME_SAMPLED, "bool transposes(", " && wanted(source)", ""),
+    ("batch: transposed pools of stride 2", SAMPLED, "bool transposes(", "pool_shape(state).stride == 1", "true"),
+    ("batch: a transposed pool without its weight", SAMPLED, "void transposed_average(",
+     "set(mixing(e)[plan_.edges[e].avg] * scale(e, n))", "set(scale(e, n))"),
+    ("batch: one pixel of two in a transposed pool's product", SAMPLED, "void transposed_average(",
+     "product[0] + product[1]", "product[0]"),
+    ("batch: the first pixels of a transposed pool's rows", SAMPLED, "void transposed_average(", "(q - begin) * kLanes",
+     "(q - p) * kLanes"),
+    ("scales: not in a transposed pool's product", SAMPLED, "void transposed_average(",
+     "static_cast<double>(scale(e, n)) * all[lane]", "all[lane]"),
     ("batch: an identity adds to nothing", OWN, "void pool_gradients(", "begun || pools ? to", "true ? to"),
     ("batch: what norms look at is forgotten", EDGE, "float* pooled(", "plan_.shape.pool_norm ?", "false ?"),
     ("batch: mixing gradient of a pool without norm", EDGE, "void settle_pools(",

@@ -147,6 +147,7 @@ def draw(
     last: bool = False,
     own: bool = False,
     image_scales: bool = False,
+    sampled: int | None = None,
 ) -> Problem:
     """A random problem.
 
@@ -161,15 +162,17 @@ def draw(
         last: whether the last node of a cell alone is wanted.
         own: whether each edge of a cell has some of the primitives, in an order of its own, or none at all.
         image_scales: whether a cell has them; a third of them are zero.
+        sampled: not None: each edge of a cell has one of the primitives, other ones for each number.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1000 * (sampled or 0))
     primitives, pool_norm = SPACES[space] if isinstance(space, str) else space
     inputs, nodes, stride = CELLS.get(cell, cell) if cell else (1, 0, stride)
     sources = [source for node in range(nodes) for source in range(inputs + node)] if cell else [0]
     parameters, norms, channels, rows = [], [], shape[1] // partial, [primitives] * len(sources)
-    if own:
+    if own or sampled is not None:
         orders = [torch.randperm(len(primitives), generator=generator).tolist() for _ in sources]
         counts = torch.randint(len(primitives) + 1, (len(sources),), generator=generator).tolist()
+        counts = counts if own else [1] * len(sources)
         rows = [tuple(primitives[each] for each in order[:count]) for order, count in zip(orders, counts)]
         rows[0] = rows[0] or primitives[-1:]
     for source, row in zip(sources, rows):
@@ -182,7 +185,7 @@ def draw(
             edge.append(draw_norm(channels, list(MODES)[index] if mode == "mixed" else mode, generator))
         norms.append(edge)
     normal = torch.randn((len(sources), max(map(len, rows))), generator=generator)
-    primitives = tuple(rows) if own else primitives
+    primitives = primitives if own is False and sampled is None else tuple(rows)
     weights = MIXING[mixing](normal if cell else normal[0])
     states = [draw_input(shape, generator) for _ in range(inputs)]
     of_edges = torch.randn(len(sources), generator=generator) if cell and edge_weights else None
@@ -401,6 +404,31 @@ def test_edges_that_wait_until_their_node_is_read(rows, layout, last, mode):
 
     space = (("avg_pool_3x3", "skip_connect", "ones", "none"), True)
     check(space=space, cell=(1, 3, 1), shape=(2, 4, 6, 5), mode=mode, layout=layout, last=last, change=one_each)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [4, 16, 20])
+@pytest.mark.parametrize("seed", range(10))
+def test_sampled_cells(seed, channels, layout):
+    names = ("none", "skip_connect", "conv_1x1", "conv_3x3", "avg_pool_3x3", "avg_pool_3x3", "max_pool_3x3")
+    check(
+        sampled=seed,
+        mixing="negative",
+        space=(names, seed % 5 == 4),
+        cell=(1 + seed % 2, 3, 2 if seed % 5 == 3 else 1),
+        shape=(3, channels, 6, 70 if seed % 5 == 2 else 5),
+        mode="train affine",
+        layout=layout,
+        last=seed % 4 < 2,
+        image_scales=seed % 3 == 2,
+    )
+
+
+@pytest.mark.parametrize("wanted", [("inputs",), ("weights",), ("parameters",), ("weights", "parameters")], ids=str)
+def test_some_gradients_of_sampled_cells(wanted):
+    for seed in range(6):
+        space = (("skip_connect", "conv_1x1", "conv_3x3", "avg_pool_3x3", "max_pool_3x3"), False)
+        check(sampled=seed, space=space, cell=(1, 3, 1), shape=(2, 16, 6, 5), mode="train", wanted=wanted)
 
 
 def test_an_absent_candidate_passes_no_nan_on():

@@ -68,7 +68,7 @@ class BatchBackward : public MatricesBackward {
     if (!plan_.shape.pool_norm) set_pools(from);
     // The last pass over the images does what it can of what is left while an image is in the cache.
     const auto finish = [&](const Scratch& s, int64_t n) {
-      at_once ? finish_image(source, s, n) : pool_dots(from, state, s, n);
+      at_once ? finish_image(source, s, n) : pool_dots(from, index, state, s, n);
     };
     bool finished = false;
     for (int64_t e : from.edges) finished |= backward_edge(source, e, finish);
@@ -124,7 +124,7 @@ class BatchBackward : public MatricesBackward {
   void finish_image(const Source& source, const Scratch& s, int64_t n) const {
     const bool is_last = source.index + 1 == plan_.states(), of_state = wanted(source.index);
     if (is_last) begin_last(s, n);
-    if (!is_last && (of_state || has_dots())) pool_dots(source.from, source.state, s, n);
+    if (!is_last && (of_state || has_dots())) pool_dots(source.from, source.index, source.state, s, n);
     if (of_state) add_gradients(source, s, n);
   }
   void add_gradients(const Source& source, const Scratch& s, int64_t n) const {

@@ -31,18 +31,18 @@ class BatchForward : public NodeSums {
     parallel(threads_, images(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         announce_next(scratch_[thread], n);
-        add_due(scratch_[thread], n);
-        if (!plan_.asked_dense()) finish_node(scratch_[thread], plan_.states() - 1, n);
+        begin_image(scratch_[thread], n);
+        if (!plan_.asked_dense()) finish_node(scratch_[thread], plan_.states() - 1, n, last_node(scratch_[thread], n));
       }
     });
-    end_pass();
+    finish_pass();
     if (kept_ && plan_.matrix) std::memcpy(kept_covariances(), covariances_, covariance_bytes());
   }
 
  private:
-  void finish_node(const Scratch& s, int64_t state, int64_t n) const {
+  void finish_node(const Scratch& s, int64_t state, int64_t n, const float* image) const {
     const Section section(s.clock, Work::nodes);
-    store_node(plan_, node(state) + n * plan_.image_out(), state, n, out_);
+    store_node(plan_, image, state, n, out_);
   }
 
   // Where the first convolution of a branch goes.
@@ -83,16 +83,25 @@ class BatchForward : public NodeSums {
   void forward_source(int64_t source, const State& state) {
     const Arrival now{source, state, plan_.leaves(source, &Edge::max), plan_.leaves(source, &Edge::avg),
                       plan_.asked(source) >= 0, plan_.leaves(source, &Edge::matrix)};
-    bool arrived = !now.max && !now.avg && !now.asked && !now.matrix;
     std::vector<int64_t> edges = plan_.leaving(source);
+    bool arrived = !now.max && !now.avg && !now.asked && !now.matrix;
     std::stable_partition(edges.begin(), edges.end(), [&](int64_t e) { return !plan_.edges[e].branches.empty(); });
     const auto behind_pass = [&] {
-      end_pass();
+      finish_pass();
       if (!arrived) settle_pools(source);
       if (!arrived && now.matrix) settle_matrices(source, state);
       arrived = true;
     };
     if (now.matrix) begin_covariance();
+    const bool waits = !arrived && !now.matrix && plan_.edges[edges[0]].branches.empty() &&
+                       (!plan_.shape.pool_norm || (!now.max && !now.avg));
+    if (waits) {
+      begin_pass(source);
+      delay_pass();
+      waiting_.push_back(now);
+      for (int64_t e : edges) leave(plan_.edges[e], e, state, true);
+      return;
+    }
     if (!arrived && plan_.edges[edges[0]].branches.empty()) {
       begin_pass(source);
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
@@ -111,26 +120,43 @@ class BatchForward : public NodeSums {
         behind_pass();
         settle_convolutions(edge);
       }
-      leave(edge, e, state);
+      leave(edge, e, state, false);
     }
   }
 
   // A state from which edges leave: whether there are pools, and whether it is a node that the caller asks for.
   struct Arrival {
     int64_t source;
-    const State& state;
+    State state;
     bool max, avg, asked, matrix;
   };
 
-  // Finishes an image of a state: what remains to be added, to where the caller wants it, its part in the covariance, and
-  // its pools with their moments, for all edges.
+  // A state that no norm waits for has no pass of its own: its images are finished in the next pass over them.
+  void begin_image(const Scratch& s, int64_t n) {
+    for (size_t each = 0; each < waiting_.size(); ++each) {
+      add_delayed(each, s, n);
+      finish_state(waiting_[each], s, n, pooled(s));
+    }
+    add_due(s, n);  // before the pools it refers to change
+  }
+  void finish_pass() {
+    end_pass();
+    waiting_.clear();
+  }
+
+  // What an image of a state needs once: what remains to be added, its part in the covariance, its pools.
   void arrive(const Arrival& now, int thread, int64_t n) {
     const Scratch& s = scratch_[thread];
-    const State& state = now.state;
-    add_due(s, n);  // before the pools it refers to change
-    if (now.asked) finish_node(s, now.source, n);
-    if (now.matrix) add_to_covariance(thread, s, state, n);
+    begin_image(s, n);
+    finish_state(now, s, n, avg_ + n * plan_.image_out());
+    if (now.matrix) add_to_covariance(thread, s, now.state, n);
+  }
+
+  // An image of a state to where the caller wants it, and its pools with their moments, for all edges.
+  void finish_state(const Arrival& now, const Scratch& s, int64_t n, float* average) {
+    if (now.asked) finish_node(s, now.source, n, node(now.source) + n * plan_.image_out());
     if (!now.max && !now.avg) return;
+    const State& state = now.state;
     const PoolShape shape = pool_shape(state);
     const float* image_in = state.data + n * state.image;
     if (!state.dense()) {
@@ -140,14 +166,15 @@ class BatchForward : public NodeSums {
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const Section section(s.clock, Work::pools);
       const float* in = image_in + group * state.height * state.width * kLanes;
-      const int64_t at = n * plan_.image_out() + group * plan_.plane_out();
-      if (now.max) max_pool(in, state.width * kLanes, shape, s.pool_rows, max_ + at, nullptr, nullptr);
-      if (now.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, avg_ + at);
+      const int64_t plane = group * plan_.plane_out();
+      float* const largest = max_ + n * plan_.image_out() + plane;
+      if (now.max) max_pool(in, state.width * kLanes, shape, s.pool_rows, largest, nullptr, nullptr);
+      if (now.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, average + plane);
     }
     if (!plan_.shape.pool_norm) return;
     const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
     if (now.max) moments(s, max_ + image, max_sums() + row)(0, 0, plan_.height_out);
-    if (now.avg) moments(s, avg_ + image, avg_sums() + row)(0, 0, plan_.height_out);
+    if (now.avg) moments(s, average, avg_sums() + row)(0, 0, plan_.height_out);
   }
   double* max_sums() const { return pool_sums_; }
   double* avg_sums() const { return pool_sums_ + 2 * images() * plan_.padded; }
@@ -172,7 +199,7 @@ class BatchForward : public NodeSums {
       for (int64_t bundle = take(); bundle >= 0; bundle = take()) {
         const int64_t begin = bundle * plan_.bundle, end = std::min(begin + plan_.bundle, images());
         for (int64_t n = begin; n < end; ++n) {
-          arrived ? add_due(s, n) : arrive(now, thread, n);
+          arrived ? begin_image(s, n) : arrive(now, thread, n);
           load_state(s, state, n, tile.at(n - begin));
         }
         s.ahead->clear();
@@ -224,6 +251,7 @@ class BatchForward : public NodeSums {
     });
   }
 
+  std::vector<Arrival> waiting_;  // in the order of what is delayed
   float* out_ = nullptr;
 };
 

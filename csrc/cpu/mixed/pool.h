@@ -193,8 +193,10 @@ inline void average_pool(const float* in, int64_t row, const PoolShape& s, float
 // What an average over a row or column of `size` pixels gives to each of those around position `at` of stride 1.
 RNAS_INLINE float share(int64_t at, int64_t size) { return 1.0f / static_cast<float>(inside(at, size)); }
 
-// As average_pool_backward, of stride 1: the shares of rows and of columns one after the other.
-inline void average_pool_backward_dense(const float* g, const PoolShape& s, float* rows, float* gx) {
+// The transpose of average_pool of stride 1 on g: the shares of rows and of columns one after the other. use(y, x, value)
+// gets it pixel by pixel, and end(y) is called behind each row.
+template <typename Use, typename End>
+RNAS_INLINE void average_pool_transposed(const float* g, const PoolShape& s, float* rows, const Use& use, const End& end) {
   const int64_t step = s.width * kLanes;
   along(s.height, s.height, 1, [&](int64_t y, auto first, auto last) {
     const Vector own = set(share(y, s.height)), above = set(y > 0 ? share(y - 1, s.height) : 0.0f);
@@ -207,20 +209,24 @@ inline void average_pool_backward_dense(const float* g, const PoolShape& s, floa
     }
   });
   const Vector third = set(share(1, 3));
-  for (int64_t y = 0; y < s.height; ++y)
+  for (int64_t y = 0; y < s.height; ++y) {
     along(s.width, s.width, 1, [&](int64_t x, auto first, auto last) {
       const int64_t at = (y * s.width + x) * kLanes;
       const bool whole = x > 1 && x + 2 < s.width;  // all three are of three
       Vector sum = load(rows + at) * (whole ? third : set(share(x, s.width)));
       if (first.value) sum = fma(whole ? third : set(share(x - 1, s.width)), load(rows + at - kLanes), sum);
       if (last.value) sum = fma(whole ? third : set(share(x + 1, s.width)), load(rows + at + kLanes), sum);
-      add_to(gx + at, sum);
+      use(y, x, sum);
     });
+    end(y);
+  }
 }
 
 // gx (height, width) dense += the transpose of average_pool on g. rows: scratch of (height + height_out) * width_out.
 inline void average_pool_backward(const float* g, const PoolShape& s, float* rows, float* gx) {
-  if (s.stride == 1) return average_pool_backward_dense(g, s, rows, gx);
+  if (s.stride == 1)
+    return average_pool_transposed(
+        g, s, rows, [&](int64_t y, int64_t x, Vector v) { add_to(gx + (y * s.width + x) * kLanes, v); }, [](int64_t) {});
   const int64_t step = s.width_out * kLanes;
   float* shares = rows + s.height * step;
   for (int64_t y = 0; y < s.height_out; ++y)

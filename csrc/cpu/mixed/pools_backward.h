@@ -51,9 +51,16 @@ class PoolsBackward : public BatchGradients {
   // Whether the products of pooled states and gradients are asked for.
   bool has_dots() const { return grad_.weights || plan_.shape.pool_norm; }
 
+  // Whether the only average pool that leaves a state is gone through backward alone: what it sends back, times the state,
+  // gives the product of what it gives and the gradient.
+  bool transposes(const Leaving& from, int64_t source, const State& state) const {
+    return from.with_pool[1].size() == 1 && !plan_.shape.pool_norm && grad_.weights && wanted(source) &&
+           pool_shape(state).stride == 1 && plan_.shape.channels % kLanes == 0;
+  }
+
   // The pools of an image once more, and the products of what they give, and of the state itself, and the gradients.
-  void pool_dots(const Leaving& from, const State& state, const Scratch& s, int64_t n) const {
-    const bool average = has_dots() && !from.with_pool[1].empty(), skip = grad_.weights && !from.with_skip.empty();
+  void pool_dots(const Leaving& from, int64_t source, const State& state, const Scratch& s, int64_t n) const {
+    const bool average = has_dots() && !from.with_pool[1].empty() && !transposes(from, source, state), skip = grad_.weights && !from.with_skip.empty();
     if (from.with_pool[0].empty() && !average && !skip) return;  // a max pool has to find its winners again
     const PoolShape shape = pool_shape(state);
     const float* x = state.data + n * state.image;
@@ -134,15 +141,22 @@ class PoolsBackward : public BatchGradients {
                       bool begun) const {
     const PoolShape shape = pool_shape(state);
     const int64_t pixels = state.height * state.width;
+    const bool transposed = transposes(from, source, state);
+    if (transposed) std::fill_n(pool_sums(from.with_pool[1][0], 1, n), plan_.padded, 0.0);
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const Section section(s.clock, Work::pools);
       float* to = gradient(source, n) + group * pixels * kLanes;
       const bool pools = !from.with_pool[0].empty() || !from.with_pool[1].empty();
-      if (!begun && (pools || from.with_skip.empty())) std::memset(to, 0, pixels * kLanes * sizeof(float));
+      const bool sets = transposed && from.with_pool[0].empty();
+      if (!begun && !sets && (pools || from.with_skip.empty())) std::memset(to, 0, pixels * kLanes * sizeof(float));
       const int64_t plane = group * plan_.plane_out();
       for (int kind = 0; kind < 2; ++kind) {
         const std::vector<int64_t>& with = from.with_pool[kind];
         if (with.empty()) continue;
+        if (kind == 1 && transposed) {
+          transposed_average(with[0], state, s, n, group, to, begun || !sets);
+          continue;
+        }
         Vector slope = zero(), constant = zero();
         for (int64_t e : with) {
           slope += load(pool_[2 * e + kind].b + group * kLanes);
@@ -160,6 +174,31 @@ class PoolsBackward : public BatchGradients {
         weighted(from.with_skip, n, plane, pixels, to, begun || pools ? to : nullptr, set(1.0f), zero(),
                  [&](int64_t e) { return set(mixing(e)[plan_.edges[e].skip] * scale(e, n)); });
     }
+  }
+
+  // Of a group of image n: what goes back through the average pool of edge e, set or `added`, and its product.
+  void transposed_average(int64_t e, const State& state, const Scratch& s, int64_t n, int64_t group, float* to,
+                          bool added) const {
+    const PoolShape shape = pool_shape(state);
+    const Vector factor = set(mixing(e)[plan_.edges[e].avg] * scale(e, n));
+    const float* x = state.data + n * state.image + group * state.group;
+    float* const line = s.mid_grad;
+    double* const sum = pool_sums(e, 1, n) + group * kLanes;
+    average_pool_transposed(
+        gradient(plan_.edges[e].target, n) + group * plan_.plane_out(), shape, s.pool_rows,
+        [&](int64_t, int64_t pixel, Vector v) { store(line + pixel * kLanes, v); },
+        [&](int64_t y) {
+          for (int64_t begin = y * shape.width, end = begin + shape.width, p = begin; p < end; p += kSum) {
+            Vector product[2] = {};
+            for (int64_t q = p; q < std::min(end, p + kSum); ++q) {
+              const Vector v = load(line + (q - begin) * kLanes);
+              store(to + q * kLanes, fma(v, factor, added ? load(to + q * kLanes) : zero()));
+              product[q & 1] = fma(v, load(x + q * state.pixel), product[q & 1]);
+            }
+            const Vector all = product[0] + product[1];
+            for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += static_cast<double>(scale(e, n)) * all[lane];
+          }
+        });
   }
 
   // On a plane of image n: to = slope * from + constant, of a null `from` the constant alone, + the sum over some of the
