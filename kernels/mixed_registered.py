@@ -268,8 +268,8 @@ class _Forward(torch.autograd.Function):
             )
         ctx.count, ctx.settings, ctx.batch_statistics = count, settings, mean is None
         statistics = (batch_mean, batch_variance) if mean is None else (mean, variance)
-        # Where nobody reads the nodes others may change them in place; then anything stands for them.
-        read = _made(out, all_nodes) if engine.of(out).READS_NODES else kept
+        # Where nobody reads the nodes others may change them in place; then something small stands for them.
+        read = _made(out, all_nodes) if engine.of(out).READS_NODES else batch_mean
         saved = [read, kept, weights, theta, gamma, beta, *statistics, scales, *states]
         if settings.keep == fused.MASKS:  # they say all that counts of the states and nodes
             tables = [None if table is None else table.detach() for table in saved[2:9]]  # constants from here on
