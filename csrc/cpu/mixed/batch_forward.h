@@ -78,31 +78,30 @@ class BatchForward : public NodeSums {
     });
   }
 
-  // Everything that leaves a state. What an image needs once is done in the first pass over the images, convolutions' or
-  // one of its own.
+  // Everything that leaves a state. What an image needs once is done in the first pass over the images: convolutions', or
+  // one of its own, or, where no norm waits for it, the next one of a later state.
   void forward_source(int64_t source, const State& state) {
     const Arrival now{source, state, plan_.leaves(source, &Edge::max), plan_.leaves(source, &Edge::avg),
                       plan_.asked(source) >= 0, plan_.leaves(source, &Edge::matrix)};
-    std::vector<int64_t> edges = plan_.leaving(source);
     bool arrived = !now.max && !now.avg && !now.asked && !now.matrix;
+    std::vector<int64_t> edges = plan_.leaving(source);
     std::stable_partition(edges.begin(), edges.end(), [&](int64_t e) { return !plan_.edges[e].branches.empty(); });
+    const bool by_itself = !arrived && plan_.edges[edges[0]].branches.empty();
     const auto behind_pass = [&] {
       finish_pass();
       if (!arrived) settle_pools(source);
       if (!arrived && now.matrix) settle_matrices(source, state);
       arrived = true;
     };
-    if (now.matrix) begin_covariance();
-    const bool waits = !arrived && !now.matrix && plan_.edges[edges[0]].branches.empty() &&
-                       (!plan_.shape.pool_norm || (!now.max && !now.avg));
-    if (waits) {
+    if (by_itself && !now.matrix && (!plan_.shape.pool_norm || (!now.max && !now.avg))) {
       begin_pass(source);
       delay_pass();
       waiting_.push_back(now);
       for (int64_t e : edges) leave(plan_.edges[e], e, state, true);
       return;
     }
-    if (!arrived && plan_.edges[edges[0]].branches.empty()) {
+    if (now.matrix) begin_covariance();
+    if (by_itself) {
       begin_pass(source);
       parallel_shared(threads_, images(), [&](int thread, const auto& take) {
         for (int64_t n = take(); n >= 0; n = take()) {
@@ -131,7 +130,7 @@ class BatchForward : public NodeSums {
     bool max, avg, asked, matrix;
   };
 
-  // A state that no norm waits for has no pass of its own: its images are finished in the next pass over them.
+  // In each pass, in front of all else: what was to be done in those that wait, and what is to be added in this one.
   void begin_image(const Scratch& s, int64_t n) {
     for (size_t each = 0; each < waiting_.size(); ++each) {
       add_delayed(each, s, n);
@@ -148,7 +147,7 @@ class BatchForward : public NodeSums {
   void arrive(const Arrival& now, int thread, int64_t n) {
     const Scratch& s = scratch_[thread];
     begin_image(s, n);
-    finish_state(now, s, n, avg_ + n * plan_.image_out());
+    finish_state(now, s, n, now.avg ? avg_ + n * plan_.image_out() : nullptr);
     if (now.matrix) add_to_covariance(thread, s, now.state, n);
   }
 
@@ -157,6 +156,7 @@ class BatchForward : public NodeSums {
     if (now.asked) finish_node(s, now.source, n, node(now.source) + n * plan_.image_out());
     if (!now.max && !now.avg) return;
     const State& state = now.state;
+    float* const largest = now.max ? max_ + n * plan_.image_out() : nullptr;
     const PoolShape shape = pool_shape(state);
     const float* image_in = state.data + n * state.image;
     if (!state.dense()) {
@@ -167,13 +167,12 @@ class BatchForward : public NodeSums {
       const Section section(s.clock, Work::pools);
       const float* in = image_in + group * state.height * state.width * kLanes;
       const int64_t plane = group * plan_.plane_out();
-      float* const largest = max_ + n * plan_.image_out() + plane;
-      if (now.max) max_pool(in, state.width * kLanes, shape, s.pool_rows, largest, nullptr, nullptr);
+      if (now.max) max_pool(in, state.width * kLanes, shape, s.pool_rows, largest + plane, nullptr, nullptr);
       if (now.avg) average_pool(in, state.width * kLanes, shape, s.pool_rows, average + plane);
     }
     if (!plan_.shape.pool_norm) return;
-    const int64_t image = n * plan_.image_out(), row = 2 * n * plan_.padded;
-    if (now.max) moments(s, max_ + image, max_sums() + row)(0, 0, plan_.height_out);
+    const int64_t row = 2 * n * plan_.padded;
+    if (now.max) moments(s, largest, max_sums() + row)(0, 0, plan_.height_out);
     if (now.avg) moments(s, average, avg_sums() + row)(0, 0, plan_.height_out);
   }
   double* max_sums() const { return pool_sums_; }

@@ -60,7 +60,8 @@ class PoolsBackward : public BatchGradients {
 
   // The pools of an image once more, and the products of what they give, and of the state itself, and the gradients.
   void pool_dots(const Leaving& from, int64_t source, const State& state, const Scratch& s, int64_t n) const {
-    const bool average = has_dots() && !from.with_pool[1].empty() && !transposes(from, source, state), skip = grad_.weights && !from.with_skip.empty();
+    const bool average = has_dots() && !from.with_pool[1].empty() && !transposes(from, source, state);
+    const bool skip = grad_.weights && !from.with_skip.empty();
     if (from.with_pool[0].empty() && !average && !skip) return;  // a max pool has to find its winners again
     const PoolShape shape = pool_shape(state);
     const float* x = state.data + n * state.image;
