@@ -6,7 +6,7 @@ PyTorch's default for a custom op would drop it silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def define_differentiable_op(schema: str, implementation: Callable, fake: Callab
 
     def differentiate(*arguments):
         _refuse_tangents(name, arguments)
-        if _needs_graph(arguments):
+        if _needs_graph(_tensors(arguments)):
             return autograd(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
@@ -65,8 +65,7 @@ def define_differentiable_op(schema: str, implementation: Callable, fake: Callab
         tensors = list(_tensors([arguments[place] for place in places]))
         if is_watched(tensors) or torch.autograd._profiler_enabled() or _len_torch_function_stack():
             return op(*arguments)
-        needs_graph = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
-        return (autograd if needs_graph else implementation)(*arguments)
+        return (autograd if _needs_graph(tensors) else implementation)(*arguments)
 
     LIBRARY.impl(name, differentiate, "Autograd")
     return call
@@ -83,11 +82,11 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> tuple[str,
     return name, op
 
 
-def _needs_graph(arguments: tuple) -> bool:
-    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in _tensors(arguments)])
+def _needs_graph(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
-def _tensors(arguments: tuple) -> Iterator[Tensor]:
+def _tensors(arguments: Sequence) -> Iterator[Tensor]:
     """The tensors among the arguments, those in lists too."""
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -97,7 +96,7 @@ def _tensors(arguments: tuple) -> Iterator[Tensor]:
 
 
 def _refuse_derivatives(name: str, arguments: tuple) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(arguments)):
+    if _needs_graph(_tensors(arguments)):
         raise RuntimeError(
             f"{name} is not differentiable, and an input requires a gradient; call it under torch.no_grad() or "
             "detach the input"

@@ -14,7 +14,7 @@ namespace {
 // Pixels of a plane that are taken together: a line of the cache, as planes may lie on the same cache sets.
 constexpr int64_t kLine = 16;
 
-// Squares of so many rows and columns are turned in registers: where the caller says 4, or as many as this.
+// How many rows and columns the largest squares have that are turned in registers; the others have 4.
 constexpr int kTurned = kLanes == 16 ? 16 : 4;
 
 static_assert(kTurned == 4 || kTurned == kLine, "whole lines are turned");
