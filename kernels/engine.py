@@ -76,6 +76,10 @@ class Cpu:
             return fused.OUTPUTS  # without gradients to theta, computing them again would be most of the backward pass
         return keep
 
+    def holds_states(self, states: Sequence[Tensor], others: Sequence[Tensor], on_batch: bool) -> bool:
+        """Whether a graph will hold the states themselves; others: all else that may require a gradient."""
+        return fused.what_to_keep(states, others, on_batch) not in (fused.NOTHING, fused.MASKS)
+
     def obstacle(self, channels: int) -> str | None:
         """Why it does not take images of so many channels, or None."""
         return None
@@ -149,6 +153,10 @@ class Cuda:
     def what_to_keep(self, states: Sequence[Tensor], tables: Sequence[Tensor | None], on_batch: bool) -> int:
         """As `Cpu.what_to_keep`: activations or nothing."""
         return fused.ACTIVATIONS if fused.what_to_keep(states, tables, on_batch) else fused.NOTHING
+
+    def holds_states(self, states: Sequence[Tensor], others: Sequence[Tensor], on_batch: bool) -> bool:
+        """As `Cpu.holds_states`."""
+        return fused.what_to_keep(states, others, on_batch) != fused.NOTHING
 
     def obstacle(self, channels: int) -> str | None:
         """As `Cpu.obstacle`."""

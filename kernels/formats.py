@@ -95,7 +95,12 @@ def taken(x: Tensor) -> Tensor:
 
     A compiler, and a GPU, are given x itself: the op rearranges it.
     """
-    return arranged(x, torch.channels_last) if x.is_cpu and not torch.compiler.is_compiling() else x
+    return x if is_taken(x) else arranged(x, torch.channels_last)
+
+
+def is_taken(x: Tensor) -> bool:
+    """Whether `taken` gives x itself."""
+    return not x.is_cpu or x.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling()
 
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:

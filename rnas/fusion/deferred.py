@@ -39,6 +39,10 @@ class Finish:
         """Whether `times` takes this tensor of several numbers."""
         return False
 
+    def apart(self) -> Finish:
+        """Itself, but so that the graph holds nothing that others may write to: that of the modules holds nothing."""
+        return self
+
     def finished(self, total: Tensor | None, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
         raise NotImplementedError

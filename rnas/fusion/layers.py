@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .reads import Foreign
 
@@ -35,6 +36,15 @@ class Layers:
     def biased(self) -> bool:
         """Whether a convolution has a bias."""
         return any([each.bias is not None for each in self.convolutions])
+
+    def parameters(self) -> Iterator[Tensor]:
+        """All that there are."""
+        for layer in (*self.convolutions, *self.norms):
+            yield from (each for each in layer._parameters.values() if each is not None)
+
+    def on_batch(self) -> list[bool]:
+        """Whether each norm takes the statistics of the batch."""
+        return [norm.training or norm.running_mean is None for norm in self.norms]
 
     def before_norms(self) -> list[list[nn.Conv2d]]:
         """The convolutions whose outputs, side by side, each norm takes."""

@@ -19,7 +19,7 @@ from ..kernels.mixed_op import PRIMITIVES, mixed_cell
 from ..kernels.reference.mixed_op import SEPARABLE
 from .calls import Call, Group, Scale, hold, is_of_images, product, scale_of, seen, stacked
 from .deferred import Deferred, is_open, value_of
-from .parts import Slice
+from .parts import Slice, copy_of
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
 
@@ -110,7 +110,8 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
         return None
     states = [value_of(each) for each in inputs]
     addends = [node._rnas_addends for node in nodes]
-    out, layout = _fused(states, edges, len(nodes), of_inputs.pop(), last, addends), formats.layout(states[0])
+    layout = formats.layout(states[0])
+    out = _fused(states, edges, len(nodes), of_inputs.pop(), last, scope, addends)
     scope.counts.cells += 1
     scope.counts.edges += len(found)
     if last:
@@ -144,8 +145,7 @@ def _are_numbers(addends) -> bool:
 
 def _take_scales(x: Tensor, edges: Sequence[Edge]) -> bool:
     """Whether the kernels multiply each image of edges like these, on a state like x, by a number of its own."""
-    norms = [norm for edge in edges for call in edge.calls for norm in call.plan.layers.norms]
-    on_batch = [norm.training or norm.running_mean is None for norm in norms]
+    on_batch = [each for edge in edges for call in edge.calls for each in call.plan.layers.on_batch()]
     return engine.of(x).TAKES_SCALES and all(on_batch)
 
 
@@ -172,7 +172,8 @@ def node(x: Deferred, scope) -> None:
             tensor = tensor * scale_of(scale)
         total = tensor if total is None else total + tensor
     if x._rnas_finish is not None:
-        total = x._rnas_finish.finished(total, scope)
+        pools = any("pool" in call.plan.guess.primitive for group in groups for call in group.calls)
+        total = (x._rnas_finish if pools else x._rnas_finish.apart()).finished(total, scope)
     x.has_become(total)
 
 
@@ -195,7 +196,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     apart = bool(scaled) and not _take_scales(value_of(scaled[0].x), found)
     for edge in scaled if apart else ():
         state = scope.arranged(value_of(edge.x))
-        made = _fused([state], [edge._replace(outer=edge.numbers)], 1, edge.stride, last=False)
+        made = _fused([state], [edge._replace(outer=edge.numbers)], 1, edge.stride, False, scope)
         made = made * product(edge.of_images)
         total = made if total is None else total + made
         scope.counts.edges += 1
@@ -206,7 +207,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
         batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
     for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
-        made = _fused(states, edges, 1, edges[0].stride, last=False)
+        made = _fused(states, edges, 1, edges[0].stride, False, scope)
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -320,7 +321,7 @@ def is_edge(x: Deferred) -> bool:
 
 
 def _fused(
-    states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool, addends=()
+    states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool, scope, addends=()
 ) -> Tensor:
     """What a cell of these edges computes; None: there is none. addends: numbers that are added to each node."""
     calls = [() if edge is None else edge.calls for edge in edges]
@@ -345,8 +346,8 @@ def _fused(
     biases = None
     if any([call.plan.biased for row in calls for call in row]):
         biases = [[bias for call in row for bias in call.plan.biases()] for row in calls]
-    return mixed_cell(
-        states,
+    out = mixed_cell(
+        _free(states, edges, weights, scope),
         weights,
         [[weight for call in row for weight in call.plan.weights()] for row in calls],
         [[norm for call in row for norm in call.plan.layers.norms] for row in calls],
@@ -360,6 +361,33 @@ def _fused(
         biases=biases,
         image_scales=_image_scales(edges, like),
     )
+    if out.requires_grad and not last and formats.is_taken(out) and engine.of(like).READS_NODES:
+        return copy_of(out) if _are_held(states, edges, weights) else out
+    return out
+
+
+def _free(states: list[Tensor], edges: Sequence[Edge | None], weights: Tensor, scope) -> list[Tensor]:
+    """The states, by a copy where the graph would hold them and that of the modules does not: they may be written to.
+
+    Of the modules pools hold what they are called on.
+    """
+    if not torch.is_grad_enabled() or not any(map(formats.is_taken, states)):
+        return states
+    entering = [edge for edge in edges if edge is not None and not is_open(edge.x)]
+    given = {id(value_of(edge.x)) for edge in entering}  # and not rearranged
+    pooled = {id(value_of(edge.x)) for edge in entering if edge.pool_norm is not None}
+    free = [formats.is_taken(x) and id(x) in given and not (x.requires_grad and id(x) in pooled) for x in states]
+    if not any(free) or not _are_held(states, edges, weights):
+        return states
+    return [scope.copied(x) if copy else x for x, copy in zip(states, free)]
+
+
+def _are_held(states: list[Tensor], edges: Sequence[Edge | None], weights: Tensor) -> bool:
+    """Whether the graph of a cell holds its states, and on a GPU its nodes."""
+    layers = [call.plan.layers for edge in edges if edge is not None for call in edge.calls]
+    tables = [weights, *[each for found in layers for each in found.parameters()]]
+    on_batch = [each for found in layers for each in found.on_batch()]
+    return engine.of(states[0]).holds_states(states, tables, any(on_batch))
 
 
 def _image_scales(edges: Sequence[Edge | None], like: Tensor) -> Tensor | None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels import fused
+from ..kernels import engine, formats, fused
 from ..kernels.backend import OPS
 from . import scope as scopes
 from .deferred import value_of, values
+from .parts import copy_of
 from .plan import Plan, is_hooked, original_class
 
 PLAN, COUNTS, POOL, NODE = "_rnas_plan", "_rnas_counts", "_rnas_pool", "_rnas_node"
@@ -99,11 +100,18 @@ def _is_image(x, channels: int) -> bool:
 
 
 def in_front(plan: Plan, x: Tensor) -> Tensor:
-    """What such a layer computes, fused where the kernels take x."""
+    """What such a layer computes, fused where the kernels take x.
+
+    Copied is what the graph would hold and that of the modules does not, x and the result: they may be written to.
+    """
     (norm,) = plan.layers.norms
+    copied = torch.is_grad_enabled() and formats.is_taken(x)
+    copied = copied and engine.of(x).holds_states([x], [*plan.layers.parameters()], any(plan.layers.on_batch()))
     if plan.guess.stride == 1:
-        return kernels.relu_conv_norm(x, *plan.weights(), norm)
-    return kernels.factorized_reduce(x, *plan.weights(), norm)
+        out = kernels.relu_conv_norm(copy_of(x) if copied else x, *plan.weights(), norm)
+    else:  # which gathers the pixels of x
+        out = kernels.factorized_reduce(x, *plan.weights(), norm)
+    return copy_of(out) if copied else out
 
 
 class Holder(Unregistered):

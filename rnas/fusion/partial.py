@@ -32,6 +32,8 @@ class Around(Finish):
     """Whether the sum comes before what goes around it."""
     stage: int = JOINED
     groups: int = 1
+    is_apart: bool = False
+    """Whether what goes around may be written to later."""
 
     @property
     def is_view(self) -> bool:
@@ -50,6 +52,10 @@ class Around(Finish):
             return None
         return replace(self, tensors=self.tensors + other.tensors)
 
+    def apart(self) -> Around:
+        """As `Finish.apart`."""
+        return replace(self, is_apart=True)
+
     def finished(self, total: Tensor, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
         held = [each for _, each in self.tensors]
@@ -57,6 +63,8 @@ class Around(Finish):
         scales = None
         if any(each for each, _ in self.tensors):
             scales = stacked([product(each) for each, _ in self.tensors], arounds[0])
+        if self.is_apart and scales is not None and scales.requires_grad:  # whose gradient is made of what goes around
+            arounds = [x if is_open(each.tensor) else scope.copied(x) for x, each in zip(arounds, held)]
         if self.stage == SHUFFLED:
             return join(total, arounds, scales, self.groups, layout(arounds[0]), self.first)
         around = weighted_sum(arounds, scales)

@@ -18,10 +18,10 @@ from . import (
     lower,
     stacked,  # noqa: F401  (for what it adds to the functions that leave a tensor deferred)
 )
-from .calls import Call, Group, hold
+from .calls import Call, Group, hold, version_of
 from .deferred import Deferred, flat, is_alias, is_open, is_raw, value_of, values
 from .partial import Pooled, concatenated
-from .parts import Slice
+from .parts import Slice, copy_of
 
 _current = threading.local()
 
@@ -107,6 +107,7 @@ class Scope:
         self._state = _NO_STATE  # the last one that the kernels cover
         self._slices: dict[tuple, Tensor] = {}
         self._arranged: dict[tuple, tuple[Tensor, Tensor]] = {}  # (what is kept alive for its id, the value)
+        self._copied: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._pooled: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._serving: dict[tuple[torch.device, torch.dtype], bool] = {}
 
@@ -190,10 +191,17 @@ class Scope:
         """A state in the memory format of the kernels where it is a slice, converted once for all edges."""
         if not x._is_view() or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
             return x
-        key = (id(x), 0 if x.is_inference() else x._version)
+        key = (id(x), version_of(x))
         if key not in self._arranged:
             self._arranged[key] = (x, formats.arranged(x, torch.channels_last))
         return self._arranged[key][1]
+
+    def copied(self, x: Tensor) -> Tensor:
+        """A copy of a state, one for all edges: that may be written to while a graph holds this."""
+        key = (id(x), version_of(x))
+        if key not in self._copied:
+            self._copied[key] = (x, copy_of(x))
+        return self._copied[key][1]
 
     def pool(self, module: nn.Module, x: Tensor, shape: torch.Size) -> Deferred | None:
         """What a pool makes of what goes around the candidates."""
@@ -350,7 +358,7 @@ class Scope:
     def _forget(self) -> None:
         self._left += [weakref.ref(call) for call in self._calls if not call.consumed]
         self._calls, self._state = [], _NO_STATE
-        for each in (self._latest, self._slices, self._arranged, self._pooled):
+        for each in (self._latest, self._slices, self._arranged, self._copied, self._pooled):
             each.clear()
 
 

@@ -1,0 +1,173 @@
+"""rnas.accelerate: what may be written to between forward and backward, as where nothing is accelerated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from supernets import smooth
+from supernets.darts_candidates import Halve, ReLUConvBN
+from test_accelerate_changes import assert_same, images, values_and_gradients
+from torch import Tensor, nn
+
+import rnas
+from rnas.fusion.scope import Scope
+
+CHANNELS = 8
+EDGES = [[("sep3", "none"), ("dil5",)], [("sep5",), ("sep3", "dil3"), ("dil3",)]]
+"""The candidates of each edge into each node. None of them holds what it is called on."""
+POOLED = [[("sep3", "max"), ("dil5",)], [("sep5",), ("sep3", "avg"), ("dil3",)]]
+"""Some hold a state."""
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+LAYERS = {
+    "none": nn.Identity,
+    "relu_conv_norm": lambda: ReLUConvBN(CHANNELS, CHANNELS),
+    "factorized_reduce": lambda: Halve(CHANNELS, CHANNELS),
+}
+MODES = ["training", "eval", "eval, frozen"]
+
+
+def edges_alone(states: list[Tensor], nodes) -> Tensor:
+    return torch.cat([edge(x).tanh() for node in nodes for edge, x in zip(node, states)], 1)
+
+
+def whole_cell(states: list[Tensor], nodes) -> Tensor:
+    for node in nodes:
+        states = [*states, sum(edge(x) for edge, x in zip(node, states))]
+    return torch.cat(states[2:], 1)
+
+
+def last_node(states: list[Tensor], nodes) -> Tensor:
+    for node in nodes:
+        states = [*states, sum(edge(x) for edge, x in zip(node, states))]
+    return states[-1].contiguous()
+
+
+def residual(states: list[Tensor], nodes) -> Tensor:
+    """States that edges are added to in place."""
+    first, second = states[0] * 1, states[1] * 1
+    for node in nodes:
+        first += node[0](first)
+        second += node[1](first)
+        first -= node[1](second) * 0.5
+    return first + second
+
+
+def partial(states: list[Tensor], nodes) -> Tensor:
+    """Of twice the channels: half of them go around the edges, which have weights."""
+    total = 0
+    for weight, edge, x in zip(OF_EDGES, nodes[0], states):
+        mixed = torch.cat([edge(x[:, :CHANNELS]), x[:, CHANNELS:]], 1)
+        total = total + weight * torch.channel_shuffle(mixed, 2)
+    return total.sin() * 2
+
+
+OF_EDGES = torch.tensor([0.3, 0.7]).requires_grad_()
+
+
+class Net(nn.Module):
+    """Two layers and what `compute` makes of theirs; all that goes in and comes out is written to in the end."""
+
+    def __init__(self, compute=whole_cell, layer: str = "none", edges=EDGES) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.compute = compute
+        self.layers = nn.ModuleList([LAYERS[layer](), LAYERS[layer]()])
+        made = [[smooth.Edge(names, CHANNELS, 1, True) for names in node] for node in edges]
+        self.nodes = nn.ModuleList(map(nn.ModuleList, made))
+        self.weights = nn.Parameter(torch.tensor([0.5, 1.5]))
+
+    def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        given = [first * 1, second * 1]
+        states = [layer(x) for layer, x in zip(self.layers, given)]
+        nodes = [[lambda x, edge=edge: edge(x, self.weights) for edge in node] for node in self.nodes]
+        result = self.compute(states, nodes)
+        used = result * 2
+        written = list({id(each): each for each in (*given, *states, result)}.values())
+        for each in written:
+            each.mul_(0.5)
+        return [used, *written]
+
+    def in_mode(self, mode: str) -> Net:
+        """Itself."""
+        return self.train(mode == "training").requires_grad_(mode != "eval, frozen")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("compute", [edges_alone, whole_cell, last_node, residual])
+def test_what_no_module_holds_may_be_written_to(compute, layer, layout, mode):
+    plain = Net(compute, layer).in_mode(mode)
+    net = copy.deepcopy(plain)
+    report = rnas.accelerate(net)
+    states = [images(CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+    assert_same(net, plain, *states)
+    assert report.counts.edges and not report.counts.alone
+    assert len(report.in_front) == (0 if layer == "none" else 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_goes_around_partial_channels_may_be_written_to(layout, mode):
+    plain = Net(partial, edges=[[("sep3", "dil3"), ("dil5", "sep5")]]).in_mode(mode)
+    net = copy.deepcopy(plain)
+    report = rnas.accelerate(net)
+    states = [images(2 * CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+    assert_same(net, plain, *states)
+    assert (report.counts.edges, report.counts.alone) == (2, 0)
+
+
+def test_images_of_one_pixel_may_be_written_to():
+    """They lie in both memory formats."""
+    plain = Net(edges=[[("sep3",), ("dil5",)]])
+    net = copy.deepcopy(plain)
+    rnas.accelerate(net)
+    assert_same(net, plain, images(CHANNELS, n=8, size=1), images(CHANNELS, n=8, size=1, seed=1))
+
+
+def test_what_kernels_of_a_gpu_hold_may_be_written_to(cuda_device):
+    for layout in LAYOUTS:
+        plain = Net().to(cuda_device)
+        net = copy.deepcopy(plain)
+        report = rnas.accelerate(net)
+        states = [images(CHANNELS, n=4, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+        assert_same(net, plain, *[each.to(cuda_device) for each in states])
+        assert report.counts.cells == 1
+
+
+@pytest.mark.parametrize(
+    ("copies", "compute", "edges", "mode", "layout"),
+    [
+        (2, whole_cell, EDGES, "training", torch.channels_last),
+        (2, edges_alone, EDGES, "training", torch.channels_last),  # one for all edges that leave a state
+        (2, whole_cell, EDGES, "eval", torch.channels_last),
+        (0, whole_cell, EDGES, "eval, frozen", torch.channels_last),  # only masks are kept
+        (0, whole_cell, EDGES, "training", torch.contiguous_format),  # rearranged anyway
+        (0, whole_cell, POOLED, "training", torch.channels_last),  # held by the modules, too
+        (1, whole_cell, [[("max", "none"), ("sep3", "dil5")]], "training", torch.channels_last),
+    ],
+)
+def test_only_what_has_to_be_is_copied(copies, compute, edges, mode, layout, monkeypatch):
+    net = Net(compute, edges=edges).in_mode(mode)
+    rnas.accelerate(net)
+    found, copied = {}, Scope.copied
+    monkeypatch.setattr(Scope, "copied", lambda scope, x: found.setdefault(id(made := copied(scope, x)), made))
+    states = [images(CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
+    net(*[each.requires_grad_() for each in states])
+    assert len(found) == copies
+    with torch.no_grad():
+        net(*states)
+    assert len(found) == copies
+
+
+def test_what_pools_hold_may_not_be_written_to():
+    """As in plain modules: where nothing is copied, autograd notices."""
+    net = Net(edges=POOLED)
+    states = [images(CHANNELS, n=4, size=8, seed=seed).to(memory_format=torch.channels_last) for seed in (0, 1)]
+    for accelerated in (False, True):
+        if accelerated:
+            rnas.accelerate(net)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            values_and_gradients(net, *states)
