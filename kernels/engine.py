@@ -46,8 +46,8 @@ class Cpu:
     TAKES_PLANES = True
     """Whether it writes results and gradients of states, and reads gradients of results, channels first too."""
 
-    TAKES_SCALES = True
-    """Whether it multiplies each image of an edge by a number of its own, on batch statistics."""
+    SCALES_ON_FIXED = False
+    """Whether it multiplies each image of an edge by a number of its own on fixed statistics too."""
 
     READS_NODES = False
     """Whether a backward pass reads the nodes that the forward pass has returned, rather than what is kept of them."""
@@ -118,8 +118,8 @@ class Cuda:
     TAKES_PLANES = False
     """As `Cpu.TAKES_PLANES`."""
 
-    TAKES_SCALES = False
-    """As `Cpu.TAKES_SCALES`."""
+    SCALES_ON_FIXED = True
+    """As `Cpu.SCALES_ON_FIXED`."""
 
     READS_NODES = True
     """As `Cpu.READS_NODES`."""

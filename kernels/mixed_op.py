@@ -134,7 +134,8 @@ def mixed_cell(
         biases: (C,) or None for each norm of each edge: of the convolution in front of it. On batch statistics they
             change nothing but running averages, and their gradients are zero. None: there are none at all.
         image_scales: (E, N) numbers by which the images of each edge are multiplied, as drop path does; None for ones.
-            Finite. Fused on a CPU, on batch statistics, without partial channels, and where they require no gradient.
+            Finite. Fused without partial channels, in the dtype of the images and where they require no gradient; on a
+            CPU on batch statistics.
 
     Returns:
         (N, J * C, ceil(H / stride), ceil(W / stride)): the nodes, concatenated along the channels, or with `last`
@@ -184,9 +185,9 @@ def mixed_cell(
     if autocast and len({parameter.dtype for edge in parameters for parameter in edge}) > 1:
         obstacle = obstacle or "the parameters differ in dtype"
     if image_scales is not None:
-        if not any(map(len, norms)):
+        if not any(map(len, norms)) and not on.SCALES_ON_FIXED:
             call.norms_read.on_batch = True  # without norms both ways are one, and scales go this one
-        obstacle = obstacle or _obstacle_of_scales(call)
+        obstacle = obstacle or _obstacle_of_scales(call, autocast or x.dtype)
     run = OP.choose(x.device, autocast or x.dtype, obstacle)
     return formats.arranged(run(call), formats.layout(x))
 
@@ -227,12 +228,14 @@ class _Call(NamedTuple):
     norms_read: fused.Norms | fused.CompiledNorms
 
 
-def _obstacle_of_scales(call: _Call) -> str | None:
-    """Why no kernel covers the call's `image_scales`, or None."""
-    if not engine.of(call.states[0]).TAKES_SCALES:
-        return "the CUDA kernels take no image_scales"
-    if not call.norms_read.on_batch or call.partial > 1:
-        return "image_scales are fused on batch statistics and without partial channels only"
+def _obstacle_of_scales(call: _Call, images: torch.dtype) -> str | None:
+    """Why no kernel covers the call's `image_scales` on images of this dtype, or None."""
+    if call.image_scales.dtype != images:  # the result would be of neither
+        return f"image_scales are not {images}"
+    if call.partial > 1:
+        return "image_scales are not fused beside partial channels"
+    if not call.norms_read.on_batch and not engine.of(call.states[0]).SCALES_ON_FIXED:
+        return "the CPU's kernels take image_scales on batch statistics only"
     return "image_scales require a gradient" if call.image_scales.requires_grad and torch.is_grad_enabled() else None
 
 
@@ -246,11 +249,10 @@ def _fused(call: _Call) -> Tensor:
 
 def _mix(call: _Call) -> Tensor:
     weights = call.weights if call.edge_weights is None else call.weights * call.edge_weights[:, None]
+    call = call._replace(weights=weights)
     if call.partial == 1:
-        theta = _flat([parameter for edge in call.parameters for parameter in edge], call.states[0], call.arrays)
-        options = (call.primitives, call.nodes, call.stride, call.last, call, *_planes(call.states))
-        return _cell(list(map(formats.taken, call.states)), weights, theta, call.norms_read, *options)
-    nodes = _partial_cell(call, weights)
+        return _cell(call)
+    nodes = _partial_cell(call)
     return nodes[-1] if call.last else torch.cat(nodes, dim=1)
 
 
@@ -262,15 +264,12 @@ def _planes(states: Sequence[Tensor]) -> tuple[bool, bool]:
     return planes[0], all(planes) and not any(map(formats.takes_any_format, states))
 
 
-def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
-    """The nodes of a cell with partial channels.
+def _partial_cell(call: _Call) -> list[Tensor]:
+    """The nodes of a cell with partial channels, whose weights are those of the candidates times those of the edges.
 
     The shuffle is linear and common to the edges into a node, so it takes their sum.
-
-    weights: those of the candidates times those of the edges.
     """
     parameters, norms = list(call.parameters), list(call.norms)
-    scales = call.edge_weights
     layout = formats.layout(call.states[0])  # kept, as most channels only go around
     nodes, through, around, edge = [], [], [], 0
     channels = call.states[0].shape[1] // call.partial
@@ -288,45 +287,36 @@ def _partial_cell(call: _Call, weights: Tensor) -> list[Tensor]:
             if sources:
                 rows = slice(edge, edge + len(sources))
                 shifts = None if call.biases is None else _flattened(call.biases[rows])
-                read = fused.read_norms(_flattened(norms[rows]), channels, shifts)
-                arrays = fused.read_arrays(parameters[rows], shapes[rows])
-                theta = _flat([parameter for each in parameters[rows] for parameter in each], sources[0], arrays)
-                longest = max(map(len, names[rows]))
-                options = (names[rows], 1, stride, False, call)
-                total = total + _cell(sources, weights[rows, :longest], theta, read, *options)
+                into = call._replace(
+                    states=tuple(sources),
+                    weights=call.weights[rows, : max(map(len, names[rows]))],
+                    parameters=parameters[rows],
+                    primitives=names[rows],
+                    nodes=1,
+                    stride=stride,
+                    last=False,
+                    arrays=fused.read_arrays(parameters[rows], shapes[rows]),
+                    norms_read=fused.read_norms(_flattened(norms[rows]), channels, shifts),
+                )
+                total = total + _cell(into)
                 edge = rows.stop
-        nodes.append(partial.join(total, around, None if scales is None else scales[first:edge], call.partial, layout))
+        scales = None if call.edge_weights is None else call.edge_weights[first:edge]
+        nodes.append(partial.join(total, around, scales, call.partial, layout))
     return nodes
 
 
-def _cell(
-    states,
-    weights,
-    theta,
-    norms,
-    names,
-    nodes: int,
-    stride: int,
-    last: bool,
-    call: _Call,
-    planes_out: bool = False,
-    planes_grad: bool = False,
-) -> Tensor:
-    """A cell all of whose channels are mixed, with the other options of `call`, states in the kernels' memory format.
-
-    names: as `_Call.primitives`. planes: as `Settings`.
-    """
-    x = states[0]
-    gamma, beta = norms.affine(x)
-    mean, variance = norms.statistics(x)
+def _cell(call: _Call) -> Tensor:
+    """A cell all of whose channels are mixed."""
+    states, norms = list(map(formats.taken, call.states)), call.norms_read
+    x, on = states[0], engine.of(states[0])
+    theta = _flat(_flattened(call.parameters), x, call.arrays)
+    tables = (call.weights, theta, *norms.affine(x), *norms.statistics(x), call.image_scales)
     if x.dtype != torch.float32:  # images alone have 16 bits
-        tables = (weights, theta, gamma, beta, mean, variance)
-        weights, theta, gamma, beta, mean, variance = [None if t is None else t.float() for t in tables]
-    keep = engine.of(x).what_to_keep(states, (weights, theta, gamma, beta), norms.on_batch)
-    primitives = ";".join([",".join(row) for row in arguments.once(names)])
-    settings = Settings(primitives, nodes, stride, call.pool_norm, norms.eps, keep, last, planes_out, planes_grad)
-    tables = (weights, theta, gamma, beta, mean, variance, call.image_scales)
-    out, mean, variance, *_ = forward_op(list(states), *tables, *settings)
+        tables = [None if table is None else table.float() for table in tables]
+    keep = on.what_to_keep(states, tables[:4], norms.on_batch)
+    primitives = ";".join([",".join(row) for row in arguments.once(call.primitives)])
+    options = (call.nodes, call.stride, call.pool_norm, norms.eps, keep, call.last)
+    out, mean, variance, *_ = forward_op(states, *tables, *Settings(primitives, *options, *_planes(call.states)))
     if norms.on_batch:
         norms.move_averages(mean, variance, out.shape[0] * out.shape[2] * out.shape[3])
     return out

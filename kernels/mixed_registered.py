@@ -1,7 +1,7 @@
 """The registered ops of the mixed operation: a cell forward, its gradients, and second derivatives.
 
 They take the parameters of all edges in one tensor, `theta`, and what belongs to norms in tables (B, C) of all B norms;
-`scales` (E, N) multiply the images of each edge, on batch statistics only.
+`scales` (E, N) multiply the images of each edge, on a CPU on batch statistics only.
 """
 
 from __future__ import annotations
@@ -217,11 +217,11 @@ def _double_backward(
     direction, grad_out, states, out, kept, weights, theta, gamma, beta, mean, variance, scales, wanted, *settings
 ):
     settings, on = Settings(*settings), engine.of(states[0])
-    shape, sizes = _call(states, settings)
+    shape, sizes = _call(states, settings, scaled=scales is not None)
     dtype = on.image_dtype(states[0])
     _, *gradients = _gradients(states, weights, theta, gamma, beta, [*[False] * len(states), *wanted, False])
     images, out = _read_images(on, states, out, kept, dtype, settings)
-    tables = on.tables(weights, theta, gamma, beta, mean, variance, scales)  # there are none on fixed statistics
+    tables = on.tables(weights, theta, gamma, beta, mean, variance, scales)
     grad_grad_out = formats.empty_image(grad_out, *grad_out.shape[1:])
     if not on.MAKES_LAST:
         grad_out = _of_all_nodes(grad_out, settings.nodes * shape[1])

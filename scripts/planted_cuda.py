@@ -9,6 +9,7 @@ ALONE = "mixed_op_cuda test_every_primitive_alone"
 NANS = "mixed_op_cuda nan_propagates"
 TIES = "mixed_op_cuda ties_go"
 TWICE = "mixed_op_cuda test_second_derivatives"
+SCALES = "mixed_op_cuda test_image_scales and not some"
 ORDER = "mixed_op_cuda_contract in_every_order"
 NUMBERS = "mixed_op_cuda_halves every_number_is_read_and_rounded"
 ONCE = "mixed_op_cuda_halves rounded_once"
@@ -64,6 +65,7 @@ FORWARD = on_host(
      "value(pixel, channel) - mean[channel]", "value(pixel, channel)"),
     ("moments: between tiles", VALUES, "struct FinishMoments",
      " + distance * distance * count * other_count / all", ""),
+    ("node: no scale of the image", SCALES, "struct Node", " * scale_of(task.scales, tile.n)", ""),
     ("node: a shift for every part", ALONE, "struct Node", "task.shift && first_part ?", "task.shift ?"),
     ("node: rounded between two launches", ONCE, "struct Node", ": store<V>(known, value)",
      ": store<V>(known, rounded<T>(value))"),
@@ -78,6 +80,9 @@ BACKWARD = on_host(
      "product * inverse / count"),
     ("sums: no shift in the gradient of a weight", VALUES, "struct FinishProducts",
      "gamma * product * inverse + beta * sum", "gamma * product * inverse"),
+    ("sums: no scale of the image", SCALES, "struct Products", ", task.scales, tile.n)", ", nullptr, tile.n)"),
+    ("pointwise: no scale of the image", SCALES, "void make_gradients(", ", task.scales, tile.n)",
+     ", nullptr, tile.n)"),
     ("pointwise: the last tile alone", VALUES, "void add_outer_products(", "to = first ? value : to + value",
      "to = value"),
     ("middle: no ReLU", VALUES, "struct Middle", "g.v[k] = entered.v[k] > 0.0f ? g.v[k] : 0.0f;", ""),
@@ -93,6 +98,8 @@ GATHER = on_host(
      "tiling, tile, channels, false,"),
     ("gather: rounded between two nodes", ONCE, "struct Gather", ": store<V>(known, sum)",
      ": store<V>(known, rounded<T>(sum))"),
+    ("pools: no scale of the image", SCALES, "struct Pools", ", task.scales, tile.n)", ", nullptr, tile.n)"),
+    ("gather: no scale of the image", SCALES, "struct Gather", ", edge.scales, n)", ", nullptr, n)"),
     ("gather: all are winners", ALONE, "void add_pool(", "item.winners[from + k - item.d] == row * 3 + column", "true"),
     ("gather: what was there", VALUES, "struct Gather", "edge.base.data ? load", "false ? load"),
     ("gather: an identity's weight", VALUES, "struct Gather", "*edge.weight * g.v[k]", "g.v[k]"),
@@ -106,6 +113,7 @@ FORWARD_PASS = on_host(
 
 BACKWARD_PASS = on_host(
     "mixed/backward_pass.h",
+    ("cell: the scales of the images twice", SCALES, "void pointwise(", "is_middle ? nullptr : scales", "scales"),
     ("cell: ones have the sums of an identity", VALUES, "void last_norms(", "-1, memory.partials[3]",
      "-1, memory.partials[2]"),
     ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),

@@ -55,12 +55,13 @@ class Kinks(TorchDispatchMode):
 
 
 class MixedPrecision(Problem):
-    """A problem whose states alone have 16 bits, under autocast. In a wider dtype, as any other."""
+    """A problem whose states and image scales alone have 16 bits, under autocast. In a wider dtype, as any other."""
 
     def copy(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", device: str = "cpu") -> Problem:
         copied = super().copy(torch.float32 if dtype in HALVES else dtype, layout, device)
         if dtype in HALVES:
             copied.states = [state.to(dtype) for state in copied.states]
+            copied.image_scales = None if copied.image_scales is None else copied.image_scales.to(dtype)
         return copied
 
     def run(self, implementation=kernels) -> Tensor:
@@ -77,6 +78,8 @@ def draw_half(dtype: torch.dtype, kind: type[Problem] = Problem, **how) -> Probl
     if kind is Problem:
         problem = problem.copy(dtype).copy(torch.float32)
     problem.states = [state.to(dtype).float() for state in problem.states]
+    if problem.image_scales is not None:
+        problem.image_scales = problem.image_scales.to(dtype).float()
     return kind(**vars(problem))
 
 

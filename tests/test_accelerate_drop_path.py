@@ -8,7 +8,6 @@ from test_accelerate_changes import WEIGHTS, Mixed, assert_same, both, images, m
 from torch import Tensor, nn
 
 import rnas
-from rnas.kernels import engine
 from rnas.kernels.reference import mixed_op as reference
 
 
@@ -90,12 +89,20 @@ def test_a_cell_whose_edges_are_dropped(way, training):
     assert report.counts.alone == report.counts.given_back == 0
 
 
-def test_on_another_device_edges_are_fused_by_themselves(monkeypatch):
-    monkeypatch.setattr(engine.Cpu, "TAKES_SCALES", False)
+def test_on_fixed_statistics_edges_are_fused_by_themselves(monkeypatch):
     module, plain, report = both(lambda: Cell(out_of_place))
     monkeypatch.setattr(reference, "mixed_cell", lambda *_, **__: pytest.fail("plain PyTorch was called"))
-    assert_same(module, plain, images(), WEIGHTS)
+    assert_same(module.eval(), plain.eval(), images(), WEIGHTS)
     assert (report.counts.cells, report.counts.edges, report.counts.alone) == (0, 3, 0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", [in_place, out_of_place])
+def test_on_the_kernels_of_a_gpu(way, training, cuda_device):
+    module, plain, report = both(lambda: Cell(way).to(cuda_device))
+    given = images().to(cuda_device), WEIGHTS.to(cuda_device)
+    assert_same(module.train(training), plain.train(training), *given)
+    assert (report.counts.cells, report.counts.edges) == (1, 3)
 
 
 def test_one_edge_is_dropped_and_another_is_not():

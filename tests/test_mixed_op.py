@@ -204,7 +204,9 @@ def check(implementation=kernels, wanted=KINDS, **how) -> None:
     """
     uncovered = how.get("mode") == "mixed" or how.get("shape", (1,))[0] == 0
     if how.get("image_scales"):
-        uncovered |= "eval" in how["mode"] or how["mode"].endswith("no buffers") or how.get("partial", 1) > 1
+        on = engine.of(torch.empty(0, device=how.get("device", "cpu")))
+        fixed = "eval" in how["mode"] or how["mode"].endswith("no buffers")
+        uncovered |= (fixed and not on.SCALES_ON_FIXED) or how.get("partial", 1) > 1
     with pytest.MonkeyPatch.context() as patch:
         if uncovered:
             patch.setenv("RNAS_BACKEND", "auto")

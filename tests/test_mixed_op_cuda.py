@@ -130,6 +130,27 @@ def test_every_edge_with_candidates_of_its_own(space, mode, cuda_device):
         check(device=cuda_device, own=True, space=space, cell=cell, mode=mode, shape=(2, 4, 6, 6))
 
 
+@pytest.mark.parametrize("mode", ["train affine", "eval affine", "eval"])
+@pytest.mark.parametrize("space", [(ALL, True), (ALL, False), "no parameters"], ids=["all", "bare pools", "no parameters"])
+@pytest.mark.parametrize("cell", [(1, 2, 1), (2, 2, 2)])
+def test_image_scales(cell, space, mode, cuda_device):
+    check(device=cuda_device, space=space, cell=cell, mode=mode, shape=(3, 4, 6, 5), image_scales=True)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("wanted", [*((kind,) for kind in KINDS), KINDS[1:]], ids="+".join)
+def test_image_scales_and_some_gradients(wanted, mode, cuda_device):
+    how = {"own": True, "last": True, "edge_weights": True, "wanted": wanted}
+    check(device=cuda_device, cell=(2, 2, 2), mode=mode, shape=(3, 4, 6, 6), image_scales=True, **how)
+
+
+@pytest.mark.parametrize("mode", ["train affine", "eval affine"])
+@pytest.mark.parametrize("first", [("inputs",), ("weights",)], ids="+".join)
+def test_second_derivatives_with_image_scales(first, mode, cuda_device):
+    how = {"first": first, "wanted": KINDS[:3], "image_scales": True}
+    check(device=cuda_device, cell=(1, 2, 2), mode=mode, shape=(3, 4, 6, 6), **how)
+
+
 @pytest.mark.parametrize("mode", ["train affine", "eval affine"])
 @pytest.mark.parametrize("first", [(), ("inputs",)], ids=["first derivatives", "second derivatives"])
 def test_last_node_alone(first, mode, cuda_device):

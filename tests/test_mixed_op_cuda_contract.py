@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_checks import Recorder, compare, distance, draw_norm, evaluate, noise
+from op_checks import Recorder, distance, draw_norm, evaluate, noise
 from test_mixed_op import KINDS, MODES, draw
 from test_mixed_op_cuda import CASES, FEW, leaves_of, same, values_and_gradients
 from torch import Tensor
@@ -334,10 +334,10 @@ def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_dev
 
 @only_on_host
 def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
-    """More convolutions and pools on one edge than there is room for, the last node alone, numbers for each image."""
+    """More convolutions and pools on one edge than there is room for, the last node alone."""
 
-    def sizes(primitives: list[str], last: int = 0, scaled: int = 0):
-        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0, scaled), [primitives], "float32")
+    def sizes(primitives: list[str], last: int = 0):
+        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0, 0), [primitives], "float32")
 
     sizes(list(reference.PRIMITIVES))
     assert sizes(["sep_conv_3x3"] * 9)
@@ -345,11 +345,12 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
         sizes(["sep_conv_3x3"] * 10)
     with pytest.raises(ValueError, match="all nodes"):
         sizes(["sep_conv_3x3"], last=1)
-    with pytest.raises(ValueError, match="no scales"):
-        sizes(["sep_conv_3x3"], scaled=1)
 
 
-def test_image_scales_are_left_to_plain_pytorch(cuda_device, monkeypatch):
+def test_image_scales_of_another_dtype_are_left_to_plain_pytorch(cuda_device, monkeypatch):
     monkeypatch.setenv("RNAS_BACKEND", "auto")
-    how = {"cell": "two nodes", "mode": "train affine", "shape": (3, 4, 8, 8), "image_scales": True}
-    compare(draw, reference, kernels, wanted=KINDS, device=cuda_device, **how)
+    problem = draw(cell=(2, 1, 1), mode="train affine", shape=(3, 4, 8, 8), image_scales=True)
+    problem = problem.copy(torch.bfloat16, device=cuda_device)
+    problem.image_scales = problem.image_scales.float()
+    out, plain = problem.copy(torch.bfloat16).run(), problem.run(reference)
+    assert problem.run().dtype == plain.dtype == torch.float32 and out.dtype == torch.bfloat16

@@ -44,6 +44,8 @@ CASES = {  # arguments of `draw`; small: every value must be away from the kinks
         "edge_weights": True,
         "mode": "eval affine",
     },
+    "scales": {"space": FEW, "cell": (1, 2, 1), "shape": (2, 4, 3, 3), "mode": "train affine", "image_scales": True},
+    "scales, eval": {"space": FEW, "cell": (1, 2, 1), "shape": (2, 4, 3, 3), "mode": "eval", "image_scales": True},
     "many pixels": {
         "space": (("avg_pool_3x3", "dil_conv_5x5", "conv_3x3"), False),
         "shape": (2, 4, 19, 18),

@@ -146,7 +146,7 @@ def _are_numbers(addends) -> bool:
 def _take_scales(x: Tensor, edges: Sequence[Edge]) -> bool:
     """Whether the kernels multiply each image of edges like these, on a state like x, by a number of its own."""
     on_batch = [each for edge in edges for call in edge.calls for each in call.plan.layers.on_batch()]
-    return engine.of(x).TAKES_SCALES and all(on_batch)
+    return engine.of(x).SCALES_ON_FIXED or all(on_batch)
 
 
 def _pool_norms(edges: Iterable[Edge]) -> set[bool]:

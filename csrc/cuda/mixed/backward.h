@@ -5,6 +5,8 @@
 //   dy = a * (g - b0 - (y - mean) * b1),   a = weight * gamma / s,  s = sqrt(variance + eps),
 //   b0 = sum(g) / M,  b1 = sum(g * (y - mean)) / (M s^2)   on batch statistics of M values, else 0.
 //
+// Where the images of an edge have scales, its g is that of the node times them.
+//
 // A separable stage hands `d`, the gradient of the output of its depthwise convolution, to the kernel that goes on, a
 // dense one dy itself.
 
@@ -40,14 +42,23 @@ template <int V> RNAS_DEVICE SlopeAt<V> slope_at(const Slope& slope, int channel
   return made;
 }
 
+// The gradient of an edge from that of its node, in image n. scales: (N), null: 1.
+template <int V> RNAS_DEVICE Vec<V> scaled(Vec<V> g, const float* scales, int n) {
+  if (!scales) return g;
+#pragma unroll
+  for (int k = 0; k < V; ++k) g.v[k] *= scales[n];
+  return g;
+}
+
 // ---- sums that the norms need ----------------------------------------------------------------------------------------
 
 // Of each tile, for each channel: sum(g) and sum(g * (y - mean)). Grid (tiles, tasks).
 template <int V, typename AStage> struct Products {
   struct Task {
     AStage stage;
-    const float* mean;  // (C), null: 0
-    float* partials;    // (tiles, 2, C)
+    const float* mean;    // (C), null: 0
+    float* partials;      // (tiles, 2, C)
+    const float* scales;  // (N) of the edge's images; null: 1
   };
   Tiling tiling;
   int channels;
@@ -61,7 +72,7 @@ template <int V, typename AStage> struct Products {
     make_outputs<V>(block, shared, task.stage, tiling, tile, channels);
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
       const int at = (row * tiling.tile_width + column) * shared.stride + channel;
-      const Vec<V> gradient = load<V>(g.at(tile.n, tile.y + row, tile.x + column) + channel);
+      const Vec<V> gradient = scaled(load<V>(g.at(tile.n, tile.y + row, tile.x + column) + channel), task.scales, tile.n);
       const Vec<V> mean = task.mean ? load<V>(task.mean + channel) : zeros<V>();
       Vec<V> product = load<V>(shared.outputs + at);
 #pragma unroll
@@ -183,6 +194,7 @@ template <int V, typename AStage> struct Pointwise {
     Slope slope;
     T* d;          // (N, H, W, C)
     float* slabs;  // (slabs, entries) as the matrices lie in theta, or null
+    const float* scales;  // (N) of the edge's images where g is that of the node; null: 1
     int entries;
     bool kept;     // the forward pass has kept the stage's output
   };
@@ -224,7 +236,7 @@ template <int V, typename AStage> struct Pointwise {
           store<V>(y, zeros<V>());
           continue;
         }
-        const Vec<V> g = load<V>(task.g.at(tile.n, tile.y + row, tile.x + column) + channel);
+        const Vec<V> g = scaled(load<V>(task.g.at(tile.n, tile.y + row, tile.x + column) + channel), task.scales, tile.n);
         const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
         Vec<V> made = batch_statistics ? load<V>(y) : slope.mean;
         if (batch_statistics && task.kept) made = rounded<T>(made);

@@ -178,7 +178,7 @@ template <int V, typename AStage> class Backward {
           const bool wanted = grad_.weights || (norm >= 0 && (grad_.gamma || grad_.beta ||
                                                               (in_.batch_statistics && is_deep(edge))));
           if (mix < 0 || !wanted) return;
-          products.add(typename Products<V, AStage>::Task{stage, norm >= 0 && !kTangent ? cell_.row(in_.mean, norm) : nullptr, partials});
+          products.add(typename Products<V, AStage>::Task{stage, norm >= 0 && !kTangent ? cell_.row(in_.mean, norm) : nullptr, partials, cell_.scales(each)});
           float* grad_weight = grad_.weights ? grad_.weights + each * plan_.shape.candidates + mix : nullptr;
           tasks.push_back(finish(partials, norm, cell_.weight(each, mix), grad_weight));
         };
@@ -204,7 +204,7 @@ template <int V, typename AStage> class Backward {
       if (!is_deep(edge)) continue;
       for (size_t b = 0; b < edge.branches.size(); ++b)
         if (edge.branches[b].stages.size() > index)
-          work(edge, edge.branches[b], memory_[at].branches[b][index], memory_[at].middles[b]);
+          work(edge, edge.branches[b], memory_[at].branches[b][index], memory_[at].middles[b], cell_.scales(edges[at]));
     }
   }
 
@@ -212,12 +212,13 @@ template <int V, typename AStage> class Backward {
     Tasks<Pointwise<V, AStage>> tasks("mixed_op: pointwise",
                               {cell_.tiling, cell_.channels, slabs_, in_.batch_statistics, {}}, slabs_, cell_.shared,
                               cell_.stream);
-    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle) {
+    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle,
+                                 const float* scales) {
       const Convolution& conv = branch.stages[index];
-      const Image<T> g = index == 0 && branch.twice() ? cell_.output(middle) : g_;
+      const bool is_middle = index == 0 && branch.twice();
       tasks.add(typename Pointwise<V, AStage>::Task{
-          cell_.stage(edge, branch, index), g, {slope(conv.norm), nullptr}, memory.d,
-          grad_.theta ? memory.slabs : nullptr, static_cast<int>(conv.entries), index == 0 && branch.twice()});
+          cell_.stage(edge, branch, index), is_middle ? cell_.output(middle) : g_, {slope(conv.norm), nullptr}, memory.d,
+          grad_.theta ? memory.slabs : nullptr, is_middle ? nullptr : scales, static_cast<int>(conv.entries), is_middle});
     });
   }
 
@@ -228,7 +229,7 @@ template <int V, typename AStage> class Backward {
         "mixed_op: depthwise weights",
         {tiling().batch, tiling().height, tiling().width, cell_.channels, row_slabs_, {}}, row_slabs_, bytes,
         cell_.stream);
-    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T*) {
+    each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T*, const float*) {
       if (branch.stages[index].kind == Kind::separable)
         tasks.add(typename DepthwiseWeights<V, AStage>::Task{cell_.stage(edge, branch, index), memory.d,
                                                      memory.depthwise_slabs});
@@ -241,7 +242,8 @@ template <int V, typename AStage> class Backward {
     {
       Tasks<Middle<V, AStage>> tasks("mixed_op: middle", {cell_.tiling, cell_.channels, {}}, cell_.tiles, cell_.shared,
                              cell_.stream);
-      each_stage(edges, 1, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle) {
+      each_stage(edges, 1, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T* middle,
+                               const float*) {
         const int64_t norm = branch.stages[0].norm;
         tasks.add(typename Middle<V, AStage>::Task{cell_.stage(edge, branch, 1), memory.d, kTangent ? nullptr : cell_.row(in_.mean, norm), middle,
                                            sums ? memory.partials : nullptr});
@@ -257,7 +259,7 @@ template <int V, typename AStage> class Backward {
     int64_t most = 0;
     std::vector<SumSlabs::Task> matrices, kernels;
     for (size_t index = 0; index < 2; ++index)
-      each_stage(edges, index, [&](const Edge&, const Branch& branch, const StageMemory& memory, T*) {
+      each_stage(edges, index, [&](const Edge&, const Branch& branch, const StageMemory& memory, T*, const float*) {
         const Convolution& conv = branch.stages[index];
         const int taps = conv.kernel * conv.kernel;
         matrices.push_back({memory.slabs, grad_.theta + conv.pointwise, static_cast<int>(conv.entries)});
@@ -281,7 +283,7 @@ template <int V, typename AStage> class Backward {
       if (!to_source(edge)) continue;
       const auto add = [&](Kind kind, int64_t mix, int64_t norm, T* d, unsigned char* winners) {
         const Slope slope_of{norm >= 0 ? slope(norm) : nullptr, mix >= 0 ? cell_.weight(each, mix) : nullptr};
-        if (mix >= 0) tasks.add(typename Pools<V, T>::Task{cell_.simple(edge, kind), g_, slope_of, d, winners});
+        if (mix >= 0) tasks.add(typename Pools<V, T>::Task{cell_.simple(edge, kind), g_, slope_of, d, winners, cell_.scales(each)});
       };
       add(Kind::max_pool, edge.max, edge.max_norm, memory_[at].max_d, memory_[at].winners);
       add(Kind::avg_pool, edge.avg, edge.avg_norm, memory_[at].avg_d, nullptr);
@@ -322,7 +324,7 @@ template <int V, typename AStage> class Backward {
     float* sums = sums_[edge.source];
     if constexpr (std::is_same_v<T, float>) sums = to.data;
     typename Gather<V, T>::Edge made{cell_.state(edge.source), base, last ? to : none, sums, first, g_,
-                                     edge.skip >= 0 ? cell_.weight(each, edge.skip) : nullptr, 0, tiling().height,
+                                     edge.skip >= 0 ? cell_.weight(each, edge.skip) : nullptr, cell_.scales(each), 0, tiling().height,
                                      tiling().width, {}};
     for (size_t b = 0; b < edge.branches.size(); ++b)
       made.items[made.count++] = {cell_.stage(edge, edge.branches[b], 0), memory.branches[b][0].d, nullptr};

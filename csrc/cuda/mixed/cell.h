@@ -81,6 +81,7 @@ template <typename AStage> class Cell {
 
   const float* row(const float* table, int64_t norm) const { return table ? table + norm * c : nullptr; }
   float* row(float* table, int64_t norm) const { return table ? table + norm * c : nullptr; }
+  const float* scales(int64_t edge) const { return plan.shape.scaled ? in.scales + edge * plan.shape.batch : nullptr; }
   const float* weight(int64_t edge, int64_t mix) const { return in.weights + edge * plan.shape.candidates + mix; }
 
   // Stage `index` of a branch: the second one of two begins at the kept activation and the norm in front of it.

@@ -143,8 +143,8 @@ struct FixedNorms {
 
 // ---- a node ----------------------------------------------------------------------------------------------------------
 
-// The sum over tasks of weight * (scale * stage + shift), on top of what an earlier launch has left in `sums`; to `out`,
-// or to `sums` where a later launch goes on. Grid (tiles, 1).
+// The sum over tasks of weight * scales[n] * (scale * stage + shift), on top of what an earlier launch has left in `sums`;
+// to `out`, or to `sums` where a later launch goes on. Grid (tiles, 1).
 template <int V, typename AStage> struct Node {
   static constexpr int kBlocks = kBlocksOf<AStage>;
   using T = typename AStage::Element;
@@ -152,6 +152,7 @@ template <int V, typename AStage> struct Node {
     AStage stage;
     const float* weight;         // one number
     const float *scale, *shift;  // (C) of the last norm; null: 1 and 0
+    const float* scales;         // (N) of the edge's images; null: 1
   };
   Tiling tiling;
   int channels, count;
@@ -177,7 +178,8 @@ template <int V, typename AStage> struct Node {
 #pragma unroll
                         for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
                       }
-                      const float weight = *task.weight;  // here: held in a register all along, it costs a spill
+                      // Here: held in a register all along, it costs a spill.
+                      const float weight = *task.weight * scale_of(task.scales, tile.n);
 #pragma unroll
                       for (int k = 0; k < V; ++k) value.v[k] *= weight;
                       add_to<V>(shared.outputs + pixel * shared.stride + channel, value);

@@ -115,14 +115,16 @@ template <int V, typename AStage> class Forward {
       kernel.first = false;
       kernel.count = 0;
     };
+    const float* scales = nullptr;
     const auto add = [&](const AStage& stage, const float* weight, int64_t norm_index) {
       if (kernel.count == kTasks) run(false);
       const bool normed = norm_index >= 0;
       kernel.tasks[kernel.count++] = {stage, weight, normed ? cell_.row(cell_.scale, norm_index) : nullptr,
-                                      normed && !kTangent ? cell_.row(cell_.shift, norm_index) : nullptr};
+                                      normed && !kTangent ? cell_.row(cell_.shift, norm_index) : nullptr, scales};
     };
     for (int64_t each : plan_.into(plan_.shape.inputs + node)) {
       const Edge& edge = plan_.edges[each];
+      scales = cell_.scales(each);
       if (edge.ones >= 0) add(cell_.simple(edge, Kind::ones), cell_.weight(each, edge.ones), -1);
       if (edge.skip >= 0) add(cell_.simple(edge, Kind::identity), cell_.weight(each, edge.skip), -1);
       if (edge.max >= 0) add(cell_.simple(edge, Kind::max_pool), cell_.weight(each, edge.max), edge.max_norm);

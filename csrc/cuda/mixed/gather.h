@@ -17,6 +17,7 @@ template <int V, typename T> struct Pools {
     Slope slope;
     T* d;                    // (N, H, W, C)
     unsigned char* winners;  // (N, H, W, C), of a max pool
+    const float* scales;     // (N) of the edge's images; null: 1
   };
   Tiling tiling;
   int channels;
@@ -29,7 +30,7 @@ template <int V, typename T> struct Pools {
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
       const int y = tile.y + row, x = tile.x + column;
       T* to = d.at(tile.n, y, x) + channel;
-      const Vec<V> g = load<V>(task.g.at(tile.n, y, x) + channel);
+      const Vec<V> g = scaled(load<V>(task.g.at(tile.n, y, x) + channel), task.scales, tile.n);
       const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
       if (task.stage.kind == Kind::max_pool) {
         int winner[V];
@@ -65,6 +66,7 @@ template <int V, typename T> struct Gather {
     bool first;                 // nothing is in `sums` yet
     Image<T> g;                 // of the node, for an identity
     const float* weight;        // of the identity, null: none
+    const float* scales;        // (N) of the images, null: 1
     int count, height, width;   // stages; size of the output
     Item items[kMostOfEdge];
   };
@@ -114,7 +116,7 @@ template <int V, typename T> struct Gather {
       for (int each = 0; each < edge.count; ++each)
         if (edge.items[each].stage.kind < Kind::separable) add_pool(edge, edge.items[each], n, y, x, channel, sum);
       if (edge.weight) {
-        const Vec<V> g = load<V>(edge.g.at(n, y, x) + channel);
+        const Vec<V> g = scaled(load<V>(edge.g.at(n, y, x) + channel), edge.scales, n);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum.v[k] += *edge.weight * g.v[k];
       }

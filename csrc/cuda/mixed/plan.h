@@ -125,7 +125,6 @@ constexpr int64_t kMostChannels = 960;
 
 inline Plan make_plan(const MixedShape& shape) {
   if (shape.last) throw std::invalid_argument("mixed_op on CUDA makes all nodes");
-  if (shape.scaled) throw std::invalid_argument("mixed_op on CUDA takes no scales");
   if (shape.channels > kMostChannels)
     throw std::invalid_argument("mixed_op on CUDA takes at most 960 channels");
   if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||

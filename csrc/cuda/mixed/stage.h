@@ -167,6 +167,9 @@ struct Tile {
   RNAS_DEVICE int pixels() const { return height * width; }
 };
 
+// The number by which image n of an edge is multiplied. scales: (N) or null.
+RNAS_DEVICE float scale_of(const float* scales, int n) { return scales ? scales[n] : 1.0f; }
+
 RNAS_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 RNAS_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 

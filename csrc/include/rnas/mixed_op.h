@@ -55,7 +55,7 @@ struct MixedShape {
   // What is channels first, on the CPU only: `out` and `grad_out`, (N, J' * C, H', W'); the gradients to the states,
   // (N, C, H, W).
   bool planes_out = false, planes_grad = false;
-  bool scaled = false;                     // whether there are scales. On the CPU and on batch statistics only
+  bool scaled = false;                     // whether there are scales. On the CPU on batch statistics only
   int64_t results() const { return last ? 1 : nodes; }  // J', how many nodes are asked for
   const Primitive* of_edge(int64_t edge) const { return primitives + (each_edge ? edge * candidates : 0); }
 };
