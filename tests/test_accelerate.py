@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from supernets import darts, hooked, nasbench201, nested, pcdarts, smooth
+from supernets import darts, graph, hooked, nasbench201, nested, pcdarts, smooth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +35,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
     "nas-bench-201, biases, no averages": lambda *a: nasbench201.build(*a, bias=True, track=False),
     "nas-bench-201, one hot": lambda *a: nasbench201.build(*a, mode="hard"),
     "nas-bench-201, chosen ones": lambda *a: nasbench201.build(*a, mode="chosen"),
+    "a graph": lambda *a: graph.build(*a, steps=3),  # whose layers at edges of two nodes may look like candidates
     "weights as attributes": hooked.build,
     "hooks on edges": lambda *a: hooked.build(*a, hooks=("output", "input")),
     "hooks that replace": lambda *a: hooked.build(*a, hooks=("replace",)),
@@ -44,7 +45,7 @@ STYLES: dict[str, Callable[..., nn.Module]] = {  # cells of two nodes where the 
 STYLES |= {kind: lambda *a, kind=kind: nested.build(*a, kind=kind, steps=2) for kind in nested.KINDS}
 WHOLE_CELLS = ("darts", "darts, affine", "darts, no averages", "nas-bench-201", "nas-bench-201, affine")
 WHOLE_CELLS += ("a list of candidates per edge", "perturbed weights", "drop path of edges, in place")
-WHOLE_CELLS += ("nas-bench-201, one hot", "nas-bench-201, chosen ones")
+WHOLE_CELLS += ("a graph", "nas-bench-201, one hot", "nas-bench-201, chosen ones")
 WHOLE_CELLS += ("nas-bench-201, biases", "nas-bench-201, biases, no averages", "darts, biases", *nested.KINDS)
 FACTOR, FLOOR = 3.0, 1e-6  # the first contract of the ops: no further from float64 than three times plain PyTorch
 

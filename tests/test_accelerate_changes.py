@@ -1182,6 +1182,24 @@ def test_edges_with_candidates_of_their_own_make_a_whole_cell(training, stride):
     assert (report.counts.cells, report.counts.edges, report.counts.alone) == (1, 5, 0)
 
 
+TWICE = [[("sep3", "skip"), ("sep3", "max")], [("sep5", "none"), ("none",), ("dil3", "avg", "skip")]]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("edges", [PRUNED, TWICE])
+def test_a_cell_that_one_tensor_enters_twice(edges, training, stride):
+    class Twice(Cell):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, x)
+
+    plain = Twice(edges, lambda nodes: torch.cat(nodes, 1), stride).train(training)
+    cell = copy.deepcopy(plain)
+    report = rnas.accelerate(cell)
+    assert_same(cell, plain, images(8, size=8))
+    assert (report.counts.cells, report.counts.alone) == (1, 0)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("give", ["the last", "the last, then the first", "the first, then the last", "all"])
 def test_a_cell_that_gives_its_last_node_may_give_others_too(give, layout):

@@ -12,7 +12,7 @@ from test_accelerate_changes import assert_same, images, values_and_gradients
 from torch import Tensor, nn
 
 import rnas
-from rnas.fusion.scope import Scope
+from rnas.fusion import lower
 
 CHANNELS = 8
 EDGES = [[("sep3", "none"), ("dil5",)], [("sep5",), ("sep3", "dil3"), ("dil3",)]]
@@ -110,13 +110,128 @@ def test_what_no_module_holds_may_be_written_to(compute, layer, layout, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_goes_around_partial_channels_may_be_written_to(layout, mode):
-    plain = Net(partial, edges=[[("sep3", "dil3"), ("dil5", "sep5")]]).in_mode(mode)
+@pytest.mark.parametrize("pool", [False, True])
+def test_what_goes_around_partial_channels_may_be_written_to(pool, layout, mode):
+    """But for what a pool on another slice of it holds."""
+
+    def compute(states, nodes):
+        return partial([states[0], states[1] + 0] if pool else states, nodes)
+
+    plain = Net(compute, edges=[[("sep3", "dil3"), ("dil5", "max" if pool else "sep5")]]).in_mode(mode)
     net = copy.deepcopy(plain)
     report = rnas.accelerate(net)
     states = [images(2 * CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
     assert_same(net, plain, *states)
     assert (report.counts.edges, report.counts.alone) == (2, 0)
+
+
+class Freely(nn.Module):
+    """`function` of two edges, their weights and an image."""
+
+    def __init__(self, function, *names: tuple[str, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.edges = nn.ModuleList(smooth.Edge(each, CHANNELS, 1, True) for each in names)
+        self.weights = nn.Parameter(torch.tensor([0.5, 1.5]))
+
+    def forward(self, x: Tensor):
+        return self.function(x * 1, self.weights, *self.edges)
+
+
+def requires_no_gradient_any_more(x, w, first, second):
+    a = first(x, w).tanh()
+    x.detach_()
+    return a, second(x, w).tanh()
+
+
+def requires_a_gradient_now(x, w, first, second):
+    given = x.detach()
+    a = first(given, w).tanh()
+    given.requires_grad_()
+    b = second(given, w).tanh()
+    return a.detach(), b.detach(), *torch.autograd.grad(b.sum(), given)
+
+
+def written_unseen(x, w, first, second):
+    a = first(x, w).tanh()
+    x.data.mul_(2)
+    return a.detach(), second(x, w).tanh()
+
+
+def a_state_is_added(x, w, first, second):
+    y = ((first(x, w) + x) * w[0]).tanh()
+    x.mul_(2)
+    return y, x
+
+
+def pools_on_a_constant(x, w, first, second):
+    given = x.detach()
+    y = first(given, w).tanh() + second(given, w).tanh()
+    given.mul_(2)
+    return y, given
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "function",
+    [requires_no_gradient_any_more, requires_a_gradient_now, written_unseen, a_state_is_added, pools_on_a_constant],
+)
+def test_a_state_that_changes_between_two_edges(function, layout):
+    pool = "max" if function is pools_on_a_constant else "dil3"
+    plain = Freely(function, ("sep3", "dil3"), ("dil5", pool))
+    module = copy.deepcopy(plain)
+    report = rnas.accelerate(module)
+    assert_same(module, plain, images(CHANNELS, n=4, size=8).contiguous(memory_format=layout))
+    assert report.counts.edges and not report.counts.alone
+
+
+def test_a_state_of_dropped_edges_of_which_no_candidate_with_a_norm_is_called():
+    def function(x, w, first, second):
+        mask = torch.tensor([1.0, 0.0, 2.0, 1.0]).view(4, 1, 1, 1)
+        y = (first(x, [0.5, 2.0]) * mask + second(x, [0.3, 2.0])).tanh()
+        x.mul_(2)
+        return y, x
+
+    for training in (True, False):
+        plain = Freely(function, ("skip", "none", "sep3"), ("skip", "none", "dil3")).train(training)
+        module = copy.deepcopy(plain)
+        report = rnas.accelerate(module)
+        assert_same(module, plain, images(CHANNELS, n=4, size=8).to(memory_format=torch.channels_last))
+        assert (report.counts.edges, report.counts.alone) == (2, 0)
+
+
+@pytest.mark.parametrize(("layer", "size"), [(lambda: Halve(CHANNELS, CHANNELS), 2), (lambda: ReLUConvBN(CHANNELS, 1), 8)])
+def test_what_layers_return_in_both_memory_formats(layer, size):
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers, self.edge = nn.ModuleList([layer(), layer()]), smooth.Edge(("sep3", "skip"), CHANNELS, 1, True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layers[0](x)
+            z = y.tanh()
+            y.mul_(2)
+            return y, z, self.edge(self.layers[1](x).repeat(1, CHANNELS // y.shape[1], 1, 1), torch.ones(2))
+
+    plain = Layers()
+    module = copy.deepcopy(plain)
+    report = rnas.accelerate(module)
+    assert_same(module, plain, images(CHANNELS, n=8, size=size))
+    assert report.in_front
+
+
+def test_averages_of_a_candidate_whose_first_result_nobody_uses():
+    def function(x, w, first, second):
+        first(x, w)
+        a = first(x, w).tanh()
+        return a, first(x * 2, w).tanh(), second(a, w)
+
+    plain = Freely(function, ("sep3", "dil3"), ("dil5", "skip"))
+    module = copy.deepcopy(plain)
+    rnas.accelerate(module)
+    assert_same(module, plain, images(CHANNELS, n=4, size=8))
 
 
 def test_images_of_one_pixel_may_be_written_to():
@@ -141,7 +256,7 @@ def test_what_kernels_of_a_gpu_hold_may_be_written_to(cuda_device):
     ("copies", "compute", "edges", "mode", "layout"),
     [
         (2, whole_cell, EDGES, "training", torch.channels_last),
-        (2, edges_alone, EDGES, "training", torch.channels_last),  # one for all edges that leave a state
+        (4, edges_alone, EDGES, "training", torch.channels_last),
         (2, whole_cell, EDGES, "eval", torch.channels_last),
         (0, whole_cell, EDGES, "eval, frozen", torch.channels_last),  # only masks are kept
         (0, whole_cell, EDGES, "training", torch.contiguous_format),  # rearranged anyway
@@ -152,8 +267,8 @@ def test_what_kernels_of_a_gpu_hold_may_be_written_to(cuda_device):
 def test_only_what_has_to_be_is_copied(copies, compute, edges, mode, layout, monkeypatch):
     net = Net(compute, edges=edges).in_mode(mode)
     rnas.accelerate(net)
-    found, copied = {}, Scope.copied
-    monkeypatch.setattr(Scope, "copied", lambda scope, x: found.setdefault(id(made := copied(scope, x)), made))
+    found, copy_of = [], lower.copy_of
+    monkeypatch.setattr(lower, "copy_of", lambda x: found.append(x) or copy_of(x))
     states = [images(CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
     net(*[each.requires_grad_() for each in states])
     assert len(found) == copies

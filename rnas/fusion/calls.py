@@ -5,6 +5,7 @@ Legend: K candidates of an edge.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,18 @@ class Call:
     def value(self) -> Tensor | None:
         """Its own result, where there is one that nobody has written to."""
         return None if self.own is None or version_of(self.own.tensor) != self.own.version else self.own.tensor
+
+
+def root_of(x: Tensor) -> Tensor:
+    """x, or what it is a view of: to write to one is to write to both."""
+    return x._base if x._is_view() else x
+
+
+def held_by_modules(groups: Iterable[Group]) -> frozenset[int]:
+    """The ids of the states that the graph of the modules would hold, or of their roots: pools are called on them."""
+    pools = [call for group in groups for call in group.calls if "pool" in call.plan.guess.primitive]
+    states = [getattr(call.x, "_rnas_value", call.x) for call in pools]
+    return frozenset([id(root_of(x)) for x in states if x is not None and x.requires_grad])
 
 
 class Group(NamedTuple):

@@ -39,8 +39,8 @@ class Finish:
         """Whether `times` takes this tensor of several numbers."""
         return False
 
-    def apart(self) -> Finish:
-        """Itself, but so that the graph holds nothing that others may write to: that of the modules holds nothing."""
+    def apart(self, held: frozenset[int]) -> Finish:
+        """Itself, but so that the graph holds nothing that others may write to. held: as `calls.held_by_modules`."""
         return self
 
     def finished(self, total: Tensor | None, scope) -> Tensor:

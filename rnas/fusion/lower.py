@@ -17,9 +17,10 @@ from torch import Tensor
 from ..kernels import engine, formats
 from ..kernels.mixed_op import PRIMITIVES, mixed_cell
 from ..kernels.reference.mixed_op import SEPARABLE
-from .calls import Call, Group, Scale, hold, is_of_images, product, scale_of, seen, stacked
+from .calls import Call, Group, Scale, held_by_modules, hold, is_of_images, product, root_of, scale_of, seen, stacked
 from .deferred import Deferred, is_open, value_of
-from .parts import Slice, copy_of
+from .partial import copy_of
+from .parts import Slice
 
 _ORDER = {name: index for index, name in enumerate(PRIMITIVES)}
 
@@ -79,17 +80,18 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     What mixed_cell returns: the nodes, (N, J * C, H', W'), or with `last` the last alone, (N, C, H', W'). Who asks for
     another one then gets what its candidates make of the states by themselves.
 
-    A cell: each node is the sum of at most one edge from each of the S states and each node before it.
+    A cell: each node is the sum of at most one edge from each of the S states and each node before it. A tensor from
+    which several edges enter a node counts as so many states.
     """
     if _shared(group for node in nodes for group in node._rnas_groups):
         return None
     if any(node._rnas_finish is not None or not _are_numbers(node._rnas_addends) for node in nodes):
         return None
-    made = [[_as_edge(group, empty=True) for group in node._rnas_groups] for node in nodes]
+    made = [[edge for group in node._rnas_groups for edge in _whole(group)] for node in nodes]
     if any(edge is None for into in made for edge in into):
         return None
     own = {id(node) for node in nodes}
-    inputs = list({id(edge.x): edge.x for into in made for edge in into if id(edge.x) not in own}.values())
+    inputs = [x for x in _sources(made) if id(x) not in own]
     edges = _complete(made, [*inputs, *nodes])
     if edges is None or not inputs or any(is_open(each) for each in inputs):
         return None
@@ -111,7 +113,8 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     states = [value_of(each) for each in inputs]
     addends = [node._rnas_addends for node in nodes]
     layout = formats.layout(states[0])
-    out = _fused(states, edges, len(nodes), of_inputs.pop(), last, scope, addends)
+    known = held_by_modules(group for node in nodes for group in node._rnas_groups)
+    out = _fused(states, edges, len(nodes), of_inputs.pop(), last, known, addends)
     scope.counts.cells += 1
     scope.counts.edges += len(found)
     if last:
@@ -123,6 +126,24 @@ def whole_cell(nodes: list[Deferred], scope, last: bool) -> Tensor | None:
     return out
 
 
+def _whole(group: Group) -> list[Edge | None]:
+    """The edges that the group is: one, or where it holds candidates of several on one state, those. None: no edge."""
+    edge = _as_edge(group, empty=True)
+    if edge is not None:
+        return [edge]
+    parts, others = _parts(group, set())
+    return [None] if others else [_as_edge(part, empty=True) for part in parts]
+
+
+def _sources(made: list[list[Edge]]) -> list[Tensor]:
+    """What edges begin at, each as often as edges of one node do. made: the edges of each node."""
+    most: Counter[int] = Counter()
+    for into in made:
+        most |= Counter([id(edge.x) for edge in into])
+    tensors = {id(edge.x): edge.x for into in made for edge in into}
+    return [tensors[key] for key, count in most.items() for _ in range(count)]
+
+
 def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None] | None:
     """The edges into each node, one from each state before it, None where there is none; None where they are others.
 
@@ -130,11 +151,12 @@ def _complete(made: list[list[Edge]], states: list[Tensor]) -> list[Edge | None]
     """
     edges: list[Edge | None] = []
     for index, into in enumerate(made):
-        by_source = {id(edge.x): edge for edge in into}
-        sources = states[: len(states) - len(made) + index]
-        if len(by_source) != len(into) or not by_source.keys() <= set(map(id, sources)):
+        left = list(into)
+        for source in states[: len(states) - len(made) + index]:
+            edges.append(next((edge for edge in left if edge.x is source), None))
+            left = [edge for edge in left if edge is not edges[-1]]
+        if left:
             return None
-        edges += [by_source.get(id(source)) for source in sources]
     return edges
 
 
@@ -166,14 +188,15 @@ def node(x: Deferred, scope) -> None:
             scope.counts.alone += 1
             return
     total = _sum(groups, scope)
-    for scales, held in x._rnas_addends:
-        tensor = seen(held)
+    for scales, addend in x._rnas_addends:
+        tensor, scales = seen(addend), list(map(scale_of, scales))
+        if any([isinstance(scale, Tensor) and scale.requires_grad for scale in scales]):
+            tensor = tensor.clone()  # which the graph is to hold: that of the modules holds the sum
         for scale in scales:
-            tensor = tensor * scale_of(scale)
+            tensor = tensor * scale
         total = tensor if total is None else total + tensor
     if x._rnas_finish is not None:
-        pools = any("pool" in call.plan.guess.primitive for group in groups for call in group.calls)
-        total = (x._rnas_finish if pools else x._rnas_finish.apart()).finished(total, scope)
+        total = x._rnas_finish.apart(held_by_modules(groups)).finished(total, scope)
     x.has_become(total)
 
 
@@ -181,7 +204,7 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
     """The sum of the groups: one call for all edges of a stride, and what no edge can hold by itself."""
     batches: dict[tuple, list[Edge]] = {}
     total: Tensor | None = None
-    shared, found = _shared(groups), []
+    shared, found, known = _shared(groups), [], held_by_modules(groups)
     for group in groups:
         edges, others = _edges(group, shared)
         found += edges
@@ -191,23 +214,23 @@ def _sum(groups: Sequence[Group], scope) -> Tensor | None:
                 value = value if each is None else value * scale_of(each)
             total = value if total is None else total + value
             scope.counts.alone += 1
-    known = _pool_norms(found)
+    norms = _pool_norms(found)
     scaled = [edge for edge in found if edge.of_images]
     apart = bool(scaled) and not _take_scales(value_of(scaled[0].x), found)
     for edge in scaled if apart else ():
         state = scope.arranged(value_of(edge.x))
-        made = _fused([state], [edge._replace(outer=edge.numbers)], 1, edge.stride, False, scope)
+        made = _fused([state], [edge._replace(outer=edge.numbers)], 1, edge.stride, False, known)
         made = made * product(edge.of_images)
         total = made if total is None else total + made
         scope.counts.edges += 1
     for edge in found:
         if apart and edge.of_images:
             continue
-        pool_norm = edge.pool_norm if len(known) > 1 else None
+        pool_norm = edge.pool_norm if len(norms) > 1 else None
         batches.setdefault((pool_norm, edge.stride, value_of(edge.x).shape), []).append(edge)
     for edges in batches.values():
         states = [scope.arranged(value_of(edge.x)) for edge in edges]
-        made = _fused(states, edges, 1, edges[0].stride, False, scope)
+        made = _fused(states, edges, 1, edges[0].stride, False, known)
         total = made if total is None else total + made
         scope.counts.edges += len(edges)
     return total
@@ -224,6 +247,19 @@ def _edges(group: Group, shared: set[int]) -> tuple[list[Edge], list[tuple[Call,
     edge = _as_edge(group) if not shared else None
     if edge is not None and _pays(edge):
         return [edge], []
+    parts, others = _parts(group, shared)
+    edges = []
+    for part in parts:
+        made = _as_edge(part)
+        if made is None or not _pays(made):
+            others += zip(part.calls, part.scales)
+        else:
+            edges.append(made)
+    return edges, others
+
+
+def _parts(group: Group, shared: set[int]) -> tuple[list[Group], list[tuple[Call, Scale | None]]]:
+    """The group as groups that may be edges, with each primitive once, and the calls that the kernels do not take."""
     parts: list[list[tuple[Call, Scale | None]]] = []
     others = []
     for call, scale in zip(group.calls, group.scales):
@@ -237,14 +273,7 @@ def _edges(group: Group, shared: set[int]) -> tuple[list[Edge], list[tuple[Call,
                 break
         else:
             parts.append([(call, scale)])
-    edges = []
-    for part in parts:
-        made = _as_edge(Group(group.outer, *map(tuple, zip(*part))))
-        if made is None or not _pays(made):
-            others += part
-        else:
-            edges.append(made)
-    return edges, others
+    return [Group(group.outer, *map(tuple, zip(*part))) for part in parts], others
 
 
 def _pays(edge: Edge) -> bool:
@@ -321,9 +350,18 @@ def is_edge(x: Deferred) -> bool:
 
 
 def _fused(
-    states: list[Tensor], edges: Sequence[Edge | None], nodes: int, stride: int, last: bool, scope, addends=()
+    states: list[Tensor],
+    edges: Sequence[Edge | None],
+    nodes: int,
+    stride: int,
+    last: bool,
+    known: frozenset[int],
+    addends=(),
 ) -> Tensor:
-    """What a cell of these edges computes; None: there is none. addends: numbers that are added to each node."""
+    """What a cell of these edges computes; None: there is none.
+
+    known: what the graph of the modules holds. addends: numbers that are added to each node.
+    """
     calls = [() if edge is None else edge.calls for edge in edges]
     for call in chain(*calls, *[() if edge is None else edge.also for edge in edges]):
         seen(call.held)
@@ -347,7 +385,7 @@ def _fused(
     if any([call.plan.biased for row in calls for call in row]):
         biases = [[bias for call in row for bias in call.plan.biases()] for row in calls]
     out = mixed_cell(
-        _free(states, edges, weights, scope),
+        _free(states, edges, weights, known),
         weights,
         [[weight for call in row for weight in call.plan.weights()] for row in calls],
         [[norm for call in row for norm in call.plan.layers.norms] for row in calls],
@@ -361,33 +399,38 @@ def _fused(
         biases=biases,
         image_scales=_image_scales(edges, like),
     )
-    if out.requires_grad and not last and formats.is_taken(out) and engine.of(like).READS_NODES:
-        return copy_of(out) if _are_held(states, edges, weights) else out
+    if out.requires_grad and not last and engine.of(like).READS_NODES:
+        if out.is_contiguous(memory_format=torch.channels_last) and _are_held(states, edges, weights):
+            return copy_of(out)
     return out
 
 
-def _free(states: list[Tensor], edges: Sequence[Edge | None], weights: Tensor, scope) -> list[Tensor]:
-    """The states, by a copy where the graph would hold them and that of the modules does not: they may be written to.
+def _free(
+    states: list[Tensor], edges: Sequence[Edge | None], weights: Tensor, known: frozenset[int]
+) -> list[Tensor]:
+    """The states, by a copy where only this graph would hold them, and not that of the modules: they may be written to.
 
-    Of the modules pools hold what they are called on.
+    known: as `_fused`.
     """
     if not torch.is_grad_enabled() or not any(map(formats.is_taken, states)):
         return states
-    entering = [edge for edge in edges if edge is not None and not is_open(edge.x)]
-    given = {id(value_of(edge.x)) for edge in entering}  # and not rearranged
-    pooled = {id(value_of(edge.x)) for edge in entering if edge.pool_norm is not None}
-    free = [formats.is_taken(x) and id(x) in given and not (x.requires_grad and id(x) in pooled) for x in states]
-    if not any(free) or not _are_held(states, edges, weights):
+    given = {id(value_of(edge.x)) for edge in edges if edge is not None and not is_open(edge.x)}  # and not rearranged
+    free = {id(x): x for x in states if formats.is_taken(x) and id(x) in given and id(root_of(x)) not in known}
+    if not free or not _are_held(states, edges, weights):
         return states
-    return [scope.copied(x) if copy else x for x, copy in zip(states, free)]
+    copies = {key: copy_of(x) for key, x in free.items()}
+    return [copies.get(id(x), x) for x in states]
 
 
 def _are_held(states: list[Tensor], edges: Sequence[Edge | None], weights: Tensor) -> bool:
     """Whether the graph of a cell holds its states, and on a GPU its nodes."""
-    layers = [call.plan.layers for edge in edges if edge is not None for call in edge.calls]
+    there = [edge for edge in edges if edge is not None]
+    layers = [call.plan.layers for edge in there for call in edge.calls]
     tables = [weights, *[each for found in layers for each in found.parameters()]]
-    on_batch = [each for found in layers for each in found.on_batch()]
-    return engine.of(states[0]).holds_states(states, tables, any(on_batch))
+    on_batch = any([any(found.on_batch()) for found in layers])
+    # Beside numbers for each image, what has no norms counts as on statistics of the batch.
+    on_batch = on_batch or any([edge.of_images for edge in there])
+    return engine.of(states[0]).holds_states(states, tables, on_batch)
 
 
 def _image_scales(edges: Sequence[Edge | None], like: Tensor) -> Tensor | None:

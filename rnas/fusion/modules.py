@@ -20,7 +20,7 @@ from ..kernels import engine, formats, fused
 from ..kernels.backend import OPS
 from . import scope as scopes
 from .deferred import value_of, values
-from .parts import copy_of
+from .partial import copy_of
 from .plan import Plan, is_hooked, original_class
 
 PLAN, COUNTS, POOL, NODE = "_rnas_plan", "_rnas_counts", "_rnas_pool", "_rnas_node"
@@ -105,13 +105,13 @@ def in_front(plan: Plan, x: Tensor) -> Tensor:
     Copied is what the graph would hold and that of the modules does not, x and the result: they may be written to.
     """
     (norm,) = plan.layers.norms
-    copied = torch.is_grad_enabled() and formats.is_taken(x)
-    copied = copied and engine.of(x).holds_states([x], [*plan.layers.parameters()], any(plan.layers.on_batch()))
+    holds = torch.is_grad_enabled()
+    holds = holds and engine.of(x).holds_states([x], [*plan.layers.parameters()], any(plan.layers.on_batch()))
     if plan.guess.stride == 1:
-        out = kernels.relu_conv_norm(copy_of(x) if copied else x, *plan.weights(), norm)
+        out = kernels.relu_conv_norm(copy_of(x) if holds and formats.is_taken(x) else x, *plan.weights(), norm)
     else:  # which gathers the pixels of x
         out = kernels.factorized_reduce(x, *plan.weights(), norm)
-    return copy_of(out) if copied else out
+    return copy_of(out) if holds and formats.is_taken(out) else out
 
 
 class Holder(Unregistered):

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import fused
 from ..kernels.partial import join, weighted_sum
-from .calls import UNKNOWN, Held, Scale, hold, product, seen, stacked
+from .calls import UNKNOWN, Held, Scale, hold, product, root_of, seen, stacked
 from .deferred import HANDLERS, Deferred, Finish, is_open, value_of
 
 # What has been done to the concatenated tensor: nothing, (N, G, C / G, H, W), (N, C / G, G, H, W), (N, C, H, W) again.
@@ -32,8 +33,8 @@ class Around(Finish):
     """Whether the sum comes before what goes around it."""
     stage: int = JOINED
     groups: int = 1
-    is_apart: bool = False
-    """Whether what goes around may be written to later."""
+    held: frozenset[int] | None = None
+    """As `calls.held_by_modules`: all else that goes around may be written to later. None: nothing may."""
 
     @property
     def is_view(self) -> bool:
@@ -52,9 +53,9 @@ class Around(Finish):
             return None
         return replace(self, tensors=self.tensors + other.tensors)
 
-    def apart(self) -> Around:
+    def apart(self, held: frozenset[int]) -> Around:
         """As `Finish.apart`."""
-        return replace(self, is_apart=True)
+        return replace(self, held=held)
 
     def finished(self, total: Tensor, scope) -> Tensor:
         """What the deferred tensor is, from its sum."""
@@ -63,8 +64,9 @@ class Around(Finish):
         scales = None
         if any(each for each, _ in self.tensors):
             scales = stacked([product(each) for each, _ in self.tensors], arounds[0])
-        if self.is_apart and scales is not None and scales.requires_grad:  # whose gradient is made of what goes around
-            arounds = [x if is_open(each.tensor) else scope.copied(x) for x, each in zip(arounds, held)]
+        if self.held is not None and scales is not None and scales.requires_grad:  # the graph holds what goes around
+            own = [not is_open(each.tensor) and id(root_of(x)) not in self.held for x, each in zip(arounds, held)]
+            arounds = [copy_of(x) if copy else x for x, copy in zip(arounds, own)]
         if self.stage == SHUFFLED:
             return join(total, arounds, scales, self.groups, layout(arounds[0]), self.first)
         around = weighted_sum(arounds, scales)
@@ -87,6 +89,11 @@ class Pooled(Finish):
     def finished(self, total: None, scope) -> Tensor:
         """Its value."""
         return nn.Module.__call__(self.module, seen(self.x))
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """x, in memory of its own; differentiable."""
+    return fused.empty(x, x.shape, layout(x)).copy_(x)
 
 
 def layout(x: Tensor) -> torch.memory_format:

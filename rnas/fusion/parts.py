@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import fused
 from .calls import Held, seen
 from .deferred import HANDLERS, Deferred, Finish, is_open, value_of
-from .partial import layout
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,6 @@ class Slice(Finish):
     def finished(self, total: None, scope) -> Tensor:
         """A copy, as the node and the output are tensors of their own."""
         return seen(self.out).narrow(1, self.start, self.channels).clone(memory_format=self.layout)
-
-
-def copy_of(x: Tensor) -> Tensor:
-    """x, in memory of its own; differentiable."""
-    return fused.empty(x, x.shape, layout(x)).copy_(x)
 
 
 def _data(x):

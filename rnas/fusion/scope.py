@@ -21,7 +21,7 @@ from . import (
 from .calls import Call, Group, hold, version_of
 from .deferred import Deferred, flat, is_alias, is_open, is_raw, value_of, values
 from .partial import Pooled, concatenated
-from .parts import Slice, copy_of
+from .parts import Slice
 
 _current = threading.local()
 
@@ -103,11 +103,10 @@ class Scope:
         self._left: list[weakref.ref[Call]] = []  # behind the end: those that were not computed
         self._others: list[weakref.ref[Deferred]] = []  # nodes of cells of which the last alone was computed
         self._called = self._open = 0
-        self._latest: dict[int, Call] = {}  # of every candidate
+        self._called_before: set[int] = set()  # the ids of plans
         self._state = _NO_STATE  # the last one that the kernels cover
         self._slices: dict[tuple, Tensor] = {}
         self._arranged: dict[tuple, tuple[Tensor, Tensor]] = {}  # (what is kept alive for its id, the value)
-        self._copied: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._pooled: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._serving: dict[tuple[torch.device, torch.dtype], bool] = {}
 
@@ -143,14 +142,14 @@ class Scope:
 
     def _remember(self, call: Call) -> None:
         """Of calls of one candidate, batch norms see the first first."""
-        before = self._latest.get(id(call.plan))
-        if before is not None and not before.consumed and any((*call.state.modes, *before.state.modes)):
-            if before.x is not call.x or before.state.modes != call.state.modes:
+        if id(call.plan) in self._called_before:
+            before = [each for each in self._calls if each.plan is call.plan and not each.consumed]
+            moves = any(call.state.modes) or any([any(each.state.modes) for each in before])
+            if moves and any([each.x is not call.x or each.state.modes != call.state.modes for each in before]):
                 with self._as_before():
-                    for each in self._calls:
-                        if each.plan is call.plan and not each.consumed:
-                            lower.alone(each)
-        self._latest[id(call.plan)] = call
+                    for each in before:
+                        lower.alone(each)
+        self._called_before.add(id(call.plan))
         self._called += 1
         self._calls.append(call)
         if len(self._calls) > 2 * self._open + 64:  # what has been computed need not be kept alive
@@ -195,13 +194,6 @@ class Scope:
         if key not in self._arranged:
             self._arranged[key] = (x, formats.arranged(x, torch.channels_last))
         return self._arranged[key][1]
-
-    def copied(self, x: Tensor) -> Tensor:
-        """A copy of a state, one for all edges: that may be written to while a graph holds this."""
-        key = (id(x), version_of(x))
-        if key not in self._copied:
-            self._copied[key] = (x, copy_of(x))
-        return self._copied[key][1]
 
     def pool(self, module: nn.Module, x: Tensor, shape: torch.Size) -> Deferred | None:
         """What a pool makes of what goes around the candidates."""
@@ -358,7 +350,7 @@ class Scope:
     def _forget(self) -> None:
         self._left += [weakref.ref(call) for call in self._calls if not call.consumed]
         self._calls, self._state = [], _NO_STATE
-        for each in (self._latest, self._slices, self._arranged, self._copied, self._pooled):
+        for each in (self._called_before, self._slices, self._arranged, self._pooled):
             each.clear()
 
 
