@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,14 @@ def taken(x: Tensor) -> Tensor:
     A compiler, and a GPU, are given x itself: the op rearranges it.
     """
     return x if is_taken(x) else arranged(x, torch.channels_last)
+
+
+def all_taken(images: Sequence[Tensor]) -> list[Tensor]:
+    """`taken` of each; of what comes several times, once."""
+    if torch.compiler.is_compiling():
+        return list(images)
+    found = {key: taken(x) for key, x in {id(x): x for x in images}.items()}
+    return [found[id(x)] for x in images]
 
 
 def is_taken(x: Tensor) -> bool:

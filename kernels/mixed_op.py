@@ -307,7 +307,7 @@ def _partial_cell(call: _Call) -> list[Tensor]:
 
 def _cell(call: _Call) -> Tensor:
     """A cell all of whose channels are mixed."""
-    states, norms = list(map(formats.taken, call.states)), call.norms_read
+    states, norms = formats.all_taken(call.states), call.norms_read
     x, on = states[0], engine.of(states[0])
     theta = _flat(_flattened(call.parameters), x, call.arrays)
     tables = (call.weights, theta, *norms.affine(x), *norms.statistics(x), call.image_scales)

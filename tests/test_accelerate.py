@@ -227,10 +227,10 @@ def test_batches_of_gradients_are_those_of_before(style, training):
 
 @pytest.mark.parametrize("style", ["darts", "nas-bench-201"])
 def test_a_wrong_weight_is_seen(style, monkeypatch):
-    from rnas.fusion import lower
+    from rnas.fusion import invoke
 
-    stacked = lower.stacked
-    monkeypatch.setattr(lower, "stacked", lambda scales, like: stacked(scales, like) * 1.001)
+    stacked = invoke.stacked
+    monkeypatch.setattr(invoke, "stacked", lambda scales, like: stacked(scales, like) * 1.001)
     with pytest.raises(AssertionError):
         check(style)
 

@@ -12,7 +12,7 @@ from test_accelerate_changes import assert_same, images, values_and_gradients
 from torch import Tensor, nn
 
 import rnas
-from rnas.fusion import lower
+from rnas.fusion import invoke
 
 CHANNELS = 8
 EDGES = [[("sep3", "none"), ("dil5",)], [("sep5",), ("sep3", "dil3"), ("dil3",)]]
@@ -267,8 +267,8 @@ def test_what_kernels_of_a_gpu_hold_may_be_written_to(cuda_device):
 def test_only_what_has_to_be_is_copied(copies, compute, edges, mode, layout, monkeypatch):
     net = Net(compute, edges=edges).in_mode(mode)
     rnas.accelerate(net)
-    found, copy_of = [], lower.copy_of
-    monkeypatch.setattr(lower, "copy_of", lambda x: found.append(x) or copy_of(x))
+    found, copy_of = [], invoke.copy_of
+    monkeypatch.setattr(invoke, "copy_of", lambda x: found.append(x) or copy_of(x))
     states = [images(CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
     net(*[each.requires_grad_() for each in states])
     assert len(found) == copies

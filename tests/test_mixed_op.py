@@ -387,6 +387,19 @@ def test_refuses_other_image_scales(scales, error, text):
         problem.run()
 
 
+def test_a_state_that_enters_twice_is_rearranged_once(monkeypatch, compiled):
+    transposed, original = [], formats._transposed
+    monkeypatch.setattr(formats, "_transposed", lambda *a: transposed.append(a) or original(*a))
+    problem, found = draw(cell="two nodes", space="nas-bench-201", mode="train affine", shape=(2, 16, 32, 32)), []
+    for each, implementation in ((problem.copy(torch.float64), reference), (problem.copy(), kernels)):
+        x = each.states[0].requires_grad_()
+        each.states = [x, x]
+        out = each.run(implementation)
+        found.append([out, *torch.autograd.grad(out, x, noise(out, 1))])
+    assert distance(found[1], found[0]) <= 1e-5
+    assert len(transposed) == (1 if compiled else 0)
+
+
 WAITING = {  # rows of the edges of three nodes, of one candidate each
     "ones behind all else": ("avg_pool_3x3", "avg_pool_3x3", "ones", "avg_pool_3x3", "avg_pool_3x3", "none"),
     "a node of nothing": ("avg_pool_3x3", "none", "none", "avg_pool_3x3", "none", "skip_connect"),

@@ -7,7 +7,7 @@
     scope.py      one run of a forward: candidates hand back deferred results
     deferred.py   weighted sums of them, made of what is in calls.py; partial.py: with partial channels around;
                   stacked.py: of a stack; parts.py: parts of what has been computed
-    lower.py      from those sums to calls of the fused operation
+    lower.py      from those sums to calls of the fused operation; edges.py: candidates as its edges; invoke.py: calls
     report.py     what was done
 """
 

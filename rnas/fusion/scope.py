@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ..kernels import engine, formats, fused
 from ..kernels.backend import OPS
 from . import (
+    invoke,
     lower,
     stacked,  # noqa: F401  (for what it adds to the functions that leave a tensor deferred)
 )
@@ -148,7 +149,7 @@ class Scope:
             if moves and any([each.x is not call.x or each.state.modes != call.state.modes for each in before]):
                 with self._as_before():
                     for each in before:
-                        lower.alone(each)
+                        invoke.alone(each)
         self._called_before.add(id(call.plan))
         self._called += 1
         self._calls.append(call)
@@ -287,7 +288,7 @@ class Scope:
         with self._as_before():
             for call in (*self._calls, *(each() for each in self._left)):
                 if call is not None and not call.consumed:
-                    lower.alone(call)
+                    invoke.alone(call)
         self._compute_others()
 
     def _compute_others(self) -> None:
@@ -337,7 +338,7 @@ class Scope:
             with self._as_before():
                 for call in moving:
                     if not call.consumed:  # by one before it
-                        lower.alone(call)
+                        invoke.alone(call)
 
     def let_go(self) -> None:
         """Keeps nothing alive from here on: what is still deferred, elsewhere, holds what it is made of.
