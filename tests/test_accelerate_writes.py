@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rnas
 from rnas.fusion import invoke
+from rnas.fusion import partial as around
 
 CHANNELS = 8
 EDGES = [[("sep3", "none"), ("dil5",)], [("sep5",), ("sep3", "dil3"), ("dil3",)]]
@@ -123,6 +124,17 @@ def test_what_goes_around_partial_channels_may_be_written_to(pool, layout, mode)
     states = [images(2 * CHANNELS, n=4, size=8, seed=seed).contiguous(memory_format=layout) for seed in (0, 1)]
     assert_same(net, plain, *states)
     assert (report.counts.edges, report.counts.alone) == (2, 0)
+
+
+@pytest.mark.parametrize(("second", "copies"), [("max", 0), ("sep5", 1)])
+def test_what_goes_around_beside_a_pool_is_not_copied(second, copies, monkeypatch):
+    """A pool holds a slice of the same tensor: to write to that is an error in plain modules, too."""
+    net = Net(partial, edges=[[("sep3", "avg"), ("dil5", second)]])
+    rnas.accelerate(net)
+    found, copy_of = [], around.copy_of
+    monkeypatch.setattr(around, "copy_of", lambda x: found.append(x) or copy_of(x))
+    net(*[images(2 * CHANNELS, n=4, size=8, seed=seed).requires_grad_() for seed in (0, 1)])
+    assert len(found) == copies
 
 
 class Freely(nn.Module):
