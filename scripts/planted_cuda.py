@@ -7,6 +7,7 @@ from planted_table import Planted, rows
 VALUES = "mixed_op_cuda test_values_and_all_gradients"
 ALONE = "mixed_op_cuda test_every_primitive_alone"
 NANS = "mixed_op_cuda nan_propagates"
+WINNERS = "mixed_op_cuda a_nan_wins"
 TIES = "mixed_op_cuda ties_go"
 TWICE = "mixed_op_cuda test_second_derivatives"
 SCALES = "mixed_op_cuda test_image_scales and not some"
@@ -39,11 +40,13 @@ STAGE = on_host(
     "mixed/stage.h",
     ("stage: odd pixels of the wrong column", ALONE, "Part part_of(", "channels, 1, 1, 1}", "channels, 1, 1, 0}"),
     ("stage: the padding gets the norm's shift", VALUES, "", "(inside ? shift_.v[k] : 0.0f)", "shift_.v[k]"),
-    ("stage: relu loses NaN", NANS, "void load_all(", "found[j].v[k] < 0.0f ? 0.0f : found[j].v[k]",
-     "found[j].v[k] > 0.0f ? found[j].v[k] : 0.0f"),
+    ("stage: relu loses NaN", NANS, "float rectified(", "largest(value, 0.0f)", "value > 0.0f ? value : 0.0f"),
+    ("stage: NaN is no maximum", NANS, "float largest(", "a > b || a != a", "a > b"),
+    ("stage: a part for the whole", ALONE, "bool whole(", "first == 0 && last == channels && ", ""),
+    ("stage: a matrix of taps in one piece", ALONE, "bool whole(", " && input_stride == 1", ""),
     ("stage: a tie goes to the last", TIES, "Vec<V> max_pool(",
      "value.v[k] > best.v[k] ||", "value.v[k] >= best.v[k] ||"),
-    ("stage: NaN is no maximum", NANS, "Vec<V> max_pool(", " || value.v[k] != value.v[k]", ""),
+    ("stage: NaN is no winner", WINNERS, "Vec<V> max_pool(", " || value.v[k] != value.v[k]", ""),
     ("stage: the average counts the padding", ALONE, "struct PoolWindow", "(bottom - top) * (right - left)", "9"),
     ("stage: outputs of stride 2 at stride 1", ALONE, "void convolve(",
      "window[kStep * i + column]", "window[i + column]"),

@@ -194,6 +194,19 @@ def test_nan_propagates(primitive, mode, cuda_device):
                 assert torch.equal(found.isnan().cpu(), expected.isnan()), kind
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_nan_wins_the_gradient_of_its_max_pools(stride, cuda_device):
+    problem = draw(space=(("max_pool_3x3",), False), mode="eval", shape=(2, 8, 9, 7), stride=stride)
+    problem.states[0][1, 2, 4, 4] = float("nan")
+    results = []
+    for implementation, copied in ((reference, problem.copy()), (kernels, problem.copy(device=cuda_device))):
+        output = copied.require(("inputs",)).run(implementation)
+        (gradient,) = torch.autograd.grad(output, copied.states, noise(output, 1))
+        results.append(gradient.cpu())
+    assert not results[0].isnan().any() and results[0][1, 2, 4, 4] != 0
+    assert distance([results[1]], [results[0]]) <= 1e-6
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_one_state_alone_may_require_a_gradient(training, cuda_device):
     problem = draw(cell=(2, 2, 1), mode="train" if training else "eval", shape=(2, 5, 6, 6)).copy(device=cuda_device)

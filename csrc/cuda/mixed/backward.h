@@ -266,7 +266,7 @@ template <int V, typename AStage> struct Pointwise {
           for (int i = 0; i < kPixels; ++i) dy[i] = load<V>(shared.outputs + (pixel + i) * shared.stride + output);
 #pragma unroll
           for (int k = 0; k < V; ++k) {
-            const Vec<V> weights = part.row<V>(output + k, input);
+            const Vec<V> weights = part.row<V, true>(output + k, input);  // of a 1x1 convolution
 #pragma unroll
             for (int i = 0; i < kPixels; ++i)
 #pragma unroll

@@ -276,7 +276,8 @@ template <int V, typename AStage> class Backward {
   }
 
   void pools(const std::vector<int64_t>& edges) {
-    Tasks<Pools<V, T>> tasks("mixed_op: pools", {cell_.tiling, cell_.channels, {}}, cell_.tiles, 0, cell_.stream);
+    Tasks<Pools<V, T>> tasks("mixed_op: pools", {cell_.tiling, cell_.channels, in_.batch_statistics, {}}, cell_.tiles, 0,
+                             cell_.stream);
     for (size_t at = 0; at < edges.size(); ++at) {
       const int64_t each = edges[at];
       const Edge& edge = plan_.edges[each];

@@ -21,11 +21,13 @@ template <int V, typename T> struct Pools {
   };
   Tiling tiling;
   int channels;
+  bool batch_statistics;
   Task tasks[kTasks];
 
   RNAS_DEVICE void operator()(const Block& block) const {
     const Task& task = tasks[block.y];
     const Tile tile = tile_of(tiling, block.x);
+    const bool reads = batch_statistics && task.slope.rows;  // else the pool's output does not matter, not even a NaN
     const Image<T> d{task.d, tiling.height, tiling.width, channels};
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
       const int y = tile.y + row, x = tile.x + column;
@@ -34,12 +36,13 @@ template <int V, typename T> struct Pools {
       const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
       if (task.stage.kind == Kind::max_pool) {
         int winner[V];
-        store<V>(to, slope(g, max_pool<V>(task.stage, tile.n, y, x, channel, winner)));
+        const Vec<V> best = max_pool<V>(task.stage, tile.n, y, x, channel, winner);
+        store<V>(to, slope(g, reads ? best : slope.mean));
 #pragma unroll
         for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = static_cast<unsigned char>(winner[k]);
         return;
       }
-      Vec<V> made = slope(g, avg_pool<V>(task.stage, tile.n, y, x, channel));
+      Vec<V> made = slope(g, reads ? avg_pool<V>(task.stage, tile.n, y, x, channel) : slope.mean);
       const float count = static_cast<float>(pool_window(task.stage.source, task.stage.stride, y, x).pixels());
 #pragma unroll
       for (int k = 0; k < V; ++k) made.v[k] /= count;

@@ -24,6 +24,18 @@ template <int V> struct Vec {
   float v[V];
 };
 
+// The larger of two, NaN where one is: one instruction, where a comparison and a choice are two.
+#if defined(RNAS_ON_HOST)
+inline float largest(float a, float b) { return a > b || a != a ? a : b; }
+#else
+RNAS_DEVICE float largest(float a, float b) {
+  float made;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(made) : "f"(a), "f"(b));
+  return made;
+}
+#endif
+RNAS_DEVICE float rectified(float value) { return largest(value, 0.0f); }
+
 template <int V> RNAS_DEVICE Vec<V> filled(float value) {
   Vec<V> made;
 #pragma unroll
@@ -65,6 +77,20 @@ template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) 
     *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(value.v[0], value.v[1]), pack<T>(value.v[2], value.v[3]));
 }
 #endif
+
+// V numbers of a table that no kernel at work writes to.
+template <int V> RNAS_DEVICE Vec<V> load_table(const float* from) {
+#if defined(RNAS_ON_HOST)
+  return load<V>(from);
+#else
+  if constexpr (V == 1) {
+    return {{__ldg(from)}};
+  } else {
+    const float4 all = __ldg(reinterpret_cast<const float4*>(from));
+    return {{all.x, all.y, all.z, all.w}};
+  }
+#endif
+}
 
 // What is left of the values once they are stored. Statistics are taken of that, so that what a norm's backward pass
 // takes away is what its forward pass has normed: with few values in a channel the rest can be small.
@@ -123,16 +149,19 @@ struct Part {
   const float* weights;
   int first, last, output_stride, input_stride, dy, dx;
 
-  // Row `output`, columns input .. input + V - 1; zeros in a row of another part.
-  template <int V> RNAS_DEVICE Vec<V> row(int output, int input) const {
+  // Row `output`, columns input .. input + V - 1; zeros in a row of another part. kWhole: see whole().
+  template <int V, bool kWhole = false> RNAS_DEVICE Vec<V> row(int output, int input) const {
+    if constexpr (kWhole) return load_table<V>(weights + output * output_stride + input);
     if (output < first || output >= last) return zeros<V>();
     const float* from = weights + static_cast<int64_t>(output - first) * output_stride + input * input_stride;
-    if (input_stride == 1) return load<V>(from);
+    if (input_stride == 1) return load_table<V>(from);
     Vec<V> made;
 #pragma unroll
     for (int k = 0; k < V; ++k) made.v[k] = from[k * input_stride];
     return made;
   }
+  // Whether it makes every output, from rows that lie in one piece: a 1x1 convolution. Then a product asks no further.
+  RNAS_DEVICE bool whole(int channels) const { return first == 0 && last == channels && input_stride == 1; }
   // Where the entry lies in the array of all parts.
   template <typename T> RNAS_DEVICE int64_t index(const Stage<T>& stage, int output, int input) const {
     return weights - stage.pointwise + static_cast<int64_t>(output - first) * output_stride + input * input_stride;
@@ -212,7 +241,7 @@ template <int V, Way kHow, typename T> class Rows {
       for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale_.v[k] + shift_.v[k];
     if constexpr (kWay == Way::rectified) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) value.v[k] = value.v[k] < 0.0f ? 0.0f : value.v[k];  // NaN stays NaN
+      for (int k = 0; k < V; ++k) value.v[k] = rectified(value.v[k]);
     } else if constexpr (kWay == Way::tangent) {
       const Vec<V> along = load<V>(direction_ + (row - first_) + x * pixel_);
 #pragma unroll
@@ -245,7 +274,7 @@ template <int V, Way kHow, typename T> class Rows {
 #pragma unroll
       for (int j = 0; j < kCount; ++j)
 #pragma unroll
-        for (int k = 0; k < V; ++k) found[j].v[k] = found[j].v[k] < 0.0f ? 0.0f : found[j].v[k];
+        for (int k = 0; k < V; ++k) found[j].v[k] = rectified(found[j].v[k]);
     }
   }
 
@@ -384,9 +413,9 @@ RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const ASt
 }
 
 // emit(pixel, channel, value) for every pixel of the tile of `inputs` times the matrix. One phase.
-template <int V, typename Emit>
-RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
-                          int channels, const Emit& emit) {
+template <int V, bool kWhole, typename Emit>
+RNAS_DEVICE void multiply_phase(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
+                                int channels, const Emit& emit) {
   const int vectors = channels / V;
   block.each([&](int thread) {
     for (int item = thread; item < tiling.pixels() / kPixels * vectors; item += kThreads) {
@@ -401,7 +430,7 @@ RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& 
         for (int i = 0; i < kPixels; ++i) from[i] = load<V>(shared.inputs + (pixel + i) * shared.stride + input);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          const Vec<V> weights = part.row<V>(output + k, input);
+          const Vec<V> weights = part.row<V, kWhole>(output + k, input);
 #pragma unroll
           for (int i = 0; i < kPixels; ++i)
 #pragma unroll
@@ -412,6 +441,12 @@ RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& 
       for (int i = 0; i < kPixels; ++i) emit(pixel + i, output, sum[i]);
     }
   });
+}
+template <int V, typename Emit>
+RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
+                          int channels, const Emit& emit) {
+  part.whole(channels) ? multiply_phase<V, true>(block, shared, part, tiling, channels, emit)
+                       : multiply_phase<V, false>(block, shared, part, tiling, channels, emit);
 }
 
 struct PoolWindow {
@@ -426,7 +461,20 @@ template <typename T> RNAS_DEVICE PoolWindow pool_window(const Image<T>& source,
           smaller(source.width, x * stride + 2)};
 }
 
-// Max pool of one pixel: the values, and which of the nine places holds each (the first of equals, or a NaN).
+// Max pool of one pixel: the values.
+template <int V, typename T> RNAS_DEVICE Vec<V> max_pool(const Stage<T>& stage, int n, int y, int x, int channel) {
+  const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
+  Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
+  for (int at_y = window.top; at_y < window.bottom; ++at_y)
+    for (int at_x = window.left; at_x < window.right; ++at_x) {
+      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
+#pragma unroll
+      for (int k = 0; k < V; ++k) best.v[k] = largest(best.v[k], value.v[k]);
+    }
+  return best;
+}
+
+// Likewise, and which of the nine places holds each (the first of equals, or a NaN).
 template <int V, typename T>
 RNAS_DEVICE Vec<V> max_pool(const Stage<T>& stage, int n, int y, int x, int channel, int (&winner)[V]) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
@@ -464,11 +512,9 @@ template <int V, typename T> RNAS_DEVICE Vec<V> avg_pool(const Stage<T>& stage, 
 
 // A stage that is no convolution.
 template <int V, typename T> RNAS_DEVICE Vec<V> simple_value(const Stage<T>& stage, int n, int y, int x, int channel) {
-  int winner[V];
   if (stage.kind == Kind::ones) return filled<V>(1.0f);
   if (stage.kind == Kind::identity) return load<V>(stage.source.at(n, y, x) + channel);
-  return stage.kind == Kind::max_pool ? max_pool<V>(stage, n, y, x, channel, winner)
-                                      : avg_pool<V>(stage, n, y, x, channel);
+  return stage.kind == Kind::max_pool ? max_pool<V>(stage, n, y, x, channel) : avg_pool<V>(stage, n, y, x, channel);
 }
 template <int V, typename T>
 RNAS_DEVICE Vec<V> simple_value(const TangentStage<T>& stage, int n, int y, int x, int channel) {
