@@ -8,6 +8,7 @@ VALUES = "mixed_op_cuda test_values_and_all_gradients"
 ALONE = "mixed_op_cuda test_every_primitive_alone"
 NANS = "mixed_op_cuda nan_propagates"
 WINNERS = "mixed_op_cuda a_nan_wins"
+SPOILT = "mixed_op_cuda a_nan_spoils"
 TIES = "mixed_op_cuda ties_go"
 TWICE = "mixed_op_cuda test_second_derivatives"
 SCALES = "mixed_op_cuda test_image_scales and not some"
@@ -93,6 +94,10 @@ BACKWARD = on_host(
      "tiling, tile, channels, false,"),
     ("weights: a row of taps too low", VALUES, "void add_rows(",
      "- reach + tap * stage.dilation", "+ tap * stage.dilation"),
+    ("weights: what lies behind the border", SPOILT, "void add_rows(",
+     "if (x + (begin + i) * spacing >= width) continue;", ""),
+    ("weights: dilated pixels next to each other", ALONE, "void add_rows(",
+     "stage.stride == 1 ? stage.dilation : 1", "1"),
 )  # fmt: skip
 
 GATHER = on_host(

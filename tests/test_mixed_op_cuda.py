@@ -207,6 +207,21 @@ def test_a_nan_wins_the_gradient_of_its_max_pools(stride, cuda_device):
     assert distance([results[1]], [results[0]]) <= 1e-6
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("primitive", ["dil_conv_3x3", "dil_conv_5x5"])
+def test_a_nan_spoils_the_weights_alone_that_read_it(primitive, stride, cuda_device):
+    """At the right border of an image whose width is no multiple of what a thread takes at once."""
+    problem = draw(space=((primitive,), True), mode="eval", shape=(2, 8, 9, 7), stride=stride)
+    problem.states[0][1, 2, 4, 6] = float("nan")
+    results = []
+    for implementation, copied in ((reference, problem.copy()), (kernels, problem.copy(device=cuda_device))):
+        output = copied.require(("parameters",)).run(implementation)
+        (gradient,) = torch.autograd.grad(output, copied.parameters[0][0], torch.ones_like(output))
+        results.append(gradient.cpu().isnan())
+    assert torch.equal(*results)
+    assert results[0].any() and not results[0][2].all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_one_state_alone_may_require_a_gradient(training, cuda_device):
     problem = draw(cell=(2, 2, 1), mode="train" if training else "eval", shape=(2, 5, 6, 6)).copy(device=cuda_device)

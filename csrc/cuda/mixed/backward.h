@@ -376,7 +376,10 @@ template <int V, typename AStage> struct DepthwiseWeights {
         Vec<V> found[kKernel];
 #pragma unroll
         for (int column = 0; column < kKernel; ++column) found[column] = zeros<V>();
-        add_rows<kKernel>(task, block.x, item, group, groups, found);
+        if (task.stage.stride == 2 && task.stage.dilation == 1)
+          add_rows<kKernel, 2>(task, static_cast<int>(block.x), item, group, groups, found);
+        else
+          add_rows<kKernel, 1>(task, static_cast<int>(block.x), item, group, groups, found);
 #pragma unroll
         for (int column = 0; column < kKernel; ++column)
 #pragma unroll
@@ -399,26 +402,38 @@ template <int V, typename AStage> struct DepthwiseWeights {
     });
   }
 
-  template <int kKernel>
-  RNAS_DEVICE void add_rows(const Task& task, int64_t slab, int item, int group, int groups,
-                            Vec<V> (&found)[kKernel]) const {
+  // Four pixels of a row are taken at once, or twice two, as in `convolve`: neighbours share what entered.
+  template <int kKernel, int kStep>
+  RNAS_DEVICE void add_rows(const Task& task, int slab, int item, int group, int groups, Vec<V> (&found)[kKernel]) const {
+    constexpr int kCount = kPixels / (kStep == 2 || kIsTangent<AStage> ? 2 : 1);
+    constexpr int kWindow = kStep * (kCount - 1) + kKernel;
     const AStage& stage = task.stage;
     const int vectors = channels / V, channel = item % vectors * V, tap = item / vectors;
-    const int reach = stage.dilation * (kKernel / 2);
-    for (int64_t row = slab; row < static_cast<int64_t>(batch) * height; row += slabs) {
-      const int n = static_cast<int>(row / height), y = static_cast<int>(row % height);
-      const int from_y = y * stage.stride - reach + tap * stage.dilation;
+    const int reach = stage.dilation * (kKernel / 2), spacing = stage.stride == 1 ? stage.dilation : 1;
+    const int fours = (width + 2 * kPixels - 1) / (2 * kPixels) * 2, rows_here = (batch * height - slab + slabs - 1) / slabs;
+    for (int at = group; at < rows_here * fours; at += groups) {
+      const int row = slab + at / fours * slabs, four = at % fours, n = row / height;
+      const int from_y = row % height * stage.stride - reach + tap * stage.dilation;
       if (from_y < 0 || from_y >= stage.source.height) continue;
       const auto rows = entering<V>(stage, n, channel);
       const auto* line = rows.row(from_y);
-      for (int x = group; x < width; x += groups) {
-        const Vec<V> d = load<V>(task.d + (row * width + x) * channels + channel);
-        Vec<V> from[kKernel];
-        rows.load_all(line, x * stage.stride - reach, stage.dilation, from);
+      const int x = column_of(four, 0, spacing);
+      const auto* d = task.d + (static_cast<int64_t>(row) * width + x) * channels + channel;
 #pragma unroll
-        for (int column = 0; column < kKernel; ++column)
+      for (int begin = 0; begin < kPixels; begin += kCount) {
+        Vec<V> gradient[kCount], from[kWindow];
 #pragma unroll
-          for (int k = 0; k < V; ++k) found[column].v[k] += d.v[k] * from[column].v[k];
+        for (int i = 0; i < kCount; ++i)
+          gradient[i] = x + (begin + i) * spacing < width ? load<V>(d + (begin + i) * spacing * channels) : zeros<V>();
+        rows.load_all(line, x * stage.stride - reach + kStep * begin * stage.dilation, stage.dilation, from);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (x + (begin + i) * spacing >= width) continue;  // a NaN may have entered there
+#pragma unroll
+          for (int column = 0; column < kKernel; ++column)
+#pragma unroll
+            for (int k = 0; k < V; ++k) found[column].v[k] += gradient[i].v[k] * from[kStep * i + column].v[k];
+        }
       }
     }
   }

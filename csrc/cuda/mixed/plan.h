@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <limits>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -130,6 +131,8 @@ inline Plan make_plan(const MixedShape& shape) {
   if (shape.batch < 0 || shape.channels < 1 || shape.height < 1 || shape.width < 1 || shape.inputs < 1 ||
       shape.nodes < 1 || shape.stride < 1 || shape.stride > 2 || shape.candidates < 1)
     throw std::invalid_argument("mixed_op: sizes must be positive and the stride 1 or 2");
+  if (shape.batch * shape.height > std::numeric_limits<int>::max())
+    throw std::invalid_argument("mixed_op on CUDA takes at most 2147483647 rows of all images together");
   Plan plan{};
   plan.shape = shape;
   plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
