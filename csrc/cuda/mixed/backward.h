@@ -347,6 +347,7 @@ template <int V, typename AStage> struct Pointwise {
 // Gradients of depthwise weights, sum over pixels of d * what entered. Each block takes every slabs-th row of pixels.
 // Grid (slabs, tasks).
 template <int V, typename AStage> struct DepthwiseWeights {
+  static constexpr int kBlocks = kBlocksOf<AStage>;
   struct Task {
     AStage stage;
     const typename AStage::Element* d;  // (N, H, W, C)
