@@ -24,14 +24,18 @@ template <int V> struct Vec {
   float v[V];
 };
 
-// The larger of two, NaN where one is: one instruction, where a comparison and a choice are two.
+// The larger of two, NaN where one is: one instruction from sm_80 on, where a comparison and a choice are two.
 #if defined(RNAS_ON_HOST)
 inline float largest(float a, float b) { return a > b || a != a ? a : b; }
 #else
 RNAS_DEVICE float largest(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float made;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(made) : "f"(a), "f"(b));
   return made;
+#else
+  return a > b || a != a ? a : b;
+#endif
 }
 #endif
 RNAS_DEVICE float rectified(float value) { return largest(value, 0.0f); }
