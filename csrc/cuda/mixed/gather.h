@@ -36,13 +36,17 @@ template <int V, typename T> struct Pools {
       const SlopeAt<V> slope = slope_at<V>(task.slope, channels, channel);
       if (task.stage.kind == Kind::max_pool) {
         int winner[V];
-        const Vec<V> best = max_pool<V>(task.stage, tile.n, y, x, channel, winner);
-        store<V>(to, slope(g, reads ? best : slope.mean));
+        Vec<V> read = max_pool<V>(task.stage, tile.n, y, x, channel, winner);
+#pragma unroll
+        for (int k = 0; k < V; ++k) read.v[k] = reads ? read.v[k] : slope.mean.v[k];
+        store<V>(to, slope(g, read));
 #pragma unroll
         for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = static_cast<unsigned char>(winner[k]);
         return;
       }
-      Vec<V> made = slope(g, reads ? avg_pool<V>(task.stage, tile.n, y, x, channel) : slope.mean);
+      Vec<V> read = slope.mean;
+      if (reads) read = avg_pool<V>(task.stage, tile.n, y, x, channel);
+      Vec<V> made = slope(g, read);
       const float count = static_cast<float>(pool_window(task.stage.source, task.stage.stride, y, x).pixels());
 #pragma unroll
       for (int k = 0; k < V; ++k) made.v[k] /= count;

@@ -25,9 +25,6 @@ template <int V> struct Vec {
 };
 
 // The larger of two, NaN where one is: one instruction from sm_80 on, where a comparison and a choice are two.
-#if defined(RNAS_ON_HOST)
-inline float largest(float a, float b) { return a > b || a != a ? a : b; }
-#else
 RNAS_DEVICE float largest(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float made;
@@ -37,7 +34,6 @@ RNAS_DEVICE float largest(float a, float b) {
   return a > b || a != a ? a : b;
 #endif
 }
-#endif
 RNAS_DEVICE float rectified(float value) { return largest(value, 0.0f); }
 
 template <int V> RNAS_DEVICE Vec<V> filled(float value) {
