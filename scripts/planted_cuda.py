@@ -37,12 +37,16 @@ PASSES = on_host(
      "reinterpret_cast<uintptr_t>(address) % bytes == 0;", "bytes > 0;"),
 )  # fmt: skip
 
+VECTOR = on_host(
+    "mixed/vector.h",
+    ("vector: relu loses NaN", NANS, "float rectified(", "largest(value, 0.0f)", "value > 0.0f ? value : 0.0f"),
+    ("vector: NaN is no maximum", NANS, "float largest(", "a > b || a != a", "a > b"),
+)  # fmt: skip
+
 STAGE = on_host(
     "mixed/stage.h",
     ("stage: odd pixels of the wrong column", ALONE, "Part part_of(", "channels, 1, 1, 1}", "channels, 1, 1, 0}"),
     ("stage: the padding gets the norm's shift", VALUES, "", "(inside ? shift_.v[k] : 0.0f)", "shift_.v[k]"),
-    ("stage: relu loses NaN", NANS, "float rectified(", "largest(value, 0.0f)", "value > 0.0f ? value : 0.0f"),
-    ("stage: NaN is no maximum", NANS, "float largest(", "a > b || a != a", "a > b"),
     ("stage: a part for the whole", ALONE, "bool whole(", "first == 0 && last == channels && ", ""),
     ("stage: a matrix of taps in one piece", ALONE, "bool whole(", " && input_stride == 1", ""),
     ("stage: a tie goes to the last", TIES, "Vec<V> max_pool(",
@@ -106,6 +110,9 @@ GATHER = on_host(
      "tiling, tile, channels, false,"),
     ("gather: rounded between two nodes", ONCE, "struct Gather", ": store<V>(known, sum)",
      ": store<V>(known, rounded<T>(sum))"),
+    ("pools: read on fixed statistics", WINNERS, "struct Pools", "batch_statistics && task.slope.rows",
+     "task.slope.rows"),
+    ("pools: read without a norm", WINNERS, "struct Pools", "batch_statistics && task.slope.rows", "true"),
     ("pools: no scale of the image", SCALES, "struct Pools", ", task.scales, tile.n)", ", nullptr, tile.n)"),
     ("gather: no scale of the image", SCALES, "struct Gather", ", edge.scales, n)", ", nullptr, n)"),
     ("gather: all are winners", ALONE, "void add_pool(", "item.winners[from + k - item.d] == row * 3 + column", "true"),
@@ -127,4 +134,4 @@ BACKWARD_PASS = on_host(
     ("cell: the gradients of later nodes", VALUES, "gathered(", "node == plan_.shape.nodes - 1;", "true;"),
 )  # fmt: skip
 
-PLANTED_CUDA = [*ELEMENT, *PASSES, *STAGE, *FORWARD, *BACKWARD, *GATHER, *FORWARD_PASS, *BACKWARD_PASS]
+PLANTED_CUDA = [*ELEMENT, *PASSES, *VECTOR, *STAGE, *FORWARD, *BACKWARD, *GATHER, *FORWARD_PASS, *BACKWARD_PASS]

@@ -195,8 +195,10 @@ def test_nan_propagates(primitive, mode, cuda_device):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_nan_wins_the_gradient_of_its_max_pools(stride, cuda_device):
-    problem = draw(space=(("max_pool_3x3",), False), mode="eval", shape=(2, 8, 9, 7), stride=stride)
+@pytest.mark.parametrize("pool_norm", [True, False])
+@pytest.mark.parametrize("pool", reference.POOLS)
+def test_a_nan_wins_its_max_pools_and_spoils_no_gradient(pool, pool_norm, stride, cuda_device):
+    problem = draw(space=((pool,), pool_norm), mode="eval", shape=(2, 8, 9, 7), stride=stride)
     problem.states[0][1, 2, 4, 4] = float("nan")
     results = []
     for implementation, copied in ((reference, problem.copy()), (kernels, problem.copy(device=cuda_device))):

@@ -334,10 +334,11 @@ def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_dev
 
 @only_on_host
 def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
-    """More convolutions and pools on one edge than there is room for, the last node alone."""
+    """More convolutions and pools on one edge than there is room for, the last node alone, too large ones."""
 
-    def sizes(primitives: list[str], last: int = 0):
-        return kernels_on_host.mixed_sizes((2, 4, 8, 8, 1, 1, 1, 1, last, 0, 0, 0), [primitives], "float32")
+    def sizes(primitives: list[str], last: int = 0, batch: int = 2, channels: int = 4):
+        shape = (batch, channels, 8, 8, 1, 1, 1, 1, last, 0, 0, 0)
+        return kernels_on_host.mixed_sizes(shape, [primitives], "float32")
 
     sizes(list(reference.PRIMITIVES))
     assert sizes(["sep_conv_3x3"] * 9)
@@ -345,6 +346,11 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
         sizes(["sep_conv_3x3"] * 10)
     with pytest.raises(ValueError, match="all nodes"):
         sizes(["sep_conv_3x3"], last=1)
+    with pytest.raises(ValueError, match="at most 960 channels"):
+        sizes(["sep_conv_3x3"], channels=961)
+    assert sizes(["none"], batch=2**28 - 1)
+    with pytest.raises(ValueError, match="at most 2147483647 rows"):
+        sizes(["none"], batch=2**28)
 
 
 def test_image_scales_of_another_dtype_are_left_to_plain_pytorch(cuda_device, monkeypatch):

@@ -411,7 +411,8 @@ template <int V, typename AStage> struct DepthwiseWeights {
     const AStage& stage = task.stage;
     const int vectors = channels / V, channel = item % vectors * V, tap = item / vectors;
     const int reach = stage.dilation * (kKernel / 2), spacing = stage.stride == 1 ? stage.dilation : 1;
-    const int fours = (width + 2 * kPixels - 1) / (2 * kPixels) * 2, rows_here = (batch * height - slab + slabs - 1) / slabs;
+    const int fours = (width + 2 * kPixels - 1) / (2 * kPixels) * 2;  // of a row; two and two, where they interlock
+    const int rows_here = (batch * height - 1 - slab) / slabs + 1;
     for (int at = group; at < rows_here * fours; at += groups) {
       const int row = slab + at / fours * slabs, four = at % fours, n = row / height;
       const int from_y = row % height * stage.stride - reach + tap * stage.dilation;
@@ -425,7 +426,8 @@ template <int V, typename AStage> struct DepthwiseWeights {
         Vec<V> gradient[kCount], from[kWindow];
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
-          gradient[i] = x + (begin + i) * spacing < width ? load<V>(d + (begin + i) * spacing * channels) : zeros<V>();
+          gradient[i] =
+              x + (begin + i) * spacing < width ? load<V>(d + (begin + i) * spacing * channels) : zeros<V>();
         rows.load_all(line, x * stage.stride - reach + kStep * begin * stage.dilation, stage.dilation, from);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {

@@ -8,104 +8,13 @@
 // Legend: N images, H W pixels of the output, C channels, V channels of one load (4, or 1 where 4 do not fit), P pixels
 // of a tile, T taps; in code, T is the type of an image's elements. Images lie channels last. Everything else, and every
 // sum, is float32.
-//
-// V is 4 for 16-bit elements too. Eight, a load of 16 bytes, would leave half of a block's threads without work at 16
-// channels, exclude 36 channels, and need twice the registers for sums.
 
-#include "block.h"
-#include "element.h"
+#include "mixed/vector.h"
 
 namespace rnas::cuda::mixed {
 
 // Pixels that one thread computes together.
 constexpr int kPixels = 4;
-
-template <int V> struct Vec {
-  float v[V];
-};
-
-// The larger of two, NaN where one is: one instruction from sm_80 on, where a comparison and a choice are two.
-RNAS_DEVICE float largest(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float made;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(made) : "f"(a), "f"(b));
-  return made;
-#else
-  return a > b || a != a ? a : b;
-#endif
-}
-RNAS_DEVICE float rectified(float value) { return largest(value, 0.0f); }
-
-template <int V> RNAS_DEVICE Vec<V> filled(float value) {
-  Vec<V> made;
-#pragma unroll
-  for (int k = 0; k < V; ++k) made.v[k] = value;
-  return made;
-}
-template <int V> RNAS_DEVICE Vec<V> zeros() { return filled<V>(0.0f); }
-
-// V elements of an image or a table as floats, in one load; and floats as elements, rounded to the nearest.
-#if defined(RNAS_ON_HOST)
-template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
-  Vec<V> made;
-  for (int k = 0; k < V; ++k) made.v[k] = to_float(from[k]);
-  return made;
-}
-template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) {
-  for (int k = 0; k < V; ++k) to[k] = from_float<T>(value.v[k]);
-}
-#else
-template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
-  static_assert(V == 1 || V == 4, "one element or four");
-  if constexpr (V == 1) {
-    return {{to_float(*from)}};
-  } else if constexpr (std::is_same_v<T, float>) {
-    const float4 all = *reinterpret_cast<const float4*>(from);
-    return {{all.x, all.y, all.z, all.w}};
-  } else {
-    const uint2 all = *reinterpret_cast<const uint2*>(from);
-    const float2 low = unpack<T>(all.x), high = unpack<T>(all.y);
-    return {{low.x, low.y, high.x, high.y}};
-  }
-}
-template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) {
-  if constexpr (V == 1)
-    *to = from_float<T>(value.v[0]);
-  else if constexpr (std::is_same_v<T, float>)
-    *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
-  else
-    *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(value.v[0], value.v[1]), pack<T>(value.v[2], value.v[3]));
-}
-#endif
-
-// V numbers of a table that no kernel at work writes to.
-template <int V> RNAS_DEVICE Vec<V> load_table(const float* from) {
-#if defined(RNAS_ON_HOST)
-  return load<V>(from);
-#else
-  if constexpr (V == 1) {
-    return {{__ldg(from)}};
-  } else {
-    const float4 all = __ldg(reinterpret_cast<const float4*>(from));
-    return {{all.x, all.y, all.z, all.w}};
-  }
-#endif
-}
-
-// What is left of the values once they are stored. Statistics are taken of that, so that what a norm's backward pass
-// takes away is what its forward pass has normed: with few values in a channel the rest can be small.
-template <typename T, int V> RNAS_DEVICE Vec<V> rounded(Vec<V> value) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) value.v[k] = to_float(from_float<T>(value.v[k]));
-  return value;
-}
-
-template <int V> RNAS_DEVICE void add_to(float* to, const Vec<V>& value) {
-  Vec<V> sum = load<V>(to);
-#pragma unroll
-  for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
-  store<V>(to, sum);
-}
 
 // Images (N, height, width, channels), of which a pixel begins every `pixel` elements.
 template <typename T> struct Image {
@@ -461,16 +370,21 @@ template <typename T> RNAS_DEVICE PoolWindow pool_window(const Image<T>& source,
           smaller(source.width, x * stride + 2)};
 }
 
+// visit(y, x, V channels) for the pixels of a window, row by row.
+template <int V, typename T, typename Visit>
+RNAS_DEVICE void each_seen(const Image<T>& source, const PoolWindow& window, int n, int channel, const Visit& visit) {
+  for (int y = window.top; y < window.bottom; ++y)
+    for (int x = window.left; x < window.right; ++x) visit(y, x, load<V>(source.at(n, y, x) + channel));
+}
+
 // Max pool of one pixel: the values.
 template <int V, typename T> RNAS_DEVICE Vec<V> max_pool(const Stage<T>& stage, int n, int y, int x, int channel) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
   Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
-  for (int at_y = window.top; at_y < window.bottom; ++at_y)
-    for (int at_x = window.left; at_x < window.right; ++at_x) {
-      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
+  each_seen<V>(stage.source, window, n, channel, [&](int, int, const Vec<V>& value) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) best.v[k] = largest(best.v[k], value.v[k]);
-    }
+    for (int k = 0; k < V; ++k) best.v[k] = largest(best.v[k], value.v[k]);
+  });
   return best;
 }
 
@@ -482,29 +396,25 @@ RNAS_DEVICE Vec<V> max_pool(const Stage<T>& stage, int n, int y, int x, int chan
   Vec<V> best = load<V>(stage.source.at(n, window.top, window.left) + channel);
 #pragma unroll
   for (int k = 0; k < V; ++k) winner[k] = first;
-  for (int at_y = window.top; at_y < window.bottom; ++at_y)
-    for (int at_x = window.left; at_x < window.right; ++at_x) {
-      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
-      const int place = (at_y - (y * stage.stride - 1)) * 3 + at_x - (x * stage.stride - 1);
+  each_seen<V>(stage.source, window, n, channel, [&](int at_y, int at_x, const Vec<V>& value) {
+    const int place = (at_y - (y * stage.stride - 1)) * 3 + at_x - (x * stage.stride - 1);
 #pragma unroll
-      for (int k = 0; k < V; ++k)
-        if (value.v[k] > best.v[k] || value.v[k] != value.v[k]) {
-          best.v[k] = value.v[k];
-          winner[k] = place;
-        }
-    }
+    for (int k = 0; k < V; ++k)
+      if (value.v[k] > best.v[k] || value.v[k] != value.v[k]) {
+        best.v[k] = value.v[k];
+        winner[k] = place;
+      }
+  });
   return best;
 }
 
 template <int V, typename T> RNAS_DEVICE Vec<V> avg_pool(const Stage<T>& stage, int n, int y, int x, int channel) {
   const PoolWindow window = pool_window(stage.source, stage.stride, y, x);
   Vec<V> sum = zeros<V>();
-  for (int at_y = window.top; at_y < window.bottom; ++at_y)
-    for (int at_x = window.left; at_x < window.right; ++at_x) {
-      const Vec<V> value = load<V>(stage.source.at(n, at_y, at_x) + channel);
+  each_seen<V>(stage.source, window, n, channel, [&](int, int, const Vec<V>& value) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
-    }
+    for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
+  });
 #pragma unroll
   for (int k = 0; k < V; ++k) sum.v[k] /= static_cast<float>(window.pixels());
   return sum;
