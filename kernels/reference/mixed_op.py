@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnas.kernels.reference.relu_conv_norm import factorized_reduce
+from rnas.kernels.reference.relu_conv_norm import conv2d, factorized_reduce
 
 SEPARABLE = {  # name: kernel size, dilation, how many times (ReLU, depthwise, pointwise, BN)
     "sep_conv_3x3": (3, 1, 2),
@@ -156,7 +156,7 @@ def _primitive(
             x = F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
         return next(norms)(x) if pool_norm else x
     if name in DENSE:
-        return next(norms)(F.conv2d(F.relu(x), next(parameters), stride=stride, padding=DENSE[name] // 2))
+        return next(norms)(conv2d(F.relu(x), next(parameters), stride=stride, padding=DENSE[name] // 2))
     size, dilation, depth = SEPARABLE[name]
     for step in range(depth):
         depthwise = {
