@@ -100,6 +100,15 @@ def test_every_primitive_alone(primitive, pool_norm, stride, mode, cuda_device):
     check(device=cuda_device, space=((primitive,), pool_norm), shape=(2, 5, 9, 7), stride=stride, mode=mode)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [45, 72])
+def test_more_channels_than_a_block_takes_at_once(channels, stride, cuda_device):
+    """Of a depthwise convolution, one at a time and by fours; of a norm's statistics and of a matrix it takes all."""
+    space = (("sep_conv_5x5", "dil_conv_5x5", "dil_conv_3x3"), False)
+    check(device=cuda_device, space=space, shape=(1, channels, 10, 9), stride=stride, mode="train affine")
+    check(device=cuda_device, space=space, shape=(1, channels, 7, 5), stride=stride, mode="eval affine", first=KINDS)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode(mode, cuda_device):
     check(
@@ -192,6 +201,18 @@ def test_nan_propagates(primitive, mode, cuda_device):
         for kind in ("output", "running_mean", "running_var", "gradient of weights"):
             for expected, found in zip(*(each[kind] for each in results)):
                 assert torch.equal(found.isnan().cpu(), expected.isnan()), kind
+
+
+@pytest.mark.parametrize("channels", [3, 4, 20])
+@pytest.mark.parametrize("primitive", ["conv_1x1", "conv_3x3", "dil_conv_3x3"])
+def test_infinities_go_through_a_matrix_as_they_are(primitive, channels, cuda_device):
+    """Where it is made of two halves for a tensor core, what is left of an infinity is not a number."""
+    problem = draw(space=((primitive,), True), mode="eval", shape=(2, channels, 9, 7))
+    problem.states[0][1, 2, 4, 4] = float("inf")
+    expected, found = problem.copy().run(reference), problem.copy(device=cuda_device).run().cpu()
+    infinite = expected.isinf()
+    assert infinite[1, :, 4, 4].any() and torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[infinite], expected[infinite]) and found[~infinite & ~expected.isnan()].isfinite().all()
 
 
 @pytest.mark.parametrize("stride", [1, 2])

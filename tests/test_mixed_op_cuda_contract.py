@@ -316,7 +316,7 @@ def test_tensors_of_a_device_that_is_not_current(cuda_device):
 @pytest.mark.parametrize(
     ("mode", "wanted", "forward", "backward"),
     [
-        ("train", KINDS, 24, 58),
+        ("train", KINDS, 24, 56),
         ("train", ("weights",), 24, 31),
         ("eval", ("inputs",), 11, 29),
     ],
@@ -336,8 +336,8 @@ def test_how_many_kernels_a_cell_takes(mode, wanted, forward, backward, cuda_dev
 def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
     """More convolutions and pools on one edge than there is room for, the last node alone, too large ones."""
 
-    def sizes(primitives: list[str], last: int = 0, batch: int = 2, channels: int = 4):
-        shape = (batch, channels, 8, 8, 1, 1, 1, 1, last, 0, 0, 0)
+    def sizes(primitives: list[str], last: int = 0, batch: int = 2, channels: int = 4, height: int = 8, nodes: int = 1):
+        shape = (batch, channels, height, 8, 1, nodes, 1, 1, last, 0, 0, 0)
         return kernels_on_host.mixed_sizes(shape, [primitives], "float32")
 
     sizes(list(reference.PRIMITIVES))
@@ -351,6 +351,10 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
     assert sizes(["none"], batch=2**28 - 1)
     with pytest.raises(ValueError, match="at most 2147483647 rows"):
         sizes(["none"], batch=2**28)
+    assert sizes(["none"], height=2**26 - 1)
+    for large in ({"height": 2**26}, {"height": 2**25, "nodes": 2}):
+        with pytest.raises(ValueError, match="images of at most 2147483647 elements"):
+            sizes(["none"], **large)
 
 
 def test_image_scales_of_another_dtype_are_left_to_plain_pytorch(cuda_device, monkeypatch):

@@ -7,8 +7,8 @@
 //
 //   block.each([&](int thread) { ... });
 //
-// No value lives in a thread from one phase to the next: what is to be kept lies in shared or global memory. So a phase
-// can as well be a loop over the threads, and the host runs it as one. There the order of the threads can be reversed: a
+// What is kept from one phase to the next lies in shared or global memory, or is a PerThread: a variable of which
+// every thread has its own. So a phase can as well be a loop over the threads, and the host runs it as one. There the order of the threads can be reversed: a
 // kernel whose result depends on it has a race. Code between phases runs in every thread and must not depend on which.
 
 #include <cstddef>
@@ -35,6 +35,7 @@
 namespace rnas::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 // Arguments of a kernel travel with its launch; so many bytes are allowed everywhere.
 constexpr size_t kMostArguments = 4000;
 // Shared memory of one block on every architecture that is built for.
@@ -59,6 +60,27 @@ inline int64_t& host_launches() {
   return count;
 }
 
+// 32 threads that can compute together. What a lane says to the others goes through PerLane, from one `each` to the next.
+class Warp {
+ public:
+  explicit Warp(int number) : number(number) {}
+  const int number;
+
+  template <typename Work> void each(const Work& work) const {
+    for (int lane = 0; lane < kLanes; ++lane) work(lane);
+  }
+};
+
+// A variable of which each lane of a warp has its own.
+template <typename T> class PerLane {
+ public:
+  T& operator[](int lane) { return all_[lane]; }
+  const T& operator[](int lane) const { return all_[lane]; }
+
+ private:
+  T all_[kLanes];
+};
+
 class Block {
  public:
   Block(int64_t x, int64_t y, void* shared) : x(x), y(y), shared_(static_cast<char*>(shared)) {}
@@ -70,11 +92,25 @@ class Block {
     else
       for (int thread = kThreads - 1; thread >= 0; --thread) phase(thread);
   }
+  // A phase of work(warp) instead of work of a thread.
+  template <typename Work> void each_warp(const Work& work) const {
+    for (int at = 0; at < kWarps; ++at) work(Warp(host_thread_order() == 0 ? at : kWarps - 1 - at));
+  }
   // The shared memory of the block from `offset` bytes on.
   template <typename T> T* shared(int64_t offset) const { return reinterpret_cast<T*>(shared_ + offset); }
 
  private:
   char* shared_;
+};
+
+// A variable of which each thread of a block has its own; `all[thread]` in a phase. On a GPU it is in registers.
+template <typename T> class PerThread {
+ public:
+  PerThread() : all_(kThreads) {}
+  T& operator[](int thread) { return all_[thread]; }
+
+ private:
+  std::vector<T> all_;
 };
 
 template <typename Kernel>
@@ -92,6 +128,25 @@ void launch(const char*, const Kernel& kernel, Grid grid, int64_t shared, CUstre
 
 #else
 
+class Warp {
+ public:
+  RNAS_DEVICE explicit Warp(int number) : number(number) {}
+  const int number;
+
+  template <typename Work> RNAS_DEVICE void each(const Work& work) const {
+    work(static_cast<int>(threadIdx.x) % kLanes);
+  }
+};
+
+template <typename T> class PerLane {
+ public:
+  RNAS_DEVICE T& operator[](int) { return own_; }
+  RNAS_DEVICE const T& operator[](int) const { return own_; }
+
+ private:
+  T own_;
+};
+
 class Block {
  public:
   RNAS_DEVICE Block() : x(blockIdx.x), y(blockIdx.y) {}
@@ -101,10 +156,22 @@ class Block {
     phase(static_cast<int>(threadIdx.x));
     __syncthreads();
   }
+  template <typename Work> RNAS_DEVICE void each_warp(const Work& work) const {
+    work(Warp(static_cast<int>(threadIdx.x) / kLanes));
+    __syncthreads();
+  }
   template <typename T> RNAS_DEVICE T* shared(int64_t offset) const {
     extern __shared__ __align__(16) char memory[];
     return reinterpret_cast<T*>(memory + offset);
   }
+};
+
+template <typename T> class PerThread {
+ public:
+  RNAS_DEVICE T& operator[](int) { return own_; }
+
+ private:
+  T own_;
 };
 
 // How many blocks a multiprocessor has to have registers for: a kernel may say less in kBlocks.

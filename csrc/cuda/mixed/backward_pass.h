@@ -18,8 +18,7 @@ template <int V, typename AStage> class Backward {
 
   Backward(const Plan& plan, const MixedInputs& in, Arena& arena, CUstream_st* stream)
       : cell_(plan, in, arena, stream), plan_(plan), in_(in), arena_(arena),
-        slabs_(static_cast<int>(std::min(kSlabs, cell_.tiles))),
-        row_slabs_(static_cast<int>(std::min(kSlabs, plan.shape.batch * plan.height_out))) {
+        slabs_(static_cast<int>(std::min(kSlabs, cell_.tiles))) {
     slopes_ = arena.take<float>(plan.norms * 4 * cell_.c);
     gradients_ = arena.take<T>((plan.shape.nodes - 1) * plan.activation());
     for (int64_t state = 0; state < plan.shape.inputs + plan.shape.nodes - 1; ++state) {
@@ -90,7 +89,7 @@ template <int V, typename AStage> class Backward {
         T* d = arena_.take<T>(size);  // that of the second stage has been used when the first one writes
         for (const Convolution& conv : branch.stages)
           stages.push_back({d, arena_.take<float>(slabs_ * conv.entries),
-                            arena_.take<float>(row_slabs_ * cell_.c * conv.kernel * conv.kernel),
+                            arena_.take<float>(slabs_ * cell_.c * conv.kernel * conv.kernel),
                             arena_.take<float>(partial)});
         memory.branches.push_back(stages);
         memory.middles.push_back(branch.twice() ? arena_.take<T>(size) : nullptr);
@@ -218,17 +217,16 @@ template <int V, typename AStage> class Backward {
       const bool is_middle = index == 0 && branch.twice();
       tasks.add(typename Pointwise<V, AStage>::Task{
           cell_.stage(edge, branch, index), is_middle ? cell_.output(middle) : g_, {slope(conv.norm), nullptr}, memory.d,
-          grad_.theta ? memory.slabs : nullptr, is_middle ? nullptr : scales, static_cast<int>(conv.entries), is_middle});
+          grad_.theta ? memory.slabs : nullptr, is_middle ? nullptr : scales, static_cast<int>(conv.entries),
+          is_middle ? cell_.kept_activation(branch.kept) : nullptr});
     });
   }
 
   void depthwise_weights(const std::vector<int64_t>& edges, size_t index) {
     if (!grad_.theta) return;
-    const int64_t bytes = kThreads * 5 * V * sizeof(float);
-    Tasks<DepthwiseWeights<V, AStage>> tasks(
-        "mixed_op: depthwise weights",
-        {tiling().batch, tiling().height, tiling().width, cell_.channels, row_slabs_, {}}, row_slabs_, bytes,
-        cell_.stream);
+    Tasks<DepthwiseWeights<V, AStage>> tasks("mixed_op: depthwise weights",
+                                             {cell_.tiling, cell_.channels, slabs_, {}}, slabs_, cell_.shared,
+                                             cell_.stream);
     each_stage(edges, index, [&](const Edge& edge, const Branch& branch, const StageMemory& memory, T*, const float*) {
       if (branch.stages[index].kind == Kind::separable)
         tasks.add(typename DepthwiseWeights<V, AStage>::Task{cell_.stage(edge, branch, index), memory.d,
@@ -257,22 +255,20 @@ template <int V, typename AStage> class Backward {
   void sum_slabs(const std::vector<int64_t>& edges) {
     if (!grad_.theta) return;
     int64_t most = 0;
-    std::vector<SumSlabs::Task> matrices, kernels;
+    std::vector<SumSlabs::Task> tasks;
     for (size_t index = 0; index < 2; ++index)
       each_stage(edges, index, [&](const Edge&, const Branch& branch, const StageMemory& memory, T*, const float*) {
         const Convolution& conv = branch.stages[index];
         const int taps = conv.kernel * conv.kernel;
-        matrices.push_back({memory.slabs, grad_.theta + conv.pointwise, static_cast<int>(conv.entries)});
+        tasks.push_back({memory.slabs, grad_.theta + conv.pointwise, static_cast<int>(conv.entries)});
         most = std::max(most, conv.entries);
         if (conv.kind != Kind::separable) return;
-        kernels.push_back({memory.depthwise_slabs, grad_.theta + conv.depthwise, static_cast<int>(cell_.c * taps)});
+        tasks.push_back({memory.depthwise_slabs, grad_.theta + conv.depthwise, static_cast<int>(cell_.c * taps)});
         most = std::max(most, cell_.c * taps);
       });
     const int64_t blocks = (most + kThreads - 1) / kThreads;
-    Tasks<SumSlabs> of_matrices("mixed_op: weight sums", {slabs_, {}}, blocks, 0, cell_.stream);
-    for (const SumSlabs::Task& task : matrices) of_matrices.add(task);
-    Tasks<SumSlabs> of_kernels("mixed_op: weight sums", {row_slabs_, {}}, blocks, 0, cell_.stream);
-    for (const SumSlabs::Task& task : kernels) of_kernels.add(task);
+    Tasks<SumSlabs> sums("mixed_op: weight sums", {slabs_, {}}, blocks, 0, cell_.stream);
+    for (const SumSlabs::Task& task : tasks) sums.add(task);
   }
 
   void pools(const std::vector<int64_t>& edges) {
@@ -340,7 +336,7 @@ template <int V, typename AStage> class Backward {
   const Plan& plan_;
   const MixedInputs& in_;
   Arena arena_, common_{nullptr}, most_{nullptr};
-  const int slabs_, row_slabs_;
+  const int slabs_;
   float* slopes_;
   T *gradients_, *grad_out_ = nullptr;
   std::vector<float*> sums_;  // of each state's gradient; null where it takes none

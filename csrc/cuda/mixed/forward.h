@@ -2,7 +2,7 @@
 
 // Forward: statistics of a stage's output, and the sum of all that enters a node.
 
-#include "mixed/stage.h"
+#include "mixed/tile.h"
 
 namespace rnas::cuda::mixed {
 
@@ -163,7 +163,7 @@ template <int V, typename AStage> struct Node {
 
   RNAS_DEVICE void operator()(const Block& block) const {
     const Tile tile = tile_of(tiling, block.x);
-    const Shared shared = shared_of(block, tiling, channels);
+    const Shared shared = shared_of(block, tiling, channels, true);  // the outputs grow all along
     const int width = tiling.tile_width;
     block.each([&](int thread) {
       for (int at = thread; at < tiling.pixels() * shared.stride; at += kThreads) shared.outputs[at] = 0.0f;
@@ -171,18 +171,19 @@ template <int V, typename AStage> struct Node {
     for (int each = 0; each < count; ++each) {
       const Task& task = tasks[each];
       emit_stage<V>(block, shared, task.stage, tiling, tile, channels,
-                    [&](int pixel, int channel, Vec<V> value, bool first_part) {
+                    [&](int pixel, int channel, auto value, bool first_part) {
+                      constexpr int W = decltype(value)::kCount;
                       if (task.scale) {
-                        const Vec<V> scale = load<V>(task.scale + channel);
-                        const Vec<V> shift = task.shift && first_part ? load<V>(task.shift + channel) : zeros<V>();
+                        const Vec<W> scale = load<W>(task.scale + channel);
+                        const Vec<W> shift = task.shift && first_part ? load<W>(task.shift + channel) : zeros<W>();
 #pragma unroll
-                        for (int k = 0; k < V; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
+                        for (int k = 0; k < W; ++k) value.v[k] = value.v[k] * scale.v[k] + shift.v[k];
                       }
                       // Here: held in a register all along, it costs a spill.
                       const float weight = *task.weight * scale_of(task.scales, tile.n);
 #pragma unroll
-                      for (int k = 0; k < V; ++k) value.v[k] *= weight;
-                      add_to<V>(shared.outputs + pixel * shared.stride + channel, value);
+                      for (int k = 0; k < W; ++k) value.v[k] *= weight;
+                      add_to(shared.outputs + pixel * shared.stride + channel, value);
                     });
     }
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {

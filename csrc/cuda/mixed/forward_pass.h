@@ -111,7 +111,7 @@ template <int V, typename AStage> class Forward {
     Node<V, AStage> kernel{cell_.tiling, cell_.channels, 0, true, false, cell_.node_of(out_, node), sums_, {}};
     const auto run = [&](bool last) {
       kernel.last = last;
-      launch("mixed_op: node", kernel, {cell_.tiles, 1}, cell_.shared, cell_.stream);
+      launch("mixed_op: node", kernel, {cell_.tiles, 1}, shared_bytes(cell_.tiling, cell_.c, true), cell_.stream);
       kernel.first = false;
       kernel.count = 0;
     };

@@ -3,6 +3,7 @@
 // Backward, from the edges into a node to their sources: the pools, and the sum of all that the stages have handed on.
 
 #include "mixed/backward.h"
+#include "mixed/depthwise_backward.h"
 
 namespace rnas::cuda::mixed {
 
@@ -40,16 +41,15 @@ template <int V, typename T> struct Pools {
 #pragma unroll
         for (int k = 0; k < V; ++k) read.v[k] = reads ? read.v[k] : slope.mean.v[k];
         store<V>(to, slope(g, read));
-#pragma unroll
-        for (int k = 0; k < V; ++k) task.winners[to + k - task.d] = static_cast<unsigned char>(winner[k]);
+        store_bytes<V>(task.winners + (to - task.d), winner);
         return;
       }
       Vec<V> read = slope.mean;
       if (reads) read = avg_pool<V>(task.stage, tile.n, y, x, channel);
       Vec<V> made = slope(g, read);
-      const float count = static_cast<float>(pool_window(task.stage.source, task.stage.stride, y, x).pixels());
+      const float share = 1.0f / static_cast<float>(pool_count(task.stage, y, x));
 #pragma unroll
-      for (int k = 0; k < V; ++k) made.v[k] /= count;
+      for (int k = 0; k < V; ++k) made.v[k] *= share;
       store<V>(to, made);
     });
   }
@@ -87,21 +87,18 @@ template <int V, typename T> struct Gather {
     const Shared shared = shared_of(block, tiling, channels);
     const Image<float> sums{edge.sums, tiling.height, tiling.width, channels};
     const auto sum_at = [&](int row, int column, int channel) {
-      return shared.outputs + (row * tiling.tile_width + column) * shared.stride + channel;
+      return shared.inputs + (row * tiling.tile_width + column) * shared.stride + channel;
     };
     block.each([&](int thread) {
-      for (int at = thread; at < tiling.pixels() * shared.stride; at += kThreads) shared.outputs[at] = 0.0f;
+      for (int at = thread; at < tiling.pixels() * shared.stride; at += kThreads) shared.inputs[at] = 0.0f;
     });
     for (int each = 0; each < edge.count; ++each) {
       const Item& item = edge.items[each];
       if (item.stage.kind < Kind::separable) continue;
       const Image<T> d{const_cast<T*>(item.d), edge.height, edge.width, channels};
       if (item.stage.kind == Kind::separable && item.stage.stride == 1) {
-        load_depthwise(block, shared, item.stage, channels);
-        depthwise_phase<V>(
-            block, shared, item.stage, tiling, tile, channels, true,
-            [&](int channel) { return Rows<V, Way::plain, T>(d, tile.n, channel); },
-            [&](int row, int column, int channel, const Vec<V>& value) { add_to<V>(sum_at(row, column, channel), value); });
+        convolve<V>(block, shared, item.stage, tiling, tile, channels, Turn::half, Sum::add,
+                    [&](int channel) { return Reader<V, Way::plain, T>(d, tile.n, channel); });
       } else {
         each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
           Vec<V> sum = load<V>(sum_at(row, column, channel));
@@ -120,8 +117,11 @@ template <int V, typename T> struct Gather {
                                     : zeros<V>();
 #pragma unroll
       for (int k = 0; k < V; ++k) sum.v[k] += state.v[k] > 0.0f ? convolved.v[k] : 0.0f;
-      for (int each = 0; each < edge.count; ++each)
-        if (edge.items[each].stage.kind < Kind::separable) add_pool(edge, edge.items[each], n, y, x, channel, sum);
+      for (int each = 0; each < edge.count; ++each) {
+        const Item& item = edge.items[each];
+        if (item.stage.kind == Kind::max_pool) add_pool<true>(edge, item, n, y, x, channel, sum);
+        if (item.stage.kind == Kind::avg_pool) add_pool<false>(edge, item, n, y, x, channel, sum);
+      }
       if (edge.weight) {
         const Vec<V> g = scaled(load<V>(edge.g.at(n, y, x) + channel), edge.scales, n);
 #pragma unroll
@@ -168,23 +168,33 @@ template <int V, typename T> struct Gather {
     }
   }
 
+  // kMax: a window hands its gradient to its winner, else to all that it sees.
+  template <bool kMax>
   RNAS_DEVICE void add_pool(const Edge& edge, const Item& item, int n, int y, int x, int channel, Vec<V>& sum) const {
     const int stride = item.stage.stride;
     const Image<T> d{const_cast<T*>(item.d), edge.height, edge.width, channels};
+    const int64_t first = d.at(n, 0, 0) - d.data + channel;
+#pragma unroll
     for (int row = 0; row < 3; ++row)
+#pragma unroll
       for (int column = 0; column < 3; ++column) {  // the place in a window at which (y, x) may lie
         int at_y = y - (row - 1), at_x = x - (column - 1);
         if (stride == 2) {
-          if (at_y % 2 != 0 || at_x % 2 != 0) continue;
-          at_y /= 2, at_x /= 2;
+          if (((at_y | at_x) & 1) != 0) continue;
+          at_y >>= 1, at_x >>= 1;
         }
         if (!d.holds(at_y, at_x)) continue;
-        const T* from = d.at(n, at_y, at_x) + channel;
-        const Vec<V> value = load<V>(from);
+        const int at = (at_y * d.width + at_x) * channels;
+        const Vec<V> value = load<V>(d.data + first + at);
+        if constexpr (kMax) {
+          const Bytes<V> winners = load_bytes<V>(item.winners + first + at);
 #pragma unroll
-        for (int k = 0; k < V; ++k)
-          if (item.stage.kind == Kind::avg_pool || item.winners[from + k - item.d] == row * 3 + column)
-            sum.v[k] += value.v[k];
+          for (int k = 0; k < V; ++k)
+            if (winners.v[k] == row * 3 + column) sum.v[k] += value.v[k];
+        } else {
+#pragma unroll
+          for (int k = 0; k < V; ++k) sum.v[k] += value.v[k];
+        }
       }
   }
 };

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "mixed/stage.h"
+#include "mixed/depthwise.h"
 #include "rnas/mixed_op.h"
 
 namespace rnas::cuda::mixed {
@@ -137,6 +137,9 @@ inline Plan make_plan(const MixedShape& shape) {
   plan.shape = shape;
   plan.height_out = (shape.height + shape.stride - 1) / shape.stride;
   plan.width_out = (shape.width + shape.stride - 1) / shape.stride;
+  const int64_t most = std::max(shape.height * shape.width, plan.height_out * plan.width_out * shape.nodes);
+  if (most > std::numeric_limits<int>::max() / shape.channels)
+    throw std::invalid_argument("mixed_op on CUDA takes images of at most 2147483647 elements");
   Builder builder(plan);
   for (int64_t node = 0; node < shape.nodes; ++node)
     for (int64_t source = 0; source < shape.inputs + node; ++source) {
@@ -168,28 +171,29 @@ class Arena {
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// Floats behind the two tiles: depthwise weights, a place to reduce in, or the shared blocks of outer products.
-inline int64_t extra_floats(int64_t channels) {
-  return std::max<int64_t>({25 * channels, kThreads, kThreads * 16});
-}
+// Floats of a tile, channels times pixels, up to which a block has one strip of a depthwise convolution for each thread.
+constexpr int64_t kWantedTile = 18 * kThreads;
+// The most floats of a window. Then two blocks fit a multiprocessor of sm_90, and with 16 channels three.
+constexpr int64_t kMostWindow = 14 * 1024;
 
-inline int64_t shared_bytes(const Tiling& tiling, int64_t channels) {
-  const int64_t tiles = 2 * static_cast<int64_t>(tiling.pixels()) * row_stride(static_cast<int>(channels));
-  return (tiles + extra_floats(channels)) * static_cast<int64_t>(sizeof(float));
+// apart: as in shared_of.
+inline int64_t shared_bytes(const Tiling& tiling, int64_t channels, bool apart = false) {
+  const int64_t tile = tile_floats(tiling, static_cast<int>(channels)), window = tiling.window;
+  return (kExtra + tile + (apart ? tile + window : std::max(tile, window))) * static_cast<int64_t>(sizeof(float));
 }
-
-// The most shared memory of a block for which the tiles are chosen: three blocks fit a multiprocessor of sm_90.
-constexpr int64_t kWantedShared = 64 * 1024;
 
 inline Tiling make_tiling(int64_t batch, int64_t height, int64_t width, int64_t channels) {
   int tile_height = 16, tile_width = width > 8 ? 16 : 8;
   while (tile_height > 1 && tile_height / 2 >= height) tile_height /= 2;
   Tiling tiling{static_cast<int>(batch), static_cast<int>(height), static_cast<int>(width), tile_height, tile_width, 0,
-                0};
-  while (shared_bytes(tiling, channels) > kWantedShared && tiling.pixels() > 8)
+                0, 0};
+  while (tiling.pixels() * channels > kWantedTile && tiling.pixels() > 8)
     tiling.tile_height > 1 ? tiling.tile_height /= 2 : tiling.tile_width /= 2;
   tiling.rows = (tiling.height + tiling.tile_height - 1) / tiling.tile_height;
   tiling.columns = (tiling.width + tiling.tile_width - 1) / tiling.tile_width;
+  const int64_t largest = layout_of(tiling, 2, 5, 5).plane, outputs = layout_of(tiling, 2, 1, 1).plane;
+  // For a vector of channels at least, also where their gradients lie beside it.
+  tiling.window = static_cast<int>(std::max(std::min(channels * largest, kMostWindow), 4 * (largest + outputs)));
   return tiling;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// V channels of one pixel in the registers of a thread: 4, or 1 where 4 do not fit.
+// V channels of one pixel in the registers of a thread: 4, or 1 where 4 do not fit; 2 of a product of matrices.
 //
 // V is 4 for 16-bit elements too. Eight, a load of 16 bytes, would leave half of a block's threads without work at 16
 // channels, exclude 36 channels, and need twice the registers for sums.
@@ -11,6 +11,7 @@
 namespace rnas::cuda::mixed {
 
 template <int V> struct Vec {
+  static constexpr int kCount = V;
   float v[V];
 };
 
@@ -46,9 +47,15 @@ template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) 
 }
 #else
 template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
-  static_assert(V == 1 || V == 4, "one element or four");
+  static_assert(V == 1 || V == 2 || V == 4, "one element, two or four");
   if constexpr (V == 1) {
     return {{to_float(*from)}};
+  } else if constexpr (V == 2 && std::is_same_v<T, float>) {
+    const float2 both = *reinterpret_cast<const float2*>(from);
+    return {{both.x, both.y}};
+  } else if constexpr (V == 2) {
+    const float2 both = unpack<T>(*reinterpret_cast<const unsigned int*>(from));
+    return {{both.x, both.y}};
   } else if constexpr (std::is_same_v<T, float>) {
     const float4 all = *reinterpret_cast<const float4*>(from);
     return {{all.x, all.y, all.z, all.w}};
@@ -61,12 +68,41 @@ template <int V, typename T> RNAS_DEVICE Vec<V> load(const T* from) {
 template <int V, typename T> RNAS_DEVICE void store(T* to, const Vec<V>& value) {
   if constexpr (V == 1)
     *to = from_float<T>(value.v[0]);
+  else if constexpr (V == 2 && std::is_same_v<T, float>)
+    *reinterpret_cast<float2*>(to) = make_float2(value.v[0], value.v[1]);
+  else if constexpr (V == 2)
+    *reinterpret_cast<unsigned int*>(to) = pack<T>(value.v[0], value.v[1]);
   else if constexpr (std::is_same_v<T, float>)
     *reinterpret_cast<float4*>(to) = make_float4(value.v[0], value.v[1], value.v[2], value.v[3]);
   else
     *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(value.v[0], value.v[1]), pack<T>(value.v[2], value.v[3]));
 }
 #endif
+
+// V bytes, aligned to so many.
+template <int V> struct Bytes {
+  unsigned char v[V];
+};
+template <int V> RNAS_DEVICE Bytes<V> load_bytes(const unsigned char* from) {
+#if !defined(RNAS_ON_HOST)
+  if constexpr (V == 4) {
+    const uchar4 all = *reinterpret_cast<const uchar4*>(from);
+    return {{all.x, all.y, all.z, all.w}};
+  }
+#endif
+  Bytes<V> made;
+  for (int k = 0; k < V; ++k) made.v[k] = from[k];
+  return made;
+}
+template <int V> RNAS_DEVICE void store_bytes(unsigned char* to, const int (&value)[V]) {
+#if !defined(RNAS_ON_HOST)
+  if constexpr (V == 4) {
+    *reinterpret_cast<uchar4*>(to) = make_uchar4(value[0], value[1], value[2], value[3]);
+    return;
+  }
+#endif
+  for (int k = 0; k < V; ++k) to[k] = static_cast<unsigned char>(value[k]);
+}
 
 // V numbers of a table that no kernel at work writes to.
 template <int V> RNAS_DEVICE Vec<V> load_table(const float* from) {
