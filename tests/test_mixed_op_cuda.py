@@ -206,7 +206,7 @@ def test_nan_propagates(primitive, mode, cuda_device):
 @pytest.mark.parametrize("channels", [3, 4, 20])
 @pytest.mark.parametrize("primitive", ["conv_1x1", "conv_3x3", "dil_conv_3x3"])
 def test_infinities_go_through_a_matrix_as_they_are(primitive, channels, cuda_device):
-    """Where it is made of two halves for a tensor core, what is left of an infinity is not a number."""
+    """Made of two halves for a tensor core, what is left of one is not a number; no weight here is a half alone."""
     problem = draw(space=((primitive,), True), mode="eval", shape=(2, channels, 9, 7))
     problem.states[0][1, 2, 4, 4] = float("inf")
     expected, found = problem.copy().run(reference), problem.copy(device=cuda_device).run().cpu()

@@ -7,9 +7,10 @@
 //
 //   block.each([&](int thread) { ... });
 //
-// What is kept from one phase to the next lies in shared or global memory, or is a PerThread: a variable of which
-// every thread has its own. So a phase can as well be a loop over the threads, and the host runs it as one. There the order of the threads can be reversed: a
-// kernel whose result depends on it has a race. Code between phases runs in every thread and must not depend on which.
+// What is kept from one phase to the next lies in shared or global memory, or is a PerThread: a variable of which every
+// thread has its own. So a phase can as well be a loop over the threads, and the host runs it as one. There the order of
+// the threads can be reversed: a kernel whose result depends on it has a race. Code between phases runs in every thread
+// and must not depend on which.
 
 #include <cstddef>
 #include <cstdint>
@@ -38,8 +39,8 @@ constexpr int kThreads = 256;
 constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 // Arguments of a kernel travel with its launch; so many bytes are allowed everywhere.
 constexpr size_t kMostArguments = 4000;
-// Shared memory of one block on every architecture that is built for.
-constexpr int64_t kMostShared = 160 * 1024;
+// Shared memory of one block on every architecture from sm_80 on.
+constexpr int64_t kMostShared = 99 * 1024;
 
 // Blocks along x (up to 2^31 - 1) and y (up to 65535).
 struct Grid {
@@ -60,7 +61,8 @@ inline int64_t& host_launches() {
   return count;
 }
 
-// 32 threads that can compute together. What a lane says to the others goes through PerLane, from one `each` to the next.
+// 32 threads that can compute together. What a lane says to the others goes through a PerLane, from one `each` to the
+// next.
 class Warp {
  public:
   explicit Warp(int number) : number(number) {}
@@ -192,9 +194,10 @@ void launch(const char* name, const Kernel& kernel, Grid grid, int64_t shared, C
   static_assert(sizeof(Kernel) <= kMostArguments, "too many arguments");
   if (grid.x == 0 || grid.y == 0) return;
   if (grid.x > 2147483647 || grid.y > 65535) throw std::invalid_argument(std::string(name) + ": too many blocks");
-  if (shared > 48 * 1024) {
+  if (shared > kMostShared) throw std::invalid_argument(std::string(name) + ": too much shared memory");
+  if (shared > 48 * 1024) {  // the same for all launches: other host threads may be at it
     const cudaError_t status = cudaFuncSetAttribute(
-        run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared));
     if (status != cudaSuccess)
       throw std::runtime_error(std::string("rnas: ") + name + ": " + cudaGetErrorString(status));
   }

@@ -5,8 +5,8 @@
 // A tensor core multiplies numbers of 11 significant bits (tf32) and ignores further ones. A float is split into two of
 // them, high + low, to some 2^-22 of itself; the four products of two floats add up in float32.
 //
-// What a lane holds of a matrix is laid down by mma.m16n8k8 of the PTX manual. On the host the same tables serve, lane by
-// lane, so that what is tested there is what runs.
+// What a lane holds of a matrix is laid down by mma.m16n8k8 of the PTX manual. On the host the same tables serve, lane
+// by lane, so that what is tested there is what runs.
 
 #include "block.h"
 
@@ -51,7 +51,8 @@ template <int kCount> struct Split {
   PerLane<Bits<kCount>> high, low;
 
   // The first 11 bits, and what is left: rounded, for its further bits will be cut off. What is left of an infinity, a
-  // NaN, becomes next to nothing by that: inf * b is what it is, and a NaN stays one in `high`.
+  // NaN, becomes nothing by that, and a NaN stays one in `high`. So inf * b is infinite, unless nothing is left of b:
+  // then it is NaN.
   RNAS_DEVICE void set(int lane, int i, float value) {
     const uint32_t first = bits_of(value) & ~0x1fffu;
     high[lane].v[i] = first;
@@ -78,16 +79,18 @@ RNAS_DEVICE void multiply_add(const Warp& warp, PerLane<Sums>& sums, const PerLa
 #else
   float(&to)[4] = sums[0].v;
   const uint32_t *a = left[0].v, *b = right[0].v;
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
-// A block of a product, (16 kTiles, 16), of which each lane has some entries. kTensor: by tensor cores; else in float32,
-// many times slower, where exactness counts for more.
+// A block of a product, (16 kTiles, 16), of which each lane has some entries. kTensor: by tensor cores; else in
+// float32, many times slower, where exactness counts for more.
 template <int kTiles, bool kTensor> struct Product {
-  PerLane<Sums> sums[kTiles][2];
+  PerLane<Sums> sums[kTiles][2], rest[kTiles][2];  // rest: of products with a low half, whose sum is small
 
   RNAS_DEVICE explicit Product(const Warp& warp) {
     warp.each([&](int lane) {
@@ -96,7 +99,7 @@ template <int kTiles, bool kTensor> struct Product {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[m][n][lane].v[i] = 0.0f;
+          for (int i = 0; i < 4; ++i) sums[m][n][lane].v[i] = rest[m][n][lane].v[i] = 0.0f;
     });
   }
 
@@ -122,10 +125,10 @@ template <int kTiles, bool kTensor> struct Product {
           for (int i = 0; i < 4; ++i) a.set(lane, i, left(m * 16 + left_row(lane, i), k + left_column(lane, i)));
         });
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {  // the smallest first
-          multiply_add(warp, sums[m][n], a.low, b[n].low);
-          multiply_add(warp, sums[m][n], a.low, b[n].high);
-          multiply_add(warp, sums[m][n], a.high, b[n].low);
+        for (int n = 0; n < 2; ++n) {
+          multiply_add(warp, rest[m][n], a.low, b[n].low);
+          multiply_add(warp, rest[m][n], a.low, b[n].high);
+          multiply_add(warp, rest[m][n], a.high, b[n].low);
           multiply_add(warp, sums[m][n], a.high, b[n].high);
         }
       }
@@ -156,8 +159,8 @@ template <int kTiles, bool kTensor> struct Product {
         for (int i = 0; i < 4; i += 2)
 #pragma unroll
           for (int n = 0; n < 2; ++n)
-            take(m * 16 + sum_row(lane, i), n * 8 + sum_column(lane, i), sums[m][n][lane].v[i],
-                 sums[m][n][lane].v[i + 1]);
+            take(m * 16 + sum_row(lane, i), n * 8 + sum_column(lane, i),
+                 sums[m][n][lane].v[i] + rest[m][n][lane].v[i], sums[m][n][lane].v[i + 1] + rest[m][n][lane].v[i + 1]);
     });
   }
 };

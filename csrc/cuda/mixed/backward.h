@@ -263,8 +263,8 @@ template <int V, typename AStage> struct Pointwise {
         });
   }
 
-  // slab (+)= sum over the tile's pixels of dy (x) inputs, in blocks of 16 x 16 entries, one for each warp. Where there are
-  // fewer blocks than warps, several warps share a block's pixels and shared.extra holds their sums.
+  // slab (+)= sum over the tile's pixels of dy (x) inputs, in blocks of 16 x 16 entries, one for each warp. Where there
+  // are fewer blocks than warps, several warps share a block's pixels and shared.extra holds their sums.
   RNAS_DEVICE void add_outer_products(const Block& block, const Shared& shared, const Task& task, const Part& part,
                                       bool first) const {
     constexpr int kSide = 16;

@@ -4,8 +4,8 @@
 //
 // What enters lies there once, normed and rectified, in one plane per channel: the window of the tile. A thread makes
 // 4 x 4 outputs of one channel. It has the weights in registers and reads each row of its part of the window in two
-// loads of 16 bytes: with 5 x 5 taps, 16 loads feed 400 multiplications. Eight channels side by side read from different
-// banks.
+// loads of 16 bytes: with 5 x 5 taps, 16 loads feed 400 multiplications. Eight channels side by side read from
+// different banks.
 //
 // So it goes for stride and dilation 1. The others fall into pieces that are so:
 //
@@ -33,12 +33,13 @@ struct Layout {
 };
 
 // Whole strips of outputs in each piece, and what `rows` x `columns` taps reach beyond. Rows begin at a multiple of 16
-// bytes, and planes so that those of eight channels take up all banks.
+// bytes, and planes so that those of eight channels take up all banks; pieces of a window are 8 banks apart.
 RNAS_BOTH Layout layout_of(const Tiling& tiling, int split, int rows, int columns) {
   const int height = ((tiling.tile_height + split - 1) / split + kStrip - 1) / kStrip * kStrip + rows - 1;
   const int pitch = tiling.tile_width / split + (columns > 1 ? kStrip : 0);
-  const int plane = split * split * height * pitch;
-  return {split, pitch, height * pitch, plane + (36 - plane % 32) % 32};
+  const int piece = split == 1 || columns == 1 ? height * pitch : height * pitch + (40 - height * pitch % 32) % 32;
+  const int plane = split * split * piece;
+  return {split, pitch, piece, plane + (36 - plane % 32) % 32};
 }
 
 // One piece of the taps of a depthwise convolution, and its window.
@@ -103,20 +104,20 @@ template <int V> RNAS_DEVICE int channels_at_once(int channels, int floats, int 
 }
 
 // Of `count` channels from `begin` on, the pixels (y + i * step, x + j * step) that from(channel) reads, i < height and
-// j < width, into the layout. Part of a phase: threads side by side take the channels of a pixel, then further columns,
-// then further rows.
-template <int V, typename From>
+// j < width, into the layout. Part of a phase. Two threads side by side take 2 V channels, the next ones the pixels that
+// follow in a row: what they write goes to different banks, and two times V floats are a sector of memory. kAtOnce: loads
+// before the first is waited for.
+template <int V, int kAtOnce, typename From>
 RNAS_DEVICE void fill(int thread, float* window, const Layout& layout, int height, int width, int begin, int count,
                       int y, int x, int step, const From& from) {
-  constexpr int kAtOnce = 4;  // loads before the first is waited for
-  const int vectors = count / V, lane = quotient(thread, vectors), channel = (thread - lane * vectors) * V;
-  const int across = smaller(width, quotient(kThreads, vectors)), down = quotient(kThreads, vectors * across);
-  const int first = quotient(lane, across);
+  const int vectors = count / V, sides = vectors > 2 ? 2 : 1, lanes = kThreads / 2 / sides;  // more than a row has
+  const int side = thread / 2 >= lanes, lane = thread / 2 - side * lanes, down = quotient(lanes, width);
+  const int first = quotient(lane, width), column = lane - first * width;
   if (first >= down) return;
-  const auto reader = from(begin + channel);
-  for (int column = lane - first * across; column < width; column += across) {
+  for (int vector = side * 2 + thread % 2; vector < vectors; vector += 2 * sides) {
+    const auto reader = from(begin + vector * V);
     const auto source = reader.column(x + column * step);
-    float* to = window + channel * layout.plane + layout.column(column);
+    float* to = window + vector * V * layout.plane + layout.column(column);
     for (int row = first; row < height; row += kAtOnce * down) {
       decltype(reader.read(source, 0)) raw[kAtOnce];
 #pragma unroll
@@ -176,8 +177,8 @@ enum class Sum { overwrite, add };
 
 // The thread's share of the outputs of `count` channels from `begin` on, into shared.inputs or on top of what is there.
 template <typename Taps>
-RNAS_DEVICE void convolve_strips(int thread, const Shared& shared, const Window& window, const Tiling& tiling, int begin,
-                                 int count, Turn turn, bool add, Taps taps) {
+RNAS_DEVICE void convolve_strips(int thread, const Shared& shared, const Window& window, const Tiling& tiling,
+                                 int begin, int count, Turn turn, bool add, Taps taps) {
   constexpr int kRows = Taps::kRows, kColumns = Taps::kColumns;
   const Strips strips(tiling, window.split);
   const int all = window.kernel * window.kernel;
@@ -237,9 +238,9 @@ RNAS_DEVICE void convolve(const Block& block, const Shared& shared, const Stage<
       block.each([&](int thread) {
         for (int at = thread; at < count * all; at += kThreads)  // turned, channels go backwards too
           shared.extra[turn == Turn::half ? count * all - 1 - at : at] = stage.depthwise[begin * all + at];
-        fill<V>(thread, shared.window, window.layout, window.height, window.width, begin, count,
-                tile.y * stage.stride - reach + window.first_row, tile.x * stage.stride - reach + window.first_column,
-                stage.stride, from);
+        fill<V, 4>(thread, shared.window, window.layout, window.height, window.width, begin, count,
+                   tile.y * stage.stride - reach + window.first_row,
+                   tile.x * stage.stride - reach + window.first_column, stage.stride, from);
       });
       block.each([&](int thread) {
         with_taps(window, [&](auto taps) {

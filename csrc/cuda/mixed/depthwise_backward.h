@@ -44,7 +44,7 @@ template <int V, typename AStage> struct DepthwiseWeights {
   template <typename Taps>
   RNAS_DEVICE void sum_taps(const Block& block, const Task& task, const Window& window, int begin, int count,
                             Taps taps) const {
-    constexpr int kColumns = Taps::kColumns, kTaps = Taps::kRows * kColumns, kAtOnce = kExtra / kThreads;
+    constexpr int kColumns = Taps::kColumns, kTaps = Taps::kRows * kColumns, kTogether = kExtra / kThreads;
     using T = typename AStage::Element;
     const AStage& stage = task.stage;
     const int reach = stage.dilation * (stage.kernel / 2), groups = quotient(kThreads, count);
@@ -57,11 +57,13 @@ template <int V, typename AStage> struct DepthwiseWeights {
     for (int64_t index = block.x; index < tiling.count(); index += slabs) {
       const Tile tile = tile_of(tiling, index);
       block.each([&](int thread) {
-        fill<V>(thread, entered, window.layout, window.height, window.width, begin, count,
-                tile.y * stage.stride - reach + window.first_row, tile.x * stage.stride - reach + window.first_column,
-                stage.stride, [&](int channel) { return entering<V>(stage, tile.n, channel); });
-        fill<V>(thread, gradients, of_d, tiling.tile_height, tiling.tile_width, begin, count, tile.y, tile.x, 1,
-                [&](int channel) { return Reader<V, Way::plain, T>(d, tile.n, channel); });
+        constexpr int kAtOnce = 2;  // a thread has the sums of all taps in registers
+        fill<V, kAtOnce>(thread, entered, window.layout, window.height, window.width, begin, count,
+                         tile.y * stage.stride - reach + window.first_row,
+                         tile.x * stage.stride - reach + window.first_column, stage.stride,
+                         [&](int channel) { return entering<V>(stage, tile.n, channel); });
+        fill<V, kAtOnce>(thread, gradients, of_d, tiling.tile_height, tiling.tile_width, begin, count, tile.y, tile.x,
+                         1, [&](int channel) { return Reader<V, Way::plain, T>(d, tile.n, channel); });
       });
       block.each([&](int thread) {
         const int group = quotient(thread, count), channel = thread - group * count;
@@ -75,14 +77,14 @@ template <int V, typename AStage> struct DepthwiseWeights {
     }
     float* slab = task.slabs + (block.x * channels + begin) * window.kernel * window.kernel;
 #pragma unroll
-    for (int first = 0; first < kTaps; first += kAtOnce) {
+    for (int first = 0; first < kTaps; first += kTogether) {
       block.each([&](int thread) {
 #pragma unroll
-        for (int tap = first; tap < first + kAtOnce && tap < kTaps; ++tap)
+        for (int tap = first; tap < first + kTogether && tap < kTaps; ++tap)
           scratch[(tap - first) * kThreads + thread] = sums[thread].v[tap];
       });
       block.each([&](int thread) {
-        for (int at = thread; at < smaller(kAtOnce, kTaps - first) * count; at += kThreads) {
+        for (int at = thread; at < smaller(kTogether, kTaps - first) * count; at += kThreads) {
           const int behind = quotient(at, count), channel = at - behind * count, tap = first + behind;
           float all = 0.0f;
           for (int group = 0; group < groups; ++group) all += scratch[behind * kThreads + group * count + channel];
@@ -93,8 +95,8 @@ template <int V, typename AStage> struct DepthwiseWeights {
     }
   }
 
-  // found[tap] += d * what entered there, of the outputs of a strip that lie in the image. Of the others neither counts:
-  // a NaN may have entered.
+  // found[tap] += d * what entered there, of the outputs of a strip that lie in the image. Of the others neither
+  // counts: a NaN may have entered.
   template <typename Taps>
   RNAS_DEVICE void add_strip(Taps taps, const Tile& tile, const Strip& strip, const float* entered, int pitch,
                              const float* d, int pitch_of_d, float (&found)[Taps::kRows * Taps::kColumns]) const {
@@ -113,7 +115,8 @@ template <int V, typename AStage> struct DepthwiseWeights {
           for (int column = 0; column < kColumns; ++column) {
             if (!taps.has(row, column)) continue;
 #pragma unroll
-            for (int j = 0; j < kStrip; ++j) found[row * kColumns + column] += gradient[y - row].v[j] * line.v[j + column];
+            for (int j = 0; j < kStrip; ++j)
+              found[row * kColumns + column] += gradient[y - row].v[j] * line.v[j + column];
           }
         }
       }
@@ -129,7 +132,8 @@ template <int V, typename AStage> struct DepthwiseWeights {
         for (int row = 0; row < kRows; ++row)
 #pragma unroll
           for (int column = 0; column < kColumns; ++column)
-            if (taps.has(row, column)) found[row * kColumns + column] += gradient * entered[(i + row) * pitch + j + column];
+            if (taps.has(row, column))
+              found[row * kColumns + column] += gradient * entered[(i + row) * pitch + j + column];
       }
   }
 };
@@ -168,7 +172,8 @@ template <int V, typename AStage> struct Middle {
     convolve<V>(block, shared, task.stage, tiling, tile, channels, Turn::half, Sum::overwrite,
                 [&](int channel) { return Reader<V, Way::plain, T>(d, tile.n, channel); });
     each_pixel<V>(block, tiling, tile, channels, [&](int row, int column, int channel) {
-      const int y = tile.y + row, x = tile.x + column, at = (row * tiling.tile_width + column) * shared.stride + channel;
+      const int y = tile.y + row, x = tile.x + column;
+      const int at = (row * tiling.tile_width + column) * shared.stride + channel;
       const Stage<T>& stage = task.stage;
       const Vec<V> entered = entering<V>(stage, tile.n, channel).at(y, x);
       const Vec<V> before = in_front<V>(task.stage, tile.n, y, x, channel);

@@ -171,11 +171,9 @@ class Arena {
 
 // ---- tiles -----------------------------------------------------------------------------------------------------------
 
-// Floats of a tile, channels times pixels, up to which a block has one strip of a depthwise convolution for each thread.
+// Floats of a tile, channels times pixels, up to which a block has about one strip of a depthwise convolution for each
+// thread.
 constexpr int64_t kWantedTile = 18 * kThreads;
-// The most floats of a window. Then two blocks fit a multiprocessor of sm_90, and with 16 channels three.
-constexpr int64_t kMostWindow = 14 * 1024;
-
 // apart: as in shared_of.
 inline int64_t shared_bytes(const Tiling& tiling, int64_t channels, bool apart = false) {
   const int64_t tile = tile_floats(tiling, static_cast<int>(channels)), window = tiling.window;
@@ -189,11 +187,14 @@ inline Tiling make_tiling(int64_t batch, int64_t height, int64_t width, int64_t 
                 0, 0};
   while (tiling.pixels() * channels > kWantedTile && tiling.pixels() > 8)
     tiling.tile_height > 1 ? tiling.tile_height /= 2 : tiling.tile_width /= 2;
-  tiling.rows = (tiling.height + tiling.tile_height - 1) / tiling.tile_height;
-  tiling.columns = (tiling.width + tiling.tile_width - 1) / tiling.tile_width;
+  tiling.rows = static_cast<int>((height + tiling.tile_height - 1) / tiling.tile_height);
+  tiling.columns = static_cast<int>((width + tiling.tile_width - 1) / tiling.tile_width);
+  // The window of all channels where there is room for it beside two tiles; and of a vector of channels at least, also
+  // where their gradients lie beside it.
   const int64_t largest = layout_of(tiling, 2, 5, 5).plane, outputs = layout_of(tiling, 2, 1, 1).plane;
-  // For a vector of channels at least, also where their gradients lie beside it.
-  tiling.window = static_cast<int>(std::max(std::min(channels * largest, kMostWindow), 4 * (largest + outputs)));
+  const int64_t room = kMostShared / static_cast<int64_t>(sizeof(float)) - kExtra -
+                       2 * tile_floats(tiling, static_cast<int>(channels));
+  tiling.window = static_cast<int>(std::max(std::min(channels * largest, room / 4 * 4), 4 * (largest + outputs)));
   return tiling;
 }
 

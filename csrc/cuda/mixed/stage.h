@@ -92,8 +92,8 @@ template <typename T> RNAS_DEVICE Part part_of(const Stage<T>& stage, int part, 
   return {stage.pointwise, 0, channels, channels, 1, 0, 0};
 }
 
-// a / b for 0 <= a < 2^19 and b > 0, in a third of the instructions: the half keeps it further away from where it is cut
-// off than it errs.
+// a / b for 0 <= a < 2^19 and b > 0, in a third of the instructions: the half keeps it further away from where it is
+// cut off than it errs.
 RNAS_DEVICE int quotient(int a, int b) {
   float inverse;
 #if defined(RNAS_ON_HOST)
@@ -222,7 +222,7 @@ struct Shared {
   int stride;
 };
 
-constexpr int kExtra = kThreads * 16;
+constexpr int kExtra = kThreads * 8;
 
 // Floats of a pixel in shared memory: the further 4 put neighbouring groups of pixels into different banks.
 RNAS_BOTH int row_stride(int channels) { return channels + 4; }

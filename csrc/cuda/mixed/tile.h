@@ -9,8 +9,8 @@ namespace rnas::cuda::mixed {
 
 // Channels side by side that a lane has of a product.
 template <int V> constexpr int kPair = V == 1 ? 1 : 2;
-// Whether tensor cores make it: with one channel or a few, its error could be what the gradient of a matrix in front of a
-// norm consists of.
+// Whether tensor cores make it. With a single channel, the gradient of a matrix in front of a norm is what rounding
+// leaves, and should not be larger than in float32.
 template <int V> constexpr bool kByTensor = V > 1;
 
 // emit(pixel, column, kPair<V> values) for (pixels, channels) times (channels, channels), of left(pixel, k) and
@@ -62,21 +62,15 @@ RNAS_DEVICE void make_inputs(const Block& block, const Shared& shared, const ASt
   });
 }
 
-// emit(pixel, channel, value) for every pixel of the tile of `inputs` times the matrix, where kPair<V> channels lie in the
-// value. One phase.
+// emit(pixel, channel, value) for every pixel of the tile of `inputs` times the matrix, where kPair<V> channels lie in
+// the value. One phase.
 template <int V, bool kWhole, typename Emit>
-RNAS_DEVICE void multiply_phase(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
-                                int channels, const Emit& emit) {
+RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
+                          int channels, const Emit& emit) {
   multiply_matrices<V>(
       block, tiling.pixels(), channels,
       [&](int pixel, int input) { return shared.inputs[pixel * shared.stride + input]; },
       [&](int input, int output) { return part.entry<kWhole>(output, input); }, emit);
-}
-template <int V, typename Emit>
-RNAS_DEVICE void multiply(const Block& block, const Shared& shared, const Part& part, const Tiling& tiling,
-                          int channels, const Emit& emit) {
-  part.whole(channels) ? multiply_phase<V, true>(block, shared, part, tiling, channels, emit)
-                       : multiply_phase<V, false>(block, shared, part, tiling, channels, emit);
 }
 
 // The pixels of an axis of `size` that a pool of 3 sees around `middle`.
@@ -90,7 +84,8 @@ template <typename T> RNAS_DEVICE int pool_count(const Stage<T>& stage, int y, i
 // visit(place, V channels) for the nine places of a 3x3 pool at pixel (y, x), row by row. Outside of the image all
 // channels are `outside`.
 template <int V, typename T, typename Visit>
-RNAS_DEVICE void each_place(const Stage<T>& stage, int n, int y, int x, int channel, float outside, const Visit& visit) {
+RNAS_DEVICE void each_place(const Stage<T>& stage, int n, int y, int x, int channel, float outside,
+                            const Visit& visit) {
   const Image<T>& source = stage.source;
   const int middle_y = y * stage.stride, middle_x = x * stage.stride;
   const bool rows[3] = {middle_y > 0, true, middle_y + 1 < source.height};
@@ -169,7 +164,8 @@ RNAS_DEVICE Vec<V> simple_value(const TangentStage<T>& stage, int n, int y, int 
 }
 
 // emit(pixel, channel, value, first) for every pixel of the tile of the stage's output, V or kPair<V> channels at once:
-// pixels outside of the image included, with some finite value. Where a stage has several parts their values add up; `first` marks the first.
+// pixels outside of the image included, with some finite value. Where a stage has several parts their values add up;
+// `first` marks the first.
 template <int V, typename AStage, typename Emit>
 RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const AStage& stage, const Tiling& tiling,
                             const Tile& tile, int channels, const Emit& emit) {
@@ -177,8 +173,13 @@ RNAS_DEVICE void emit_stage(const Block& block, const Shared& shared, const ASta
     for (int each = 0; each < stage.parts(); ++each) {
       const Part part = part_of(stage, each, channels);
       make_inputs<V>(block, shared, stage, part, tiling, tile, channels);
-      multiply<V>(block, shared, part, tiling, channels,
-                  [&](int pixel, int channel, const Vec<kPair<V>>& value) { emit(pixel, channel, value, each == 0); });
+      if (part.whole(channels))  // there is no other
+        multiply<V, true>(block, shared, part, tiling, channels,
+                          [&](int pixel, int channel, const auto& value) { emit(pixel, channel, value, true); });
+      else
+        multiply<V, false>(block, shared, part, tiling, channels, [&](int pixel, int channel, const auto& value) {
+          emit(pixel, channel, value, each == 0);
+        });
     }
     return;
   }
