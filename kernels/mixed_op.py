@@ -63,7 +63,9 @@ def mixed_op(
     call.
     The fused kernels serve float32, on a GPU also bfloat16 and float16; calls that they do not cover (float64, norms
     that disagree on mode, eps or dtype, autocast on a CPU) go to plain PyTorch, and so does a second derivative on
-    batch statistics.
+    batch statistics. On a GPU with C a multiple of 4, tensor cores multiply matrices, each float as two numbers of 11
+    bits: an error of some 2^-22 of each product, where float32 has 2^-24, and infinity times a weight of 11 bits or
+    fewer is NaN.
 
     In bfloat16 and float16 the kernels compute and add up in float32, and round each image once; parameters are those
     of a converted model, of whose norms all or the running averages may be float32. Under autocast on a GPU `x` is cast
