@@ -99,8 +99,8 @@ TILE = on_host(
     ("tile: ones are halves", ALONE, "", "return filled<V>(1.0f)", "return filled<V>(0.5f)"),
     ("tile: what lies behind the last channel", VALUES, "void multiply_matrices(", "k < channels ? left(",
      "true ? left("),
-    ("tile: a warp's first product alone", VALUES, "void multiply_matrices(", "item < items; item += kWarps",
-     "item < smaller(items, kWarps); item += kWarps"),
+    ("tile: a warp's first product alone", PASSES_OF_CHANNELS, "void multiply_matrices(",
+     "item < items; item += kWarps", "item < smaller(items, kWarps); item += kWarps"),
     ("tile: the direction of another winner", TWICE, "", "+ winner[k] / 3", "+ 1"),
 )  # fmt: skip
 
