@@ -357,6 +357,13 @@ def test_shapes_that_the_kernels_do_not_take(cuda_device, kernels_on_host):
             sizes(["none"], **large)
 
 
+@only_on_host
+def test_the_largest_number_of_channels_fits(cuda_device):
+    problem = draw(space=(("dil_conv_5x5",), True), shape=(1, 960, 2, 3), mode="eval")
+    expected, found = problem.copy().run(reference), problem.copy(device=cuda_device).run()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_image_scales_of_another_dtype_are_left_to_plain_pytorch(cuda_device, monkeypatch):
     monkeypatch.setenv("RNAS_BACKEND", "auto")
     problem = draw(cell=(2, 1, 1), mode="train affine", shape=(3, 4, 8, 8), image_scales=True)

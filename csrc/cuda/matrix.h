@@ -8,7 +8,7 @@
 // What a lane holds of a matrix is laid down by mma.m16n8k8 of the PTX manual. On the host the same tables serve, lane
 // by lane, so that what is tested there is what runs.
 
-#include "block.h"
+#include "element.h"
 
 namespace rnas::cuda {
 
@@ -22,18 +22,14 @@ RNAS_BOTH int sum_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
 RNAS_DEVICE uint32_t bits_of(float value) {
 #if defined(RNAS_ON_HOST)
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return value != value ? 0x7fffffffu : bits;  // the NaN that a GPU makes
+  return value != value ? 0x7fffffffu : host::as_bits(value);  // the NaN that a GPU makes
 #else
   return __float_as_uint(value);
 #endif
 }
 RNAS_DEVICE float float_of(uint32_t bits) {
 #if defined(RNAS_ON_HOST)
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return host::as_float(bits);
 #else
   return __uint_as_float(bits);
 #endif
@@ -88,7 +84,7 @@ RNAS_DEVICE void multiply_add(const Warp& warp, PerLane<Sums>& sums, const PerLa
 }
 
 // A block of a product, (16 kTiles, 16), of which each lane has some entries. kTensor: by tensor cores; else in
-// float32, many times slower, where exactness counts for more.
+// float32, one multiplication after the other.
 template <int kTiles, bool kTensor> struct Product {
   PerLane<Sums> sums[kTiles][2], rest[kTiles][2];  // rest: of products with a low half, whose sum is small
 

@@ -32,10 +32,15 @@ struct Layout {
   RNAS_DEVICE int column(int x) const { return (x & (split - 1)) * piece + (x >> (split - 1)); }
 };
 
+// Strips of a piece from top to bottom, the last one perhaps not whole.
+RNAS_BOTH int strips_down(const Tiling& tiling, int split) {
+  return ((tiling.tile_height + split - 1) / split + kStrip - 1) / kStrip;
+}
+
 // Whole strips of outputs in each piece, and what `rows` x `columns` taps reach beyond. Rows begin at a multiple of 16
 // bytes, and planes so that those of eight channels take up all banks; pieces of a window are 8 banks apart.
 RNAS_BOTH Layout layout_of(const Tiling& tiling, int split, int rows, int columns) {
-  const int height = ((tiling.tile_height + split - 1) / split + kStrip - 1) / kStrip * kStrip + rows - 1;
+  const int height = strips_down(tiling, split) * kStrip + rows - 1;
   const int pitch = tiling.tile_width / split + (columns > 1 ? kStrip : 0);
   const int piece = split == 1 || columns == 1 ? height * pitch : height * pitch + (40 - height * pitch % 32) % 32;
   const int plane = split * split * piece;
@@ -138,8 +143,7 @@ struct Strips {
   int across, down, split;
 
   RNAS_DEVICE Strips(const Tiling& tiling, int split)
-      : across(tiling.tile_width / split / kStrip),
-        down(((tiling.tile_height + split - 1) / split + kStrip - 1) / kStrip), split(split) {}
+      : across(tiling.tile_width / split / kStrip), down(strips_down(tiling, split)), split(split) {}
   RNAS_DEVICE int count() const { return across * down * split * split; }
 };
 
